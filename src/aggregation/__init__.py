@@ -1,0 +1,50 @@
+"""Contributions → one gradient. Plain functions without state; the literal dict is the list of them.
+
+Each is called with the accepted contributions in the order of their hotkeys and sums in that order, so a round replayed
+from its record is bit-equal. Weights are the validator's own counts, normalised first: one miner weighs exactly 1.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensors = dict[str, torch.Tensor]
+
+
+class Weighted(Protocol):
+    """What an aggregator sees of a contribution."""
+
+    @property
+    def count(self) -> int:
+        """Examples or tokens, as the validator counts them."""
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm over all tensors."""
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """fp32, on the CPU; may be views of a file."""
+
+
+Aggregator = Callable[[Sequence[Weighted]], "Tensors"]
+
+AGGREGATORS: dict[str, str] = {
+    "mean": "aggregation.means:mean",
+    "median_norm_mean": "aggregation.means:median_norm_mean",
+}
+
+
+def load_aggregator(name: str) -> Aggregator:
+    """The aggregator of that name; ValueError where there is none."""
+    from importlib import import_module
+
+    if name not in AGGREGATORS:
+        raise ValueError(f"--aggregation {name}: unknown; known: {', '.join(AGGREGATORS)}")
+    module, attribute = AGGREGATORS[name].split(":")
+    aggregator: Aggregator = getattr(import_module(module), attribute)
+    return aggregator

@@ -1,0 +1,49 @@
+"""Weighted means. Both hold one result and one contribution at a time, whatever the number of miners."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from aggregation import Tensors, Weighted
+
+
+def mean(contributions: Sequence[Weighted]) -> Tensors:
+    """sum_i w_i g_i with w_i = count_i / sum_j count_j."""
+    return _weighted_sum(contributions, [1.0] * len(contributions))
+
+
+def median_norm_mean(contributions: Sequence[Weighted]) -> Tensors:
+    """The mean of contributions that are each scaled down to the median norm where theirs is larger.
+
+    Bounds what one liar can add to (count share) x (median norm). The median of an even number is the mean of the
+    middle two, so of two contributions the larger is clipped to half-way between them.
+    """
+    limit = median(c.norm for c in contributions)
+    return _weighted_sum(contributions, [1.0 if c.norm <= limit else limit / c.norm for c in contributions])
+
+
+def _weighted_sum(contributions: Sequence[Weighted], factors: Sequence[float]) -> Tensors:
+    """sum_i factor_i count_i / (sum_j count_j) g_i, in the order given. Raises ValueError for none at all."""
+    if not contributions:
+        raise ValueError("nothing to aggregate")
+    total = sum(c.count for c in contributions)
+    result: Tensors = {}
+    for c, factor in zip(contributions, factors, strict=True):
+        weight = factor * (c.count / total)
+        for name, tensor in c.tensors.items():
+            if name in result:
+                result[name] += tensor * weight  # multiply, then add: no fused arithmetic, the same on every device
+            else:
+                result[name] = tensor * weight
+    return result
+
+
+def global_norm(tensors: dict[str, torch.Tensor]) -> float:
+    """Euclidean norm over all tensors, partial sums in fp64. NaN or infinity anywhere makes it non-finite."""
+    squares = [torch.linalg.vector_norm(t, dtype=torch.float64).square() for _, t in sorted(tensors.items())]
+    return float(torch.stack(squares).sum().sqrt())

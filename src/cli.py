@@ -1,0 +1,166 @@
+"""The command line: flags from dataclasses, a file of flags, devices, and a user's mistake as one line.
+
+A mistake ends with exit code 2 and one line that names flag, value and fix; everything else that goes wrong raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+C = TypeVar("C")
+
+
+def fail(program: str, reason: str, code: int = 2) -> NoReturn:
+    """One line on standard error, and the exit code of a user's mistake."""
+    print(f"{program}: {' '.join(reason.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def mistakes(program: str) -> Iterator[None]:
+    """Around the set-up of a run: a ValueError there is about a flag or a file of the user's."""
+    try:
+        yield
+    except ValueError as error:
+        fail(program, str(error))
+
+
+def parse(cls: type[C], program: str, argv: Sequence[str], defaults: Sequence[str] = ()) -> C:
+    """The configuration from flags; `defaults`, and the file of --config, are flags that come before them."""
+    import tyro
+
+    argv = [*defaults, *argv]
+    with mistakes(program):
+        argv = [*file_flags(cls, argv), *argv]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(cls, prog=program, args=argv)
+    except SystemExit as ended:
+        if ended.code:
+            fail(program, _first_paragraph(said.getvalue()))
+        raise
+
+
+def file_flags(cls: type[object], argv: Sequence[str]) -> list[str]:
+    """The flags in the file that --config names, if any. ValueError for an unreadable file or an unknown field."""
+    path = flag_value(argv, "--config")
+    if path is None:
+        return []
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}; name a JSON file of flags") from None
+    except ValueError as error:
+        raise ValueError(f"--config {path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: must be a JSON object of flags, like {{\"rounds\": 100}}")
+    known = flatten(_instance(cls))
+    flags: list[str] = []
+    for name, value in _flatten_json(values).items():
+        name = name.replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            raise ValueError(f"--config {path}: unknown field {name}; the nearest known one is {near}")
+        flags += as_flags(name, value)
+    return flags
+
+
+def flag_value(argv: Sequence[str], flag: str) -> str | None:
+    """The last value of a flag, before anything is parsed."""
+    value = None
+    for i, argument in enumerate(argv):
+        if argument == flag and i + 1 < len(argv):
+            value = argv[i + 1]
+        elif argument.startswith(flag + "="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def flatten(config: object, prefix: str = "") -> dict[str, Any]:
+    """A configuration's values by dotted name."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            flat[prefix + f.name] = str(value) if isinstance(value, Path) else value
+    return flat
+
+
+def as_flags(name: str, value: Any) -> list[str]:
+    """One value as the arguments that give it."""
+    if isinstance(value, bool):
+        group, _, last = name.rpartition(".")
+        return ["--" + (f"{group}." if group else "") + ("" if value else "no-") + last.replace("_", "-")]
+    values = value if isinstance(value, list | tuple) else [value]
+    return ["--" + name.replace("_", "-"), *map(str, values)]
+
+
+def _flatten_json(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten_json(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _instance(cls: type[object]) -> object:
+    return cls()
+
+
+def _first_paragraph(box: str) -> str:
+    """tyro's error as a line: the text of its box up to the first rule, and the flag that it suggests."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line.strip("─") == "" and line]
+    first = " ".join(lines[1 : rules[0]] if rules else lines[1:])
+    hint = next((i for i, line in enumerate(lines) if line.startswith("Perhaps you meant")), None)
+    return first + (f"; perhaps you meant {lines[hint + 1]}" if hint is not None else "; see --help")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of --device. ValueError where this machine has none such."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:N or mps") from None
+    there = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(device.type, 0)
+    if (device.index or 0) >= there:
+        raise ValueError(f"--device {name}: this machine has {there or 'no'} {device.type} device; use cpu, or auto")
+    return device
+
+
+def set_threads(threads: int) -> None:
+    """Torch's CPU threads. Without a wish, torch is not even imported."""
+    if threads < 0:
+        raise ValueError(f"--threads {threads}: must be 0 or more")
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def log_lines(debug: bool) -> None:
+    """Log lines on standard error: warnings, or with --logging.debug everything."""
+    level = logging.DEBUG if debug else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")

@@ -1,0 +1,162 @@
+"""The flags of validator.py, miner.py and base_train.py: their fields, defaults and help live here and nowhere else.
+
+Torch-free, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tasks.config import AdamWConfig, GPT2Config
+
+
+@dataclass(frozen=True)
+class WalletConfig:
+    name: str = "default"
+    """Name of the wallet (its coldkey)."""
+    hotkey: str = "default"
+    """Name of the hotkey that signs. On loopback a missing one is created, unencrypted."""
+    path: Path = Path("~/.bittensor/wallets")
+    """Folder of the wallets."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    debug: bool = False
+    """Say more: each request, each retry."""
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases: disabled, offline (files under the run folder) or online (needs `wandb login`)."""
+    project: str = "pilot"
+    """Project that the run appears in."""
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    up: str = "fp32"
+    """Encoding of gradients, miner to validator: fp32 or bf16 (half the bytes)."""
+    down: str = "fp32"
+    """Encoding of the model's state, validator to miner: fp32 or bf16."""
+
+
+@dataclass(frozen=True)
+class SnapshotConfig:
+    every: int = 50
+    """Rounds between snapshots of the model and the optimizer. A restart replays the rounds after the newest."""
+    keep: int = 2
+    """Snapshots kept, at least 2. Payloads are kept back to the second-newest."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What the validator and the plain baseline share."""
+
+    task: str = "gpt2"
+    """What is trained: gpt2."""
+    gpt2: GPT2Config = field(default_factory=GPT2Config)
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    rounds: int = 200
+    """Rounds of the whole run, one optimizer step each. The learning rate's cosine ends here."""
+    seed: int = 0
+    """Seed of the initial parameters and of every epoch's shuffle."""
+    eval_every: int = 20
+    """Rounds between evaluations on the validation text; 0 for only the first and the last."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1, mps."""
+    threads: int = 0
+    """CPU threads that torch uses; 0 leaves it to torch."""
+    cache: Path = Path("~/.cache/pilot")
+    """Folder for token files, made once a data set."""
+
+
+@dataclass(frozen=True)
+class ValidatorConfig(TrainingConfig):
+    """Owns the model and its optimizer; orders gradients from miners, checks, aggregates, steps, scores and pays."""
+
+    wallet: WalletConfig = field(default_factory=WalletConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
+    axons: tuple[str, ...] = ()
+    """Miners: a port on this machine, or host:port@ss58 elsewhere (the ss58 address of the miner's hotkey)."""
+    local: int = 0
+    """Start so many miners on this machine, as processes on free ports, for the length of the run."""
+    run: str = ""
+    """Name of the run, and of its folder; empty: the task and the time, or with --resume the newest."""
+    runs: Path = Path("runs")
+    """Folder of the runs."""
+    resume: bool = False
+    """Continue the run where its ledger ends; its flags are the defaults."""
+    batches: int = 4
+    """Micro-batches ordered from each miner in a round."""
+    deadline: float = 300.0
+    """Seconds from sending an order until its reply must be here."""
+    patience: int = 10
+    """Rounds in a row without one good reply, after which the validator gives up."""
+    connect_timeout: float = 20.0
+    """Seconds at the start to wait for all the miners named; it goes on with those that are there."""
+    broadcast: Literal["full"] = "full"
+    """How miners get a new version: full sends the whole state."""
+    aggregation: str = "median_norm_mean"
+    """mean, or median_norm_mean (each contribution clipped to the median norm)."""
+    ranking: str = "accepted_work"
+    """accepted_work (share of accepted work), or your own package.module:Class."""
+    baseline: bool = False
+    """Afterwards train the plain baseline on the same batches, and show both."""
+    config: Path | None = None
+    """JSON file of flags, for example experiments/demo.json; flags given here override it."""
+
+
+@dataclass(frozen=True)
+class BaselineConfig(TrainingConfig):
+    """The same task, optimizer, schedule and data without a marketplace."""
+
+    batches: int = 8
+    """Micro-batches in a step: a marketplace's --batches times its miners."""
+    out: Path | None = None
+    """File for the final parameters, as safetensors."""
+    config: Path | None = None
+    """JSON file of flags; flags given here override it."""
+
+
+@dataclass(frozen=True)
+class AxonConfig:
+    port: int = 8091
+    """TCP port to listen on; 0 takes a free one."""
+    ip: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface, which requires --allow."""
+    external_ip: str = ""
+    """Address under which the validator reaches this miner, if it is another (NAT, a container)."""
+
+
+@dataclass(frozen=True)
+class MinerConfig:
+    """Computes gradients on the data that a validator's orders assign. Holds no optimizer."""
+
+    wallet: WalletConfig = field(default_factory=WalletConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    axon: AxonConfig = field(default_factory=AxonConfig)
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, cuda:1, mps."""
+    threads: int = 0
+    """CPU threads that torch uses; 0 leaves it to torch."""
+    allow: tuple[str, ...] = ()
+    """Hotkeys (ss58) of the validators to work for. On loopback, without it, the first one to call is pinned."""
+    unpin: bool = False
+    """Forget the pinned validator."""
+    tasks: tuple[str, ...] = ("gpt2",)
+    """Tasks that this miner is willing to do."""
+    data: Path | None = None
+    """Local copy of a data set that is too large to be handed over: a token file, or the text it was made from."""
+    cache: Path = Path("~/.cache/pilot/miner")
+    """Folder for data received, receipts and the pinned validator."""
+    parent: int = 0
+    """Process id to end with; 0 for none. The validator's --local sets it."""
+    config: Path | None = None
+    """JSON file of flags; flags given here override it."""

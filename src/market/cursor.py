@@ -1,0 +1,84 @@
+"""The one cursor that every order's index ranges come from, so that they are disjoint and nothing is skipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from protocol import Range
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The next index never ordered yet, and the ranges that came back undone, which go out first."""
+
+    next: int = 0
+    returned: tuple[Range, ...] = ()
+
+    def take(self, count: int) -> tuple[tuple[Range, ...], Cursor]:
+        """`count` indices as ascending ranges, and the cursor after them."""
+        taken: list[Range] = []
+        returned = list(self.returned)
+        while count and returned:
+            start, stop = returned.pop(0)
+            cut = min(stop, start + count)
+            taken.append(Range(start, cut))
+            count -= cut - start
+            if cut < stop:
+                returned.insert(0, Range(cut, stop))
+        if count:
+            taken.append(Range(self.next, self.next + count))
+        return merge(taken), Cursor(self.next + count, tuple(returned))
+
+    def give_back(self, ranges: Iterable[Range]) -> Cursor:
+        return Cursor(self.next, merge([*self.returned, *ranges]))
+
+    def dumps(self) -> str:
+        return json.dumps({"next": self.next, "returned": self.returned})
+
+    @classmethod
+    def loads(cls, text: str) -> Cursor:
+        state = json.loads(text)
+        return cls(state["next"], tuple(Range(*r) for r in state["returned"]))
+
+
+def merge(ranges: Iterable[Range]) -> tuple[Range, ...]:
+    """The same indices in ascending order, neighbours joined."""
+    merged: list[Range] = []
+    for start, stop in sorted(ranges):
+        if merged and merged[-1].stop == start:
+            merged[-1] = Range(merged[-1].start, stop)
+        else:
+            merged.append(Range(start, stop))
+    return tuple(merged)
+
+
+def subtract(ranges: Iterable[Range], done: Iterable[Range]) -> tuple[Range, ...]:
+    """The indices of `ranges` that are not in `done`. Both ascending, `done` within `ranges`."""
+    left: list[Range] = []
+    finished = list(done)
+    for start, stop in ranges:
+        for d in finished:
+            if start <= d.start < stop:
+                if start < d.start:
+                    left.append(Range(start, d.start))
+                start = d.stop
+        if start < stop:
+            left.append(Range(start, stop))
+    return merge(left)
+
+
+def within(done: Iterable[Range], ordered: Iterable[Range]) -> bool:
+    """True where each index done was ordered."""
+    whole = merge(ordered)
+    return all(any(o.start <= d.start and d.stop <= o.stop for o in whole) for d in done)
+
+
+def size(ranges: Iterable[Range]) -> int:
+    return sum(stop - start for start, stop in ranges)
+
+
+def indices(ranges: Iterable[Range]) -> Iterable[int]:
+    for start, stop in ranges:
+        yield from range(start, stop)

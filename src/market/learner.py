@@ -1,0 +1,102 @@
+"""The validator's model and the only optimizer that touches it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from typing_extensions import Buffer
+
+from codec import Codec
+from protocol import BlobRef, Digest, Update, Version, chain, digest
+from tasks import Task
+from tasks.config import AdamWConfig
+
+
+class Learner:
+    """Holds the exact parameters, the optimizer and the version chain. Used live, in replay, and by the baseline."""
+
+    def __init__(self, task: Task, config: AdamWConfig, codec: Codec, device: torch.device) -> None:
+        self.task = task
+        self.config = config
+        self.codec = codec
+        self.model: nn.Module = task.build_model(device, initial=True)
+        self.parameters = task.trainable(self.model)
+        self.optimizer = task.optimizer(self.model, config)
+        self.base: Version | None = None
+        self.blob: Buffer = b""
+        self.encode()
+
+    @property
+    def version(self) -> Version:
+        """version(t+1) = chain(version(t), digest of the update's bytes)."""
+        return chain(self.base, self.blob_digest)
+
+    @property
+    def update(self) -> Update:
+        """How a miner gets to `version`: under full broadcast, by the whole state in `blob`."""
+        ref = BlobRef(kind="state", digest=self.blob_digest, bytes=len(memoryview(self.blob)))
+        return Update(broadcast="full", base=self.base, blob=ref)
+
+    def step(self, gradient: Mapping[str, torch.Tensor], lr: float) -> None:
+        """Clip, then one optimizer step. Leaves the version as it was: `advance` encodes and names the next."""
+        for name, p in self.parameters.items():
+            p.grad = gradient[name].to(p.device)
+        if self.config.clip:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+    def advance(self) -> None:
+        """The parameters as they are now become the next version."""
+        self.base = self.version
+        self.encode()
+
+    def encode(self) -> None:
+        state = {**self.parameters, **self.task.buffers(self.model)}
+        self.blob = self.codec.encode(state)
+        self.blob_digest: Digest = digest("state", self.blob)
+
+    def state(self) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+        """What a snapshot holds: the base version, parameters, buffers, and the optimizer's moments by parameter name."""
+        tensors = {f"model/{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"buffer/{name}": b for name, b in self.task.buffers(self.model).items()}
+        for name, p in self.parameters.items():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"optimizer/{key}/{name}"] = value
+        return {"base": self.base or "", "version": self.version}, tensors
+
+    def load_state(self, header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises ValueError where the snapshot is of another model."""
+        self.optimizer.state.clear()
+        with torch.no_grad():
+            for key, value in tensors.items():
+                group, _, name = key.partition("/")
+                if group == "model":
+                    self._parameter(name, value).copy_(value)
+                elif group == "buffer":
+                    self.task.buffers(self.model)[name].copy_(value)
+                else:
+                    moment, _, name = name.partition("/")
+                    p = self.parameters[name]
+                    self.optimizer.state[p][moment] = value.to(p.device, copy=True)
+        self.base = header["base"] or None
+        self.encode()
+        if self.version != header["version"]:
+            raise ValueError(f"snapshot: its state makes version {self.version[:12]}, its header says {header['version'][:12]}")
+
+    def _parameter(self, name: str, value: torch.Tensor) -> nn.Parameter:
+        if name not in self.parameters or self.parameters[name].shape != value.shape:
+            raise ValueError(f"snapshot: tensor {name} {list(value.shape)} is not of this model")
+        return self.parameters[name]
+
+
+def load_replica(task: Task, model: nn.Module, codec: Codec, blob: Buffer) -> None:
+    """The miner's side of `Learner.encode`: a checked state into the model. ProtocolError unless exactly its tensors."""
+    targets: dict[str, torch.Tensor] = {**task.trainable(model), **task.buffers(model)}
+    tensors = codec.decode(blob, {name: t.shape for name, t in targets.items()})
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(tensors[name])

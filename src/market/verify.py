@@ -1,0 +1,55 @@
+"""A reply and its payload → a contribution, or a fault. Nothing a miner says of itself is believed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from typing_extensions import Buffer
+
+from aggregation.means import global_norm
+from codec import Codec
+from market.cursor import indices, within
+from protocol import Fault, Hotkey, Order, ProtocolError, Range, Reply
+
+if TYPE_CHECKING:
+    from codec import Specs
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A verified gradient. Its weight is `count`, the validator's own count over the ranges done."""
+
+    hotkey: Hotkey
+    done: tuple[Range, ...]
+    count: int
+    norm: float
+    tensors: dict[str, torch.Tensor]  # fp32, on the CPU, views of the spooled payload where the codec allows
+
+
+def verify(
+    order: Order,
+    reply: Reply,
+    payload: Buffer,
+    *,
+    codec: Codec,
+    specs: Specs,
+    count: Callable[[int], int],
+) -> Contribution:
+    """Raises ProtocolError with the fault. The payload's digest was checked against the signed reply as it arrived."""
+    if (reply.run, reply.round, reply.hotkey) != (order.run, order.round, order.hotkey):
+        raise ProtocolError(f"a reply of {reply.hotkey[:8]} to round {reply.round} of {reply.run}, not to this order")
+    if reply.version != order.version:
+        raise ProtocolError(f"computed on version {reply.version[:12]}, not {order.version[:12]}", Fault.STALE)
+    if reply.codec != order.codec_up:
+        raise ProtocolError(f"encoded as {reply.codec}, not {order.codec_up}")
+    if not reply.done or not within(reply.done, order.ranges):
+        raise ProtocolError(f"did {list(reply.done)[:3]}, ordered were {list(order.ranges)[:3]}", Fault.WRONG_DATA)
+    tensors = codec.decode(payload, specs)
+    norm = global_norm(tensors)
+    if not math.isfinite(norm):
+        raise ProtocolError("NaN or infinity in the gradient", Fault.NONFINITE)
+    return Contribution(order.hotkey, reply.done, sum(map(count, indices(reply.done))), norm, tensors)

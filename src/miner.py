@@ -1,0 +1,122 @@
+"""A miner: serves orders for gradients on an axon.
+
+    python src/miner.py --wallet.name miners --wallet.hotkey M1 --device cuda:1 --axon.port 8091
+
+It takes an order, gets the model's version and the data if it lacks them, computes the gradient on the index ranges that
+the order assigns, and serves the result until the next one. Receipts say what it was paid and why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import cli
+from market.config import MinerConfig
+from protocol import DataSpec, Hotkey
+
+if TYPE_CHECKING:
+    from bittensor.sp_core import Keypair
+
+    from records.cache import Cache
+    from tasks.tokens import Tokens
+
+PROGRAM = "miner.py"
+LOOPBACK = ("127.", "::1", "localhost")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = cli.parse(MinerConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
+    with cli.mistakes(PROGRAM):
+        check(config)
+        cli.log_lines(config.logging.debug)
+        cli.set_threads(config.threads)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve(config))
+
+
+def check(config: MinerConfig) -> None:
+    """Mistakes that can be seen without importing anything."""
+    from tasks import TASKS
+
+    for task in config.tasks:
+        if task not in TASKS:
+            raise ValueError(f"--tasks {task}: unknown; known: {', '.join(TASKS)}")
+    if not 0 <= config.axon.port < 65536:
+        raise ValueError(f"--axon.port {config.axon.port}: must be 0 to 65535")
+    if not config.axon.ip.startswith(LOOPBACK) and not config.allow:
+        raise ValueError(
+            f"--axon.ip {config.axon.ip}: off loopback anyone can call; name your validators' hotkeys with --allow"
+        )
+    if config.data is not None and not config.data.expanduser().exists():
+        raise ValueError(f"--data {config.data}: no such file or folder")
+
+
+async def serve(config: MinerConfig) -> None:
+    """Wires key, cache, worker and axon; serves until it is told to end, or its work fails."""
+    from market.worker import Worker
+    from records.cache import Cache
+    from transport.auth import Guard
+    from transport.axon import Axon
+    from transport.wallets import load_keypair
+
+    with cli.mistakes(PROGRAM):
+        device = cli.pick_device(config.device)
+        wallet = config.wallet
+        loopback = config.axon.ip.startswith(LOOPBACK)
+        keypair: Keypair = load_keypair(wallet.name, wallet.hotkey, wallet.path, create=loopback, say=say)
+        cache = Cache(config.cache.expanduser())
+        if config.unpin:
+            cache.unpin()
+        hotkey: Hotkey = keypair.ss58_address
+        worker = Worker(
+            hotkey, frozenset(config.tasks), device, cache, lambda spec: find_tokens(config, cache, spec), say
+        )
+        guard = Guard(frozenset(config.allow), cache.pin(), cache.set_pin)
+        axon = Axon(worker, keypair, guard, config.axon.ip, config.axon.port)
+        port = await axon.start()
+    say(f"serving {config.axon.external_ip or config.axon.ip}:{port}@{hotkey}")
+    say(f"tasks {', '.join(config.tasks)} on {device}; give the line above to a validator's --axons")
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    waits = [worker.failed, asyncio.ensure_future(ended.wait()), asyncio.ensure_future(parent_gone(config.parent))]
+    try:
+        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for future in done:
+            future.result()  # our own fault ends the process with its traceback
+    finally:
+        worker.close()
+        await axon.close()
+
+
+async def parent_gone(pid: int) -> None:
+    """Returns when the process that started this one is no more; never, for pid 0."""
+    while not pid or os.getppid() == pid:
+        await asyncio.sleep(0.5)
+
+
+def find_tokens(config: MinerConfig, cache: Cache, spec: DataSpec) -> Tokens:
+    """The order's data: handed over by the validator, or, where that is too large, made from --data or a hub's rows."""
+    from tasks.text import rebuild_tokens
+    from tasks.tokens import Tokens
+
+    path = cache.blob(spec.tokens)
+    if path is None:
+        local = config.data.expanduser() if config.data else None
+        vocabulary = cache.blob(spec.vocabulary) if spec.vocabulary else None
+        path = rebuild_tokens(spec, local, vocabulary, config.cache.expanduser())
+    return Tokens.open(path)
+
+
+if __name__ == "__main__":
+    main()

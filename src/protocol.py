@@ -1,0 +1,395 @@
+"""Every message on the wire, its limits, its digests, and what can be wrong with a peer.
+
+    validator                                             miner
+        │  GET  /v1/hello?nonce=…      ─────────────────▶  Hello    who are you, what do you hold and speak
+        │  POST /v1/order              ─────────────────▶  Status   accepted, or 409 with the blobs it lacks
+        │  PUT  /v1/blob?kind=…        ─────────────────▶  Status   a model state, data or a vocabulary, by digest
+        │  GET  /v1/reply?order=…      ─────────────────▶  Reply    long poll: what was done
+        │  GET  /v1/payload?order=…    ─────────────────▶  bytes    the encoded gradient, by the reply's digest
+        │  POST /v1/receipt, /v1/stop  ─────────────────▶  Status
+
+Messages are frozen and strict: an unknown field or protocol version is refused, never guessed at. Each travels in a
+`Signed` envelope, whose detached signature covers the exact text of the body and its kind, so it stays evidence in a
+ledger whichever way it came. This module does no I/O, knows no keys and imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self, TypeVar
+
+from blake3 import blake3
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from typing_extensions import Buffer
+
+PROTOCOL = "pilot/1"
+
+# Limits: what a peer may ask us to hold in memory before anything is believed.
+MAX_MESSAGE_BYTES = 1 << 20  # an envelope with its body
+MAX_RANGES = 4096
+MAX_INDEX = 1 << 53  # every index is exact in a JSON number
+MAX_BLOB_BYTES = 1 << 36
+MAX_SERVED_BYTES = 64 << 20  # data and vocabularies up to this size come from the validator
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]  # blake3-256, in hex
+Version = Digest
+Hotkey = Annotated[str, StringConstraints(pattern=r"^[1-9A-HJ-NP-Za-km-z]{46,49}$")]  # an ss58 address
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+-]{1,64}$")]
+Text = Annotated[str, StringConstraints(max_length=1000)]
+Count = Annotated[int, Field(ge=0, le=MAX_INDEX)]
+Seconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+BlobKind = Literal["state", "data", "vocabulary"]
+
+
+class Fault(StrEnum):
+    """What a peer did wrong: data, not an exception. A round goes on without that contribution."""
+
+    SILENT = "SILENT"  # never answered, or went away
+    LATE = "LATE"  # took the order, no reply by the deadline on the validator's clock
+    MALFORMED = "MALFORMED"  # bytes that are not what the protocol, the digest or the codec says
+    STALE = "STALE"  # not the version that the order names
+    NONFINITE = "NONFINITE"  # NaN or infinity
+    OUTLIER = "OUTLIER"
+    DUPLICATE = "DUPLICATE"
+    FORGED = "FORGED"  # signed by another key than the one asked
+    WRONG_DATA = "WRONG_DATA"  # other data than the order's, or ranges that were not ordered
+    UNVERIFIED = "UNVERIFIED"
+    BUSY = "BUSY"  # working for another validator
+
+
+class ProtocolError(ValueError):
+    """A peer's bytes are not what they claim to be. `fault` says which kind of wrong."""
+
+    def __init__(self, reason: str, fault: Fault = Fault.MALFORMED) -> None:
+        super().__init__(reason)
+        self.fault = fault
+
+
+# --- digests ----------------------------------------------------------------------------------------------------------
+
+
+class Hasher:
+    """blake3-256 under a domain: equal bytes of different kinds never share a digest."""
+
+    def __init__(self, domain: str) -> None:
+        self._state = blake3(derive_key_context=f"{PROTOCOL} {domain}")
+
+    def update(self, chunk: Buffer) -> None:
+        self._state.update(chunk)
+
+    def hexdigest(self) -> Digest:
+        return self._state.hexdigest()
+
+
+def digest(domain: str, data: Buffer) -> Digest:
+    """The digest of `data` under `domain` (message kinds, `payload`, and the blob kinds)."""
+    hasher = Hasher(domain)
+    hasher.update(data)
+    return hasher.hexdigest()
+
+
+def chain(base: Version | None, update: Digest) -> Version:
+    """version(t+1) = hash(version(t), hash(update bytes)); the first version has no base."""
+    return digest("version", bytes.fromhex(base or "00" * 32) + bytes.fromhex(update))
+
+
+# --- ranges -----------------------------------------------------------------------------------------------------------
+
+
+class Range(NamedTuple):
+    """Micro-batch indices start, …, stop - 1, counted across epochs."""
+
+    start: Annotated[int, Field(ge=0, le=MAX_INDEX)]
+    stop: Annotated[int, Field(ge=0, le=MAX_INDEX)]
+
+
+def _ascending(ranges: tuple[Range, ...]) -> tuple[Range, ...]:
+    end = 0
+    for start, stop in ranges:
+        if not end <= start < stop:
+            raise ValueError(f"range [{start}, {stop}) is empty, or not after the one before it")
+        end = stop
+    return ranges
+
+
+Ranges = Annotated[tuple[Range, ...], Field(max_length=MAX_RANGES), AfterValidator(_ascending)]
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def _validate(cls: type[M], text: str | bytes) -> M:
+    if len(text) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"{cls.__name__}: {len(text)} bytes, at most {MAX_MESSAGE_BYTES}")
+    try:
+        return cls.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "message"
+        raise ProtocolError(f"{cls.__name__}: {field}: {first['msg']}"[:500]) from None
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+class Part(BaseModel):
+    """A value inside a message."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Message(Part):
+    """A typed value of the wire. `kind` is its domain: an order's signature is never a receipt's."""
+
+    kind: ClassVar[str]
+
+    protocol: Literal["pilot/1"] = PROTOCOL
+
+    def text(self) -> str:
+        """The body that is signed, sent and kept."""
+        return self.model_dump_json()
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> Self:
+        """Checked bytes of a peer. Raises ProtocolError with one line that names the field."""
+        return _validate(cls, text)
+
+
+class Signed(Part):
+    """An envelope: the body's exact text, its signer, and a detached sr25519 signature over `signing_bytes`."""
+
+    kind: Name
+    signer: Hotkey
+    body: Annotated[str, StringConstraints(max_length=MAX_MESSAGE_BYTES)]
+    signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> Self:
+        return _validate(cls, text)
+
+    @property
+    def digest(self) -> Digest:
+        """Names the message, for example an order, in later requests."""
+        return digest(self.kind, self.body.encode())
+
+
+def signing_bytes(kind: str, body: str) -> bytes:
+    return f"{PROTOCOL}/{kind}/{digest(kind, body.encode())}".encode()
+
+
+def new_nonce() -> str:
+    return secrets.token_hex(16)
+
+
+class BlobRef(Part):
+    """Bytes by digest: a model state (safetensors), a token file, a vocabulary."""
+
+    kind: BlobKind
+    digest: Digest
+    bytes: Annotated[int, Field(ge=1, le=MAX_BLOB_BYTES)]
+
+
+class TaskSpec(Part):
+    """A task by name, with plain parameters that the task's own torch-free dataclass validates: never code or a path."""
+
+    name: Name
+    parameters: Annotated[dict[Name, int | float | bool | Text], Field(max_length=64)]
+
+
+class DatasetRef(Part):
+    """A hub data set, for data too large to be handed over. Of it the order takes the first `DataSpec.rows`."""
+
+    name: Text
+    subset: Text | None
+    split: Text
+    revision: Text | None
+
+
+class DataSpec(Part):
+    """A token file (digest over the little-endian tokens and their split) and how to make it from its source."""
+
+    tokens: BlobRef
+    tokenizer: Name
+    vocabulary: BlobRef | None
+    source: DatasetRef | None
+    column: Text = "text"
+    rows: Count = 0  # documents from the start; 0: all, but of a hub data set
+    max_bytes: Count = 0  # of text; 0: all
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.05  # fraction of the text
+
+
+class Update(Part):
+    """How the order's version follows from `base`: version = chain(base, blob.digest).
+
+    Under `full` the blob is the whole fp32 state, so any miner can start from it.
+    """
+
+    broadcast: Literal["full"]
+    base: Version | None
+    blob: BlobRef
+
+
+class Order(Message):
+    """What one miner shall do in one round. Its deadline runs on the miner's clock from accepting it."""
+
+    kind: ClassVar[str] = "order"
+
+    run: Name
+    round: Count
+    hotkey: Hotkey
+    version: Version
+    update: Update
+    state_digest: Digest | None
+    task: TaskSpec
+    data: DataSpec
+    ranges: Ranges
+    deadline_s: Seconds
+    staleness: Literal[0, 1]
+    codec_up: Name
+    codec_down: Name
+
+
+class Reply(Message):
+    """What was done. The payload is the sum of the gradients over `done`, divided by the examples or tokens in it."""
+
+    kind: ClassVar[str] = "reply"
+
+    run: Name
+    round: Count
+    hotkey: Hotkey
+    order: Digest
+    version: Version
+    done: Ranges
+    loss: Number  # mean over `done`, as the miner saw it: for display, never for pay
+    seconds: Seconds
+    codec: Name
+    payload_digest: Digest
+    payload_bytes: Count
+    residual_before: Digest | None
+    residual_after: Digest | None
+
+
+class Receipt(Message):
+    """What became of an order, why, and what it earned."""
+
+    kind: ClassVar[str] = "receipt"
+
+    run: Name
+    round: Count
+    hotkey: Hotkey
+    order: Digest
+    verdict: Literal["ACCEPTED"] | Fault
+    reason: Text
+    done: Ranges  # accepted: in the model now
+    work: Count  # examples or tokens in them, by the validator's own count
+    scores: dict[Name, Number]
+    weight: Number
+
+
+class Stop(Message):
+    """End the work of an order now; what is done can still be fetched."""
+
+    kind: ClassVar[str] = "stop"
+
+    run: Name
+    round: Count
+    hotkey: Hotkey
+    order: Digest
+
+
+class Hello(Message):
+    """A miner proves its hotkey by signing the caller's nonce, and says what it can do."""
+
+    kind: ClassVar[str] = "hello"
+
+    hotkey: Hotkey
+    nonce: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+    tasks: tuple[Name, ...]
+    codecs: tuple[Name, ...]
+    version: Version | None
+    time_ns: int
+
+
+class Status(Message):
+    """What a miner is doing."""
+
+    kind: ClassVar[str] = "status"
+
+    hotkey: Hotkey
+    state: Literal["idle", "working", "done"]
+    order: Digest | None
+    run: Name | None
+    round: Count | None
+    version: Version | None
+    batches_done: Count
+    time_ns: int
+
+
+class Refusal(Message):
+    """The body of an error response. Unsigned: it is advice, and nothing is scored by it but the peer that sent it."""
+
+    kind: ClassVar[str] = "refusal"
+
+    reason: Text
+    fault: Fault | None = None
+    missing: tuple[BlobRef, ...] = ()
+    time_ns: int = 0  # the server's clock: a caller whose clock is wrong signs again with it
+
+
+MESSAGES: dict[str, type[Message]] = {m.kind: m for m in (Hello, Order, Reply, Status, Stop, Receipt)}
+
+
+# --- values that transport and market exchange (never on the wire as such) ---------------------------------------------
+
+Blobs = Mapping[Digest, Buffer]  # what the validator can hand over
+
+
+class Refused(Exception):
+    """A request is refused: the HTTP status, and what the refusal says."""
+
+    def __init__(
+        self, status: int, reason: str, fault: Fault | None = None, missing: Iterable[BlobRef] = ()
+    ) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+        self.fault = fault
+        self.missing = tuple(missing)
+
+
+class Faulted(Exception):
+    """A peer's part of the round failed; becomes its receipt's verdict."""
+
+    def __init__(self, fault: Fault, reason: str) -> None:
+        super().__init__(f"{fault}: {reason}")
+        self.fault = fault
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Received:
+    """A signed reply whose payload lies whole, with the right digest, in the file that the caller named."""
+
+    reply: Reply
+    signed: Signed
+    bytes_up: int  # miner to validator
+    bytes_down: int  # validator to miner
+
+
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A committed round: the one transaction that makes it done."""
+
+    round: int
+    version: Version  # after the round; the one before it where no reply was good
+    cursor: str  # JSON: the next index to order and the ranges that came back
+    receipts: tuple[Signed, ...]  # one an order, in the order of the hotkeys; those ACCEPTED made the gradient
+    weights: Mapping[Hotkey, float]
+    ranker: str  # JSON: the ranker's state
+    metrics: Mapping[str, float | int | str]

@@ -1,0 +1,54 @@
+"""Evidence → scores → weights. One file a ranker; the literal dict is the list, and `package.module:Class` adds your own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+from protocol import Fault, Hotkey
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one round showed of one miner. Only what the validator checked itself: nothing here is self-reported."""
+
+    hotkey: Hotkey
+    fault: Fault | None  # None: accepted
+    work: int  # examples or tokens accepted, 0 with a fault
+    ordered: int  # examples or tokens that were ordered
+
+
+class Ranker(Protocol):
+    """Pure state: no clock, no randomness. Its state is JSON and is part of a round's commit."""
+
+    def update(self, evidence: Sequence[Evidence]) -> Mapping[Hotkey, Mapping[str, float]]:
+        """One round's evidence; returns each miner's named scores, which its receipt shows."""
+        ...
+
+    def weights(self) -> Mapping[Hotkey, float]:
+        """Non-negative, summing to 1; empty while nobody has earned anything."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+RANKERS: dict[str, str] = {
+    "accepted_work": "ranking.accepted_work:AcceptedWork",
+}
+
+
+def load_ranker(name: str) -> Ranker:
+    """The ranker of that name, or of a user's own `package.module:Class`. ValueError with the flag where there is none."""
+    target = RANKERS.get(name, name)
+    module, _, attribute = target.partition(":")
+    if not attribute:
+        raise ValueError(f"--ranking {name}: unknown; known: {', '.join(RANKERS)}, or your own package.module:Class")
+    try:
+        ranker: Ranker = getattr(import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--ranking {name}: {error}; it must name an importable class") from None
+    return ranker

@@ -1,0 +1,128 @@
+"""What a miner keeps between rounds: blobs by digest, the validator it serves, and the receipts it got.
+
+    <cache>/blobs/<kind>/<digest>     verified once, when stored
+    <cache>/validator                 the pinned hotkey
+    <cache>/receipts.jsonl            one signed receipt a line
+
+Model states are no part of it: a miner holds the one it works on in memory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import Buffer
+
+from protocol import BlobRef, Hasher, Hotkey, ProtocolError, Signed
+from records.durable import TEMPORARY, make_folder, replacing, sync_file
+
+_HOTKEY: TypeAdapter[str] = TypeAdapter(Hotkey)
+
+
+class BlobWriter:
+    """A blob on its way in. Ends with `commit` or `abort`; a failing `write` or `commit` has aborted it."""
+
+    def __init__(self, ref: BlobRef, path: Path) -> None:
+        self._ref = ref
+        self._path = path
+        self._hasher = Hasher(ref.kind)
+        self._written = 0
+        descriptor, name = tempfile.mkstemp(suffix=TEMPORARY, dir=path.parent)
+        self._temporary = Path(name)
+        self._file = os.fdopen(descriptor, "wb")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells a live writer's file from one that a killed process left
+
+    def write(self, chunk: Buffer) -> None:
+        """Raises ProtocolError beyond the length that the reference names."""
+        with memoryview(chunk) as view:
+            self._written += view.nbytes
+        if self._written > self._ref.bytes:
+            self.abort()
+            raise ProtocolError(f"blob: more than the {self._ref.bytes} bytes announced")
+        self._hasher.update(chunk)
+        self._file.write(chunk)
+
+    def commit(self) -> None:
+        """The blob is durable in the cache. Raises ProtocolError where length or digest differ."""
+        if self._written != self._ref.bytes:
+            self.abort()
+            raise ProtocolError(f"blob: {self._written} bytes, announced as {self._ref.bytes}")
+        if self._hasher.hexdigest() != self._ref.digest:
+            self.abort()
+            raise ProtocolError("blob: its bytes do not have the digest announced")
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            os.replace(self._temporary, self._path)
+        sync_file(self._path.parent)
+
+    def abort(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class Cache:
+    """A miner's folder. Blobs may be read and written from any thread, and by several miners that share the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._blobs = make_folder(folder / "blobs")
+        self._pin = folder / "validator"
+        self._receipts = folder / "receipts.jsonl"
+        for leftover in self._blobs.glob("*/*" + TEMPORARY):
+            _delete_unless_written(leftover)
+
+    def blob(self, ref: BlobRef) -> Path | None:
+        """The blob's file, verified when it was stored; None where it is not here. A truncated one is deleted."""
+        path = self._blob_path(ref)
+        if not path.is_file():
+            return None
+        if path.stat().st_size != ref.bytes:
+            path.unlink(missing_ok=True)
+            return None
+        return path
+
+    def store(self, ref: BlobRef) -> BlobWriter:
+        """Begin to store a blob; it is here when the writer's `commit` returns."""
+        path = self._blob_path(ref)
+        make_folder(path.parent)
+        return BlobWriter(ref, path)
+
+    def pin(self) -> Hotkey | None:
+        """The validator that this miner serves. Raises ValueError where its file is damaged."""
+        if not self._pin.is_file():
+            return None
+        text = self._pin.read_text(errors="replace").strip()
+        try:
+            return _HOTKEY.validate_python(text)
+        except ValidationError:
+            raise ValueError(f"{self._pin}: {text[:60]!r} is no hotkey; pin a validator anew with --unpin") from None
+
+    def set_pin(self, hotkey: Hotkey) -> None:
+        with replacing(self._pin) as file:
+            file.write(_HOTKEY.validate_python(hotkey).encode() + b"\n")
+
+    def unpin(self) -> None:
+        self._pin.unlink(missing_ok=True)
+
+    def add_receipt(self, signed: Signed) -> None:
+        """Keep the validator's signed word on what became of a reply."""
+        with open(self._receipts, "ab") as file:
+            file.write(signed.model_dump_json().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _blob_path(self, ref: BlobRef) -> Path:
+        return self._blobs / ref.kind / ref.digest
+
+
+def _delete_unless_written(path: Path) -> None:
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        path.unlink(missing_ok=True)

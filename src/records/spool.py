@@ -1,0 +1,107 @@
+"""Payloads on disk, from the moment they arrive until no restart can need them.
+
+    spool/00000012/<hotkey>.payload        streamed here by the transport; counts for nothing by itself
+    spool/00000012/<hotkey>.reply.json     its appearance, after both are durable, is what makes the reply received
+
+A restart finds here what was received of the open round, and what the rounds after its snapshot were made from.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import shutil
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from typing_extensions import Buffer
+
+from protocol import Count, Hasher, Hotkey, Part, Received, Reply, Signed
+from records.durable import hash_rest, make_folder, replacing, sync_file
+
+logger = logging.getLogger(__name__)
+
+_HOTKEY: TypeAdapter[str] = TypeAdapter(Hotkey)
+_REPLY = ".reply.json"
+_PAYLOAD = ".payload"
+
+
+class _Seal(Part):
+    """The reply's file."""
+
+    signed: Signed
+    bytes_up: Count
+    bytes_down: Count
+
+
+class Spool:
+    """One folder a round. Hotkeys become file names only after they matched the protocol's pattern."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = make_folder(folder)
+
+    def payload_path(self, round: int, hotkey: Hotkey) -> Path:
+        """Where the payload of this miner's reply goes; its folder exists."""
+        return make_folder(self._round(round)) / (_HOTKEY.validate_python(hotkey) + _PAYLOAD)
+
+    def payload(self, round: int, hotkey: Hotkey) -> Buffer:
+        """A payload as it lies in its file: a private map, so that views of it cost no memory and outlive the file."""
+        with open(self.payload_path(round, hotkey), "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:  # which no map can be
+                return b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def seal(self, received: Received) -> None:
+        """Make a reply and the payload, which lies whole in its `payload_path`, durable. From here on it is received."""
+        reply = received.reply
+        payload = self.payload_path(reply.round, reply.hotkey)
+        seal = _Seal(signed=received.signed, bytes_up=received.bytes_up, bytes_down=received.bytes_down)
+        sync_file(payload)
+        with replacing(payload.with_name(reply.hotkey + _REPLY)) as file:  # syncs the folder for both
+            file.write(seal.model_dump_json().encode())
+
+    def received(self, round: int) -> tuple[Received, ...]:
+        """The received replies of a round whose payloads are whole, in the order of the hotkeys.
+
+        For a restart, while nothing arrives: what is unsealed or damaged is deleted, and has to be sent again.
+        """
+        folder = self._round(round)
+        whole: dict[str, Received] = {}
+        for path in sorted(folder.glob("*" + _REPLY)):
+            hotkey = path.name.removesuffix(_REPLY)
+            try:
+                whole[hotkey] = _open(round, hotkey, path)
+            except ValueError as error:
+                logger.warning("round %d: the reply of %s is dropped: %s", round, hotkey, str(error).splitlines()[0])
+        for path in sorted(folder.glob("*")):
+            if path.name.split(".")[0] not in whole:
+                logger.warning("round %d: %s is deleted: not part of a whole reply", round, path.name)
+                path.unlink()
+        return tuple(whole[hotkey] for hotkey in sorted(whole))
+
+    def prune(self, before: int) -> None:
+        """Delete the rounds before `before`."""
+        for folder in self._folder.iterdir():
+            if folder.name.isdecimal() and int(folder.name) < before:
+                shutil.rmtree(folder)
+
+    def _round(self, round: int) -> Path:
+        return self._folder / f"{round:08d}"
+
+
+def _open(round: int, hotkey: str, path: Path) -> Received:
+    """Raises ValueError unless the files are what `seal` left."""
+    seal = _Seal.model_validate_json(path.read_bytes())
+    reply = Reply.parse(seal.signed.body)
+    if (reply.round, reply.hotkey) != (round, hotkey):
+        raise ValueError(f"it is the reply of {reply.hotkey} to round {reply.round}")
+    payload = path.with_name(hotkey + _PAYLOAD)
+    if not payload.is_file() or payload.stat().st_size != reply.payload_bytes:
+        raise ValueError(f"its payload is not {reply.payload_bytes} bytes long")
+    hasher = Hasher("payload")
+    with open(payload, "rb") as file:
+        hash_rest(file, hasher)
+    if hasher.hexdigest() != reply.payload_digest:
+        raise ValueError("its payload does not have its digest")
+    return Received(reply=reply, signed=seal.signed, bytes_up=seal.bytes_up, bytes_down=seal.bytes_down)

@@ -1,0 +1,94 @@
+"""What came of a run: the table of who did what and earned what, the plain baseline beside it, a summary and a plot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from market.config import TrainingConfig, ValidatorConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from protocol import RoundRecord
+    from records.console import Console
+    from records.metrics import Metrics
+    from records.store import Store
+    from tasks import Task
+
+Curve = list[tuple[float, float]]  # (rounds done, validation loss)
+
+
+def finish(
+    config: ValidatorConfig,
+    folder: Path,
+    task: Task,
+    device: torch.device,
+    store: Store,
+    metrics: Metrics,
+    console: Console,
+    seconds: float,
+) -> None:
+    """Everything that is shown at the end. `seconds` is what the training took in this process."""
+    from records.plot import loss_plot
+
+    rounds = store.committed(0)
+    work, busy_s = total(rounds, "work"), total(rounds, "seconds")
+    curve: Curve = [(done, values["val_loss"]) for done, values in sorted(store.evaluations().items())]
+    summary: dict[str, object] = {
+        "rounds": len(rounds),
+        "seconds": round(seconds, 2),
+        f"{task.unit}": int(work),
+        f"{task.unit}_per_s": work / busy_s if busy_s else 0.0,
+        "val_loss_before": curve[0][1],
+        "val_loss": curve[-1][1],
+        "bytes_up": int(total(rounds, "bytes_up")),
+        "bytes_down": int(total(rounds, "bytes_down")),
+    }
+    lines: dict[str, Curve] = {"marketplace": curve}
+    if config.baseline:
+        lines["plain baseline"], summary["baseline_per_s"] = run_baseline(config, task, device, rounds, console)
+        summary["baseline_val_loss"] = lines["plain baseline"][-1][1]
+    totals = store.totals()
+    metrics.summary({**summary, "weights": {t.hotkey: t.weight for t in totals}})
+    miners = [
+        (t.hotkey, t.accepted, ", ".join(f"{n} {fault}" for fault, n in t.faults.items()) or "none", f"{t.work:,}",
+         f"{t.weight:.3f}")
+        for t in totals
+    ]  # fmt: skip
+    loss_plot(folder / "loss.png", lines, f"{folder.name}: {config.task}", "round", "validation loss (nats per token)")
+    console.table(folder.name, ["", "value"], [(name.replace("_", " "), shown(value)) for name, value in summary.items()])
+    console.table("miners", ["hotkey", "accepted rounds", "faults", f"{task.unit} accepted", "weight"], miners)
+    console.say(f"run folder {folder}, plot {folder / 'loss.png'}")
+
+
+def run_baseline(
+    config: TrainingConfig, task: Task, device: torch.device, rounds: Sequence[RoundRecord], console: Console
+) -> tuple[Curve, float]:
+    """Plain training on the batches that were accepted, round by round: its validation curve, and its units a second."""
+    from market.baseline import new_learner, train
+    from market.cursor import merge
+    from protocol import Receipt
+
+    receipts = [[Receipt.parse(s.body) for s in record.receipts] for record in rounds]
+    learner = new_learner(config, task, device)
+    curve: Curve = [(0, task.evaluate(learner.model)["val_loss"])]
+    work, busy_s, began = 0, 0.0, time.monotonic()
+    steps = (merge(d for r in receipt for d in r.done) for receipt in receipts)
+    for done, step in enumerate(train(config, learner, steps), 1):
+        work, busy_s = work + step.count, busy_s + time.monotonic() - began
+        if done == len(rounds) or (config.eval_every and done % config.eval_every == 0):
+            curve.append((done, task.evaluate(learner.model)["val_loss"]))
+            console.say(f"plain baseline: step {done}/{len(rounds)}, validation loss {curve[-1][1]:.3f}")
+        began = time.monotonic()
+    return curve, work / busy_s if busy_s else 0.0
+
+
+def total(rounds: Sequence[RoundRecord], name: str) -> float:
+    return sum(float(r.metrics.get(name, 0)) for r in rounds)
+
+
+def shown(value: object) -> str:
+    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

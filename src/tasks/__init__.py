@@ -1,0 +1,102 @@
+"""What can be trained: one file a task, imported when it is used. This package imports no torch by itself."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from protocol import Blobs, DataSpec, Digest, TaskSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from tasks.config import AdamWConfig
+    from tasks.tokens import Tokens
+
+TASKS: dict[str, str] = {"gpt2": "tasks.gpt2:GPT2"}
+
+Batch = Any  # each task's own; only its `loss` reads one
+
+
+class Task(Protocol):
+    """A model with its data, the same at the validator, at a miner and in the baseline.
+
+    A batch is named by its index alone, so every machine that holds the same data computes the same batch. A task
+    holds no model: whoever owns one passes it in.
+    """
+
+    @property
+    def unit(self) -> str:
+        """What `count` counts, in the plural: `tokens`, `images`."""
+        ...
+
+    @property
+    def data_spec(self) -> DataSpec:
+        """The data of the order: its token file by digest, and where it came from."""
+        ...
+
+    @property
+    def data_digest(self) -> Digest: ...
+
+    @property
+    def batches_per_epoch(self) -> int: ...
+
+    @classmethod
+    def prepare(cls, config: Any, *, seed: int, cache: Path, progress: Callable[[str], None]) -> Self:
+        """The validator's and the baseline's way in. Raises ValueError, in one line, for what the user can mend."""
+        ...
+
+    @classmethod
+    def from_spec(cls, spec: TaskSpec, data: DataSpec, tokens: Tokens) -> Self:
+        """The miner's way in, from an order. Raises ProtocolError."""
+        ...
+
+    def spec(self) -> TaskSpec:
+        """All that `from_spec` needs besides the data: plain values."""
+        ...
+
+    def blobs(self) -> Blobs:
+        """What can be handed over to miners that lack it."""
+        ...
+
+    def build_model(self, device: torch.device | str, initial: bool) -> nn.Module:
+        """The model in fp32. With `initial` its starting weights; without, whatever is fastest."""
+        ...
+
+    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that travel, by sorted name, shared ones once."""
+        ...
+
+    def buffers(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """State that travels and has no gradient, such as a batch norm's."""
+        ...
+
+    def optimizer(self, model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer: ...
+
+    def batch(self, index: int) -> Batch:
+        """Micro-batch `index`, counted across epochs: a pure function of it and of the data."""
+        ...
+
+    def count(self, index: int) -> int:
+        """How many units `loss` sums over in that batch: its weight, without reading the data."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The sum, over the batch's units, as a scalar with a gradient."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Figures on data that is never trained on, always with a `val_loss`."""
+        ...
+
+
+def load_task(name: str) -> type[Task]:
+    """The class behind `--task name`, imported now."""
+    if name not in TASKS:
+        raise ValueError(f"--task {name}: unknown; known: {', '.join(TASKS)}")
+    module, attribute = TASKS[name].split(":")
+    task: type[Task] = getattr(importlib.import_module(module), attribute)
+    return task

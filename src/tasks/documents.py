@@ -1,0 +1,228 @@
+"""Documents of text from files, folders, the standard library or the hub, and their split into training and validation.
+
+Everything is streamed: what is in memory at a time is a few rows, or a piece of a file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import lzma
+import re
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blake3 import blake3
+
+from protocol import PROTOCOL, DatasetRef
+
+PIECE = 1 << 20  # characters of a file read at a time
+FEW = 100  # fewer documents than these are all cut, rather than dealt out whole
+SUFFIXES = (".txt", ".jsonl", ".jsonl.xz", ".parquet")
+OMITTED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)  # up to the last end of a word
+
+
+class TextError(ValueError):
+    """The text cannot be had; one line, which the caller puts behind the flag that named it."""
+
+
+class Document(NamedTuple):
+    """A text, in pieces that end where words end: no token of GPT-2 reaches across the border of two of them."""
+
+    size: int  # in bytes
+    pieces: Iterable[str]
+
+
+class Piece(NamedTuple):
+    """Consecutive bytes of a document that go the same way."""
+
+    data: bytes  # UTF-8
+    validation: bool
+    starts: bool  # the first of its document that goes this way
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def standard_library() -> Iterator[Document]:
+    """The .py files of this Python's library, without its tests, by sorted relative path."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    for name in names:
+        if OMITTED_FOLDERS.isdisjoint(Path(name).parts):
+            yield _file(root / name)
+
+
+def local_files(path: Path) -> list[Path]:
+    """The file, or the folder's text files, sorted. Raises TextError if there are none."""
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise TextError(f"not one of {', '.join(SUFFIXES)}")
+        return [path]
+    if not path.is_dir():
+        raise TextError("no such file or folder")
+    files = sorted((f for f in path.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file()), key=Path.as_posix)
+    if not files:
+        raise TextError(f"no {', '.join(SUFFIXES)} file in this folder")
+    return files
+
+
+def local_documents(files: Iterable[Path], column: str) -> Iterator[Document]:
+    """One document from each .txt file, one from each row of the others."""
+    for path in files:
+        if path.suffix == ".txt":
+            yield _file(path)
+        else:
+            rows = _parquet_rows(path, column) if path.suffix == ".parquet" else _jsonl_rows(path)
+            for number, row in enumerate(_readable(path, rows), 1):
+                yield from _row(row, column, f"{path.name}: row {number}")
+
+
+def hub_documents(source: DatasetRef, column: str, rows: int) -> Iterator[Document]:
+    """The first `rows` rows of a data set on the hub, streamed."""
+    import datasets
+
+    try:
+        stream = datasets.load_dataset(
+            source.name, source.subset, split=source.split, revision=source.revision, streaming=True
+        )
+        for number, row in enumerate(stream.take(rows), 1):
+            yield from _row(row, column, f"row {number}")
+    except TextError:
+        raise
+    except (OSError, ValueError) as error:
+        raise TextError(f"cannot read this data set from the hub ({_first_line(error)})") from error
+
+
+def hub_revision(source: DatasetRef) -> str | None:
+    """The commit that the source's revision (none: the newest) stands for now."""
+    from huggingface_hub import HfApi
+
+    return HfApi().dataset_info(source.name, revision=source.revision).sha
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _readable(path: Path, items: Iterable[Any]) -> Iterator[Any]:
+    try:
+        yield from items
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise TextError(f"cannot read {path.name} ({_first_line(error)})") from None
+
+
+def _file(path: Path) -> Document:
+    return Document(path.stat().st_size, _readable(path, _pieces(path)))
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    rest = ""
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        while chunk := file.read(PIECE):
+            text = rest + chunk
+            match = WORD_END.match(text)
+            end = match.end() if match else 0
+            if end:
+                yield text[:end]
+            rest = text[end:]
+    if rest:
+        yield rest
+
+
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
+    opener = lzma.open if path.suffix == ".xz" else open
+    with opener(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise TextError(f"{path.name}: line {number} is not JSON ({_first_line(error)})") from None
+            if not isinstance(row, dict):
+                raise TextError(f"{path.name}: line {number} is not a JSON object")
+            yield row
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=[column] if column in names else names)
+                yield from table.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise TextError(f"cannot read {path.name} ({_first_line(error)})") from None
+
+
+def _row(row: dict[str, Any], column: str, where: str) -> Iterator[Document]:
+    """A row's document, or none where it is null."""
+    if column not in row:
+        raise TextError(f"{where} has no column {column}, only {', '.join(row)}; give --gpt2.column")
+    text = row[column]
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise TextError(f"{where}: column {column} holds {type(text).__name__}, not text; give --gpt2.column")
+    data = text.encode(errors="replace")  # JSON can spell half a surrogate pair
+    yield Document(len(data), (data.decode(),))
+
+
+# --- limits and the split ---------------------------------------------------------------------------------------------
+
+
+def limited(documents: Iterable[Document], rows: int, max_bytes: int) -> Iterator[Document]:
+    """The first `rows` documents and `max_bytes` bytes, give or take a character; 0 is no limit."""
+    left = max_bytes or sys.maxsize
+    for document in itertools.islice(documents, rows or None):
+        yield Document(min(document.size, left), _head(document.pieces, left))
+        left -= document.size
+        if left <= 0:
+            return
+
+
+def split(documents: Iterable[Document], validation: float) -> Iterator[Piece]:
+    """Sends `validation` of the text one way and the rest the other, by nothing but the documents' sizes and order.
+
+    Whole documents are dealt out by a hash of their index. Of fewer than `FEW`, the end of each is kept instead.
+    """
+    documents = iter(documents)
+    first = list(itertools.islice(documents, FEW))
+    few = len(first) < FEW
+    for index, document in enumerate(itertools.chain(first, documents)):
+        if few:
+            at = document.size - int(document.size * validation)
+        else:
+            at = 0 if _drawn(index, validation) else sys.maxsize
+        yield from _cut(document.pieces, at)
+
+
+def _drawn(index: int, fraction: float) -> bool:
+    key = blake3(index.to_bytes(8, "little"), derive_key_context=f"{PROTOCOL} validation split")
+    return int.from_bytes(key.digest(length=6), "little") < fraction * 2**48
+
+
+def _cut(pieces: Iterable[str], at: int) -> Iterator[Piece]:
+    """The pieces, with a border at the first character that begins at byte `at` or later."""
+    position = 0
+    begun = {False: False, True: False}
+    for text in pieces:
+        data = text.encode()
+        middle = min(max(at - position, 0), len(data))
+        while middle < len(data) and data[middle] & 0xC0 == 0x80:  # inside a character
+            middle += 1
+        position += len(data)
+        for part, validation in ((data[:middle], False), (data[middle:], True)):
+            if part:
+                yield Piece(part, validation, starts=not begun[validation])
+                begun[validation] = True
+
+
+def _head(pieces: Iterable[str], size: int) -> Iterator[str]:
+    return (p.data.decode() for p in itertools.takewhile(lambda p: not p.validation, _cut(pieces, size)))

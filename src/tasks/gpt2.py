@@ -1,0 +1,326 @@
+"""GPT-2 on text: Hugging Face's `GPT2LMHeadModel` from a shape, a folder or the hub, on a token file."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+import transformers
+from pydantic import Field, ValidationError
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2LMHeadModel
+
+from protocol import (
+    MAX_BLOB_BYTES,
+    MAX_INDEX,
+    MAX_SERVED_BYTES,
+    Blobs,
+    DataSpec,
+    Digest,
+    Fault,
+    Part,
+    ProtocolError,
+    TaskSpec,
+)
+from tasks.config import AdamWConfig, GPT2Config
+from tasks.optimizer import adamw
+from tasks.text import prepare_tokens, silent
+from tasks.tokenizer import Tokenizer, load_tokenizer
+from tasks.tokens import Array, Tokens, window_order
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (batch_size, seq_len), int64, on the CPU
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128},
+    "small": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+NO_SPECIAL: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}  # GPT-2's own ids are beyond 256 tokens
+EPOCHS_CACHED = 2
+
+Dimension = Annotated[int, Field(ge=1, le=1 << 20)]
+
+
+class GPT2Shape(Part):
+    """Everything besides the data that determines batches and losses: the parameters of the order's `TaskSpec`."""
+
+    n_layer: Annotated[int, Field(ge=1, le=512)]
+    n_head: Annotated[int, Field(ge=1, le=512)]
+    n_embd: Dimension
+    n_inner: Dimension
+    n_positions: Dimension
+    vocab_size: Dimension
+    activation_function: Literal["gelu_new", "gelu", "gelu_pytorch_tanh", "relu", "silu"]
+    layer_norm_epsilon: Annotated[float, Field(gt=0, lt=1)]
+    scale_attn_weights: bool
+    scale_attn_by_inverse_layer_idx: bool
+    reorder_and_upcast_attn: bool
+    tie_word_embeddings: bool
+    seq_len: Dimension
+    batch_size: Dimension
+    eval_sequences: Dimension
+    seed: Annotated[int, Field(ge=0, le=MAX_INDEX)]
+
+    @classmethod
+    def parse(cls, spec: TaskSpec) -> GPT2Shape:
+        """Raises ProtocolError for a parameter that is missing, unknown, ill-typed or out of bounds."""
+        try:
+            shape = cls.model_validate(spec.parameters)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            raise ProtocolError(f"task {spec.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        try:
+            shape.check()
+        except ValueError as error:
+            raise ProtocolError(f"task {spec.name}: {error}") from None
+        return shape
+
+    def check(self) -> None:
+        """Raises ValueError where the parameters do not go together."""
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
+        matrices = self.n_layer * (4 * self.n_embd + 2 * self.n_inner) + 2 * self.vocab_size + self.n_positions
+        if matrices * self.n_embd * 4 > MAX_BLOB_BYTES:
+            raise ValueError("a model too large for its state to be sent")
+        if self.seq_len > self.n_positions:
+            raise ValueError(f"--gpt2.seq_len {self.seq_len}: the model has {self.n_positions} positions")
+
+    def config(self) -> transformers.GPT2Config:
+        options: dict[str, Any] = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+        # only the eager kernel heeds reorder_and_upcast_attn
+        options["attn_implementation"] = "eager" if self.reorder_and_upcast_attn else "sdpa"
+        sizes = self.model_dump(exclude={"seq_len", "batch_size", "eval_sequences", "seed"})
+        return transformers.GPT2Config(**sizes, **options, **NO_SPECIAL, use_cache=False)
+
+
+class GPT2:
+    """The task (tasks.Task). Window w of a part of the text is its tokens [w T, w T + T]: T inputs, T targets."""
+
+    unit: ClassVar[str] = "tokens"
+
+    def __init__(
+        self,
+        shape: GPT2Shape,
+        data: DataSpec,
+        tokens: Tokens,
+        pretrained: str | None = None,
+        vocabulary: bytes | None = None,
+    ) -> None:
+        """`pretrained` names the initial weights' source. The last two are the validator's alone.
+
+        Raises ValueError where the text is shorter than one micro-batch, or its validation part than a sequence.
+        """
+        self.shape = shape
+        self._data = data
+        self._tokens = tokens
+        self._pretrained = pretrained
+        self._vocabulary = vocabulary
+        self._orders: OrderedDict[int, np.ndarray[Any, np.dtype[np.int64]]] = OrderedDict()
+        self._windows = self._count_windows(tokens.train)
+        if not self.batches_per_epoch:
+            raise ValueError(
+                f"--gpt2.text: {len(tokens.train)} tokens for training are less than a micro-batch of "
+                f"{shape.batch_size} x {shape.seq_len}; give more text, or a smaller --gpt2.batch_size or --gpt2.seq_len"
+            )
+        if not self._count_windows(tokens.validation):
+            raise ValueError(
+                f"--gpt2.validation: {len(tokens.validation)} tokens for validation are less than a sequence of "
+                f"{shape.seq_len}; raise --gpt2.validation, or give more text or a smaller --gpt2.seq_len"
+            )
+
+    @classmethod
+    def prepare(cls, config: GPT2Config, *, seed: int, cache: Path, progress: Callable[[str], None] = silent) -> Self:
+        """Model and text by the flags. Raises ValueError, in one line, for either that cannot be had."""
+        if not 0 <= seed <= MAX_INDEX:
+            raise ValueError(f"--seed {seed}: must lie between 0 and 2^53")
+        pretrained = None if config.model in PRESETS else _load_config(config.model)
+        automatic = "byte" if config.model == "nano" else "gpt2"
+        tokenizer = load_tokenizer(automatic if config.tokenizer == "auto" else config.tokenizer, config.vocabulary)
+        shape = _resolve(config, pretrained, tokenizer, seed)
+        tokens, data = prepare_tokens(config, tokenizer, cache, progress)
+        return cls(shape, data, tokens, config.model if pretrained else None, tokenizer.vocabulary)
+
+    @classmethod
+    def from_spec(cls, spec: TaskSpec, data: DataSpec, tokens: Tokens) -> Self:
+        shape = GPT2Shape.parse(spec)
+        if tokens.digest != data.tokens.digest:
+            raise ProtocolError(f"tokens {tokens.digest[:12]}, not {data.tokens.digest[:12]}", Fault.WRONG_DATA)
+        if tokens.train.itemsize > 1 and tokens.largest >= shape.vocab_size:
+            raise ProtocolError(f"token {tokens.largest} of a vocabulary of {shape.vocab_size}")
+        try:
+            return cls(shape, data, tokens)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
+
+    def spec(self) -> TaskSpec:
+        return TaskSpec(name="gpt2", parameters=self.shape.model_dump())
+
+    @property
+    def data_spec(self) -> DataSpec:
+        return self._data
+
+    @property
+    def data_digest(self) -> Digest:
+        return self._data.tokens.digest
+
+    def blobs(self) -> Blobs:
+        blobs: dict[Digest, Any] = {}
+        if self._tokens.bytes <= MAX_SERVED_BYTES:
+            blobs[self.data_digest] = self._tokens.buffer
+        if self._data.vocabulary and self._vocabulary:
+            blobs[self._data.vocabulary.digest] = self._vocabulary
+        return blobs
+
+    # --- the model ----------------------------------------------------------------------------------------------------
+
+    def build_model(self, device: torch.device | str, initial: bool) -> nn.Module:
+        """In training mode, fp32. The initial weights are made on the CPU, so they are the same for every device."""
+        model = self._initial_model().to(device) if initial else self._empty_model(device)
+        return model.train()
+
+    def _initial_model(self) -> nn.Module:
+        if self._pretrained:
+            return _load_weights(self._pretrained, self.shape)
+        with _seeded(self.shape.seed):
+            return GPT2LMHeadModel(self.shape.config())
+
+    def _empty_model(self, device: torch.device | str) -> nn.Module:
+        with torch.device("meta"):
+            model = GPT2LMHeadModel(self.shape.config())
+        model.to_empty(device=device)
+        model.tie_weights()  # emptying gave each of two tied parameters its own memory
+        return model
+
+    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return dict(sorted(model.named_parameters()))
+
+    def buffers(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return {}
+
+    def optimizer(self, model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
+        return adamw(model, config)
+
+    # --- the data -----------------------------------------------------------------------------------------------------
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self._windows // self.shape.batch_size
+
+    def _count_windows(self, part: Array) -> int:
+        return max(len(part) - 1, 0) // self.shape.seq_len
+
+    def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """(windows,): the epoch's permutation. Two are kept, for rounds that span the end of an epoch."""
+        if epoch not in self._orders:
+            self._orders[epoch] = window_order(self.shape.seed, epoch, self._windows)
+            while len(self._orders) > EPOCHS_CACHED:
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
+
+    def batch(self, index: int) -> Batch:
+        epoch, position = divmod(index, self.batches_per_epoch)
+        start = position * self.shape.batch_size
+        return self._windows_of(self._tokens.train, self._order(epoch)[start : start + self.shape.batch_size])
+
+    def _windows_of(self, part: Array, windows: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
+        length = self.shape.seq_len
+        rows = np.stack([part[w * length : w * length + length + 1] for w in windows.tolist()])
+        ids = torch.from_numpy(rows.astype(np.int64))  # (batch_size, seq_len + 1)
+        return ids[:, :-1], ids[:, 1:]
+
+    def count(self, index: int) -> int:
+        return self.shape.batch_size * self.shape.seq_len
+
+    # --- the loss -----------------------------------------------------------------------------------------------------
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Cross entropy in nats, summed over the batch's tokens; fp32 scalar."""
+        device = next(model.parameters()).device
+        inputs, targets = (ids.to(device) for ids in batch)
+        logits = model(input_ids=inputs, use_cache=False).logits.float()  # (batch_size, seq_len, vocab_size)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), reduction="sum")
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """{"val_loss": mean nats per token} over `eval_sequences` windows spread evenly over the validation part."""
+        there = self._count_windows(self._tokens.validation)
+        wanted = min(self.shape.eval_sequences, there)
+        windows = np.arange(wanted, dtype=np.int64) * there // wanted
+        training = model.training
+        model.eval()
+        total = 0.0
+        for start in range(0, wanted, self.shape.batch_size):
+            batch = self._windows_of(self._tokens.validation, windows[start : start + self.shape.batch_size])
+            total += float(self.loss(model, batch))
+        model.train(training)
+        return {"val_loss": total / (wanted * self.shape.seq_len)}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's CPU generator from `seed`, inside only. (`torch.manual_seed` would reseed the GPUs' too.)"""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _load_config(name: str) -> transformers.GPT2Config:
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _unknown_model(name, error) from error
+    if not isinstance(config, transformers.GPT2Config):
+        raise ValueError(  # noqa: TRY004
+            f"--gpt2.model {name}: a {config.model_type}, not a gpt2; name a GPT-2"
+        )
+    return config
+
+
+def _resolve(
+    config: GPT2Config, pretrained: transformers.GPT2Config | None, tokenizer: Tokenizer, seed: int
+) -> GPT2Shape:
+    """The shape by the flags: the model's own, or the preset's with as many embeddings as the tokenizer has tokens."""
+    model = pretrained or transformers.GPT2Config(
+        **PRESETS[config.model], vocab_size=tokenizer.vocab_size, **NO_SPECIAL
+    )
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"--gpt2.tokenizer {tokenizer.name}: {tokenizer.vocab_size} tokens, {config.model} knows {model.vocab_size}"
+        )
+    chosen: dict[str, Any] = {
+        "n_inner": model.n_inner or 4 * model.n_embd,
+        "seq_len": config.seq_len or model.n_positions,
+        "batch_size": config.batch_size or (16 if config.model == "nano" else 1),
+        "eval_sequences": config.eval_sequences,
+        "seed": seed,
+    }
+    parameters = {name: chosen.get(name, getattr(model, name, None)) for name in GPT2Shape.model_fields}
+    try:
+        shape = GPT2Shape.model_validate(parameters)
+        shape.check()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"--gpt2.model {config.model}: {first['loc'][0]} {first['input']}: {first['msg']}") from None
+    return shape
+
+
+def _load_weights(name: str, shape: GPT2Shape) -> GPT2LMHeadModel:
+    try:
+        model = GPT2LMHeadModel.from_pretrained(name, config=shape.config(), dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError where shapes differ
+        raise _unknown_model(name, error) from error
+    return model
+
+
+def _unknown_model(name: str, error: Exception) -> ValueError:
+    known = ", ".join(PRESETS)
+    reason = (str(error).splitlines() or ["unreadable"])[0]
+    return ValueError(f"--gpt2.model {name}: not {known}, nor a GPT-2 in a folder or on the hub ({reason})")

@@ -1,0 +1,37 @@
+"""AdamW and its schedule: what moves the model, once a round, at the validator and in the baseline alike."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from tasks.config import AdamWConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def schedule(config: AdamWConfig, step: int, steps: int) -> float:
+    """What to multiply the learning rate by in step `step` of 0 … steps - 1.
+
+    Rises linearly over `warmup` steps to 1, which the step after them reaches at the latest, then falls along half a
+    cosine to `final_lr` in the last step, and stays there.
+    """
+    if step < config.warmup:
+        return (step + 1) / (config.warmup + 1)
+    progress = (step - config.warmup) / max(steps - 1 - config.warmup, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return config.final_lr + (1 - config.final_lr) * cosine
+
+
+def adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
+    """AdamW whose weight decay is for matrices and embeddings; biases and norms have none."""
+    import torch
+
+    parameters = [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

@@ -1,0 +1,283 @@
+"""Text to a token file, once: the validator's from its flags, a miner's from an order that names more than is sent.
+
+source ─▶ documents ─▶ limits ─▶ split ─▶ tokenizer ─▶ cache/tokens-<key>.bin
+          documents.py                    tokenizer.py  tokens.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from protocol import BlobRef, DatasetRef, DataSpec, Digest, Fault, ProtocolError, Refused, digest
+from tasks.config import GPT2Config
+from tasks.documents import (
+    SUFFIXES,
+    Document,
+    Piece,
+    TextError,
+    hub_documents,
+    hub_revision,
+    limited,
+    local_documents,
+    local_files,
+    split,
+    standard_library,
+)
+from tasks.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, vocabulary_ref
+from tasks.tokens import MAGIC, Array, Tokens, write
+
+BATCH = 4 << 20  # bytes of text tokenised at a time
+VERSION = 1  # of this chain of steps: another one makes other tokens of the same text
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+Progress = Callable[[str], None]
+
+
+def silent(line: str) -> None:
+    """No progress display."""
+
+
+# --- the validator's side ---------------------------------------------------------------------------------------------
+
+
+def prepare_tokens(
+    config: GPT2Config, tokenizer: Tokenizer, cache: Path, progress: Progress = silent
+) -> tuple[Tokens, DataSpec]:
+    """The tokens of `config.text` from the cache, or made now, and how a miner can have the same.
+
+    Raises ValueError for a text that is not there, cannot be read, is empty, or has no such column.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        key = _cache_key(config, tokenizer)
+        path, described = cache / f"tokens-{key}.bin", cache / f"tokens-{key}.json"
+        if found := _cached(path, described):
+            return found
+        progress(f"tokens: reading {config.text}")
+        documents = limited(_documents(config), config.rows, config.max_bytes)
+        tokenize(split(documents, config.validation), tokenizer, path, progress)
+        source = _source(config)
+        if source:
+            source = source.model_copy(update={"revision": hub_revision(source)})
+    except (TextError, OSError) as error:
+        raise ValueError(f"--gpt2.text {config.text}: {error}") from error
+    tokens = Tokens.open(path)
+    spec = DataSpec(
+        tokens=tokens.ref(),
+        tokenizer=tokenizer.name,
+        vocabulary=vocabulary_ref(tokenizer),
+        source=source,
+        column=config.column,
+        rows=config.rows,
+        max_bytes=config.max_bytes,
+        validation=config.validation,
+    )
+    _write_text(described, spec.model_dump_json())
+    return tokens, spec
+
+
+def _cached(path: Path, described: Path) -> tuple[Tokens, DataSpec] | None:
+    """What an earlier call left, if it is whole."""
+    if not (path.exists() and described.exists()):
+        return None
+    try:
+        tokens, spec = Tokens.open(path), DataSpec.model_validate_json(described.read_bytes())
+    except ValueError:  # damaged, or of another version: made again
+        return None
+    return (tokens, spec) if tokens.digest == spec.tokens.digest else None
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _local_path(config: GPT2Config) -> Path | None:
+    """The text as a path, whether or not it is there, or None if it is a name."""
+    path = Path(config.text).expanduser()
+    named = HUB_NAME.fullmatch(config.text) and not config.text.endswith(SUFFIXES)
+    return None if config.text == "stdlib" or (named and not path.exists()) else path
+
+
+def _source(config: GPT2Config) -> DatasetRef | None:
+    """The hub data set, if the text is one."""
+    if config.text == "stdlib" or _local_path(config):
+        return None
+    if not config.rows:
+        raise TextError("no such file or folder; of a data set on the hub, give --gpt2.rows, such as 100000")
+    return DatasetRef(name=config.text, subset=config.subset, split=config.split, revision=config.revision)
+
+
+def _documents(config: GPT2Config) -> Iterable[Document]:
+    if source := _source(config):
+        return hub_documents(source, config.column, config.rows)
+    if path := _local_path(config):
+        return local_documents(local_files(path), config.column)
+    return standard_library()
+
+
+def _cache_key(config: GPT2Config, tokenizer: Tokenizer) -> Digest:
+    """Names everything that determines the tokens."""
+    identity: Any = f"Python {sys.version}"
+    if source := _source(config):
+        identity = source.model_dump()
+    elif path := _local_path(config):
+        stats = [(file.relative_to(path).as_posix(), file.stat()) for file in local_files(path)]
+        identity = [str(path.resolve()), [(name, s.st_size, s.st_mtime_ns) for name, s in stats]]
+    vocabulary = vocabulary_ref(tokenizer)
+    cut = (config.column, config.rows, config.max_bytes, config.validation)
+    parts = (VERSION, identity, tokenizer.name, vocabulary and vocabulary.digest, cut)
+    return digest("tokens cache", json.dumps(parts).encode())
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def tokenize(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, path: Path, progress: Progress = silent, limit: int = sys.maxsize
+) -> None:
+    """Writes the token file. Documents of one part are separated by one token.
+
+    Raises TextError if there is no text, or more than `limit` bytes of tokens.
+    """
+    with tempfile.TemporaryFile(dir=path.parent) as spool:  # validation tokens come last but are met in between
+
+        def train() -> Iterator[Array]:
+            for validation, tokens in _encoded(pieces, tokenizer, progress, limit):
+                if validation:
+                    spool.write(tokens.astype(tokenizer.dtype, copy=False).tobytes())
+                else:
+                    yield tokens
+
+        write(path, train(), _spooled(spool, tokenizer), tokenizer.dtype)
+
+
+def _spooled(spool: IO[bytes], tokenizer: Tokenizer) -> Iterator[Array]:
+    spool.seek(0)
+    while data := spool.read(BATCH):
+        yield np.frombuffer(data, dtype=tokenizer.dtype)
+
+
+def _encoded(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, progress: Progress, limit: int
+) -> Iterator[tuple[bool, Array]]:
+    separator = np.array([tokenizer.separator], dtype=tokenizer.dtype)
+    begun = {False: False, True: False}
+    text_bytes = tokens = 0
+    for batch in _batches(pieces):
+        for piece, ids in zip(batch, tokenizer.encode([piece.data for piece in batch]), strict=True):
+            if piece.starts and begun[piece.validation]:
+                yield piece.validation, separator
+            begun[piece.validation] = True
+            yield piece.validation, ids
+            text_bytes += len(piece.data)
+            tokens += len(ids)
+        if tokens * separator.itemsize > limit:
+            raise TextError("more text than the order's")
+        progress(f"tokens: {tokens / 1e6:.1f} M from {text_bytes / 1e6:.1f} MB of text")
+    if not tokens:
+        raise TextError("empty: there is no text in it")
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.data)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# --- the miner's side -------------------------------------------------------------------------------------------------
+
+
+def rebuild_tokens(
+    spec: DataSpec, local: Path | None, vocabulary: Path | None, cache: Path, progress: Progress = silent
+) -> Path:
+    """A file with the order's tokens, where they are too many to be sent.
+
+    `local` is `--data`: a token file, or the text itself, which is then cut and tokenised as the order says. Without
+    it the text comes from the data set that the order names. `vocabulary` is the file with the order's vocabulary.
+    Raises Refused (WRONG_DATA) if there is no such data here, or its tokens have another digest.
+    """
+    if local and _is_token_file(local):
+        return _checked(local, spec.tokens, f"--data {local}")
+    path = cache / f"tokens-{spec.tokens.digest}.bin"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            documents = limited(_ordered_documents(spec, local), spec.rows, spec.max_bytes)
+            tokenizer = _ordered_tokenizer(spec, vocabulary)
+            tokenize(split(documents, spec.validation), tokenizer, path, progress, spec.tokens.bytes)
+        except TextError as error:
+            raise _wrong(f"{_origin(spec, local)}: {error}") from error
+    try:
+        return _checked(path, spec.tokens, _origin(spec, local))
+    except Refused:
+        path.unlink()  # other tokens than its name says
+        raise
+
+
+def _origin(spec: DataSpec, local: Path | None) -> str:
+    return f"--data {local}" if local else f"data set {spec.source.name}" if spec.source else "data"
+
+
+def _wrong(reason: str) -> Refused:
+    return Refused(409, reason[:1000], Fault.WRONG_DATA)
+
+
+def _is_token_file(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def _checked(path: Path, ref: BlobRef, origin: str) -> Path:
+    try:
+        found = Tokens.open(path).digest
+    except ProtocolError as error:
+        raise _wrong(f"{origin}: {error}") from None
+    if found != ref.digest:
+        raise _wrong(f"{origin}: its tokens are {found[:12]}, the order's are {ref.digest[:12]}")
+    return path
+
+
+def _ordered_documents(spec: DataSpec, local: Path | None) -> Iterable[Document]:
+    if local:
+        return local_documents(local_files(local), spec.column)
+    if spec.source is None:
+        raise TextError("too large to be sent, and of no public data set: start the miner with --data")
+    # An order must not make this machine read its own files: a data set's name can also be that of a folder
+    if not HUB_NAME.fullmatch(spec.source.name) or Path(spec.source.name).exists():
+        raise TextError("not the name of a data set on the hub")
+    if not spec.rows:
+        raise TextError("the order takes no number of rows of it")
+    return hub_documents(spec.source, spec.column, spec.rows)
+
+
+def _ordered_tokenizer(spec: DataSpec, vocabulary: Path | None) -> Tokenizer:
+    if spec.tokenizer == "byte":
+        return ByteTokenizer()
+    if spec.tokenizer != "gpt2" or spec.vocabulary is None:
+        raise TextError(f"unknown tokenizer {spec.tokenizer}, or one without a vocabulary")
+    if vocabulary is None:
+        raise Refused(409, "the order's vocabulary is not here", missing=[spec.vocabulary])
+    blob = vocabulary.read_bytes()
+    if digest("vocabulary", blob) != spec.vocabulary.digest:
+        raise TextError(f"{vocabulary.name} is another vocabulary than the order's")
+    return BPETokenizer(blob)

@@ -1,0 +1,143 @@
+"""Text to token ids: plain bytes, or GPT-2's byte-pair encoding."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from protocol import BlobRef, ProtocolError, digest
+from tasks.tokens import Array
+
+MAX_VOCABULARY = 1 << 20
+VOCABULARY_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # OpenAI's names, then the hub's
+
+
+class Tokenizer(Protocol):
+    name: str
+    vocab_size: int
+    dtype: type[np.unsignedinteger]  # the narrowest that holds every id
+    separator: int  # stands between two documents
+    vocabulary: bytes | None  # what another machine needs to build the same tokenizer
+
+    def encode(self, texts: Sequence[bytes]) -> list[Array]:
+        """One array of ids for each text, which is UTF-8 and, but for a document's end, ends before whitespace."""
+        ...
+
+
+class ByteTokenizer:
+    """Every byte is a token. 0, which no text contains, separates documents."""
+
+    name = "byte"
+    vocab_size = 256
+    dtype: type[np.unsignedinteger] = np.uint8
+    separator = 0
+    vocabulary: bytes | None = None
+
+    def encode(self, texts: Sequence[bytes]) -> list[Array]:
+        return [np.frombuffer(text, dtype=np.uint8) for text in texts]
+
+
+class BPETokenizer:
+    """GPT-2's: `vocabulary` holds a line "base64(token) rank" for each rank, in order; <|endoftext|> comes after them.
+
+    Raises ProtocolError unless the vocabulary is exactly that.
+    """
+
+    name = "gpt2"
+
+    def __init__(self, vocabulary: bytes) -> None:
+        import tiktoken
+        from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
+
+        ranks = parse_vocabulary(vocabulary)
+        self.separator = len(ranks)
+        self.vocab_size = len(ranks) + 1
+        self.dtype: type[np.unsignedinteger] = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        self.vocabulary: bytes | None = vocabulary
+        self._encoding = tiktoken.Encoding(
+            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={ENDOFTEXT: self.separator}
+        )
+
+    def encode(self, texts: Sequence[bytes]) -> list[Array]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self._encode, texts))
+
+    def _encode(self, text: bytes) -> Array:
+        return self._encoding.encode_to_numpy(text.decode(), disallowed_special=())
+
+
+def parse_vocabulary(blob: bytes) -> dict[bytes, int]:
+    """Tokens to ranks 0, 1, … in order, with all single bytes among them. Raises ProtocolError for anything else."""
+    ranks: dict[bytes, int] = {}
+    for rank, line in enumerate(blob.splitlines()):
+        word, _, number = line.partition(b" ")
+        try:
+            token = base64.b64decode(word, validate=True)
+        except binascii.Error as error:
+            raise ProtocolError(f"vocabulary: line {rank + 1}: {error}") from None
+        if number != str(rank).encode() or token in ranks or not token or rank >= MAX_VOCABULARY:
+            raise ProtocolError(f"vocabulary: line {rank + 1}: not a new token with rank {rank}")
+        ranks[token] = rank
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ProtocolError(f"vocabulary: byte {missing[0]} has no token")
+    return ranks
+
+
+def vocabulary_ref(tokenizer: Tokenizer) -> BlobRef | None:
+    if tokenizer.vocabulary is None:
+        return None
+    blob = tokenizer.vocabulary
+    return BlobRef(kind="vocabulary", digest=digest("vocabulary", blob), bytes=len(blob))
+
+
+def load_tokenizer(name: str, vocabulary: Path | None) -> Tokenizer:
+    """The tokenizer behind `--gpt2.tokenizer`. Raises ValueError if the vocabulary cannot be had."""
+    if name == "byte":
+        return ByteTokenizer()
+    encoder, merges = _hub_files() if vocabulary is None else _local_files(vocabulary)
+    return BPETokenizer(_read_vocabulary(encoder, merges))
+
+
+def _local_files(vocabulary: Path) -> tuple[Path, Path]:
+    for prefix in (f"{vocabulary}/", f"{vocabulary}/gpt2_", f"{vocabulary}"):
+        for encoder, merges in VOCABULARY_FILES:
+            if Path(prefix + encoder).is_file() and Path(prefix + merges).is_file():
+                return Path(prefix + encoder), Path(prefix + merges)
+    raise ValueError(
+        f"--gpt2.vocabulary {vocabulary}: no encoder.json and vocab.bpe there; name their folder or prefix"
+    )
+
+
+def _hub_files() -> tuple[Path, Path]:
+    from huggingface_hub import hf_hub_download
+
+    encoder, merges = VOCABULARY_FILES[1]
+    try:
+        return Path(hf_hub_download("gpt2", encoder)), Path(hf_hub_download("gpt2", merges))
+    except OSError as error:
+        raise ValueError(
+            "--gpt2.tokenizer gpt2: cannot fetch the hub's vocabulary "
+            f"({str(error).splitlines()[0]}); give --gpt2.vocabulary, or --gpt2.tokenizer byte"
+        ) from None
+
+
+def _read_vocabulary(encoder: Path, merges: Path) -> bytes:
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    try:
+        # tiktoken keeps copies by path; with the files' hashes it never takes a copy of what was there before
+        merges_hash, encoder_hash = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (merges, encoder))
+        ranks = data_gym_to_mergeable_bpe_ranks(str(merges), str(encoder), merges_hash, encoder_hash)
+    except (OSError, ValueError, KeyError, AttributeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "the two do not fit together"
+        raise ValueError(f"--gpt2.vocabulary: cannot read {encoder} and {merges}: {reason}") from None
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)

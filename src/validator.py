@@ -1,0 +1,220 @@
+"""A validator: owns a model and the only optimizer, and runs the marketplace that trains it.
+
+    python src/validator.py --wallet.name validator --wallet.hotkey default --device cuda:0 --axons 8091 8092
+    python src/validator.py --local 2 --baseline        # two miners of this machine, and plain training beside it
+
+    market/round.py     a round, one method a step: plan, broadcast, collect, verify, aggregate, step, score, commit
+    market/learner.py   the model, the optimizer, the chain of versions
+    transport/          the wire: signed requests, streamed bodies
+    records/            the ledger, spooled payloads, snapshots, metrics, the display
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cli
+import runs
+from market.config import ValidatorConfig
+
+if TYPE_CHECKING:
+    from market.learner import Learner
+    from market.round import Market, Network
+    from records.console import Console
+    from records.metrics import Metrics
+    from records.store import Store
+    from tasks import Task
+    from transport.dendrite import Dendrite
+
+PROGRAM = "validator.py"
+
+
+async def train(config: ValidatorConfig, market: Market, store: Store, metrics: Metrics, console: Console) -> None:
+    """The marketplace, one round after the other, from wherever the ledger ends."""
+    opened = None
+    while True:
+        # Once in a while, with the miners at work on the next round already: evaluate, save a snapshot.
+        if due(market.round, config.eval_every, config.rounds) and market.round not in store.evaluations():
+            store.add_evaluation(market.round, await market.evaluate())
+        if due(market.round, config.snapshot.every, config.rounds) or market.out_of_patience:
+            market.save_snapshot(store.save_snapshot)
+        report_round(market.round, store, metrics, console)
+        if market.round >= config.rounds or market.out_of_patience:
+            break
+
+        opened = opened or await market.open()  # plan, broadcast
+        opened = await market.play(opened, last=market.round + 1 >= config.rounds)  # collect to commit; opens the next
+    await market.finish()
+
+
+def due(done: int, every: int, rounds: int) -> bool:
+    """At the start, at the end, and after each `every` rounds between."""
+    return done in (0, rounds) or (every > 0 and done % every == 0)
+
+
+def report_round(done: int, store: Store, metrics: Metrics, console: Console) -> None:
+    """The newest round for the display and for metrics.jsonl: what its commit says, and an evaluation after it."""
+    head = store.head()
+    if head is not None and head.round == done - 1:
+        row = {**head.metrics, **store.evaluations().get(done, {})}
+        metrics.log(row)
+        console.round(row)
+
+
+async def run(config: ValidatorConfig) -> None:
+    """Wires the parts, trains, and shows what came of it."""
+    import report
+    from local_miners import LocalMiners
+    from records.console import Console
+    from records.metrics import Metrics
+
+    with ExitStack() as stack:
+        with cli.mistakes(PROGRAM):
+            folder = runs.folder_of(config)
+            device = cli.pick_device(config.device)
+            cli.set_threads(config.threads)
+            store = stack.enter_context(closing(runs.open_store(config, folder)))
+            console = stack.enter_context(Console(config.rounds, config.logging.debug))
+            local = stack.enter_context(  # they import while we do
+                LocalMiners(config.local, folder / "miners", config.task, config.device, config.threads)
+            )
+            task = prepare_task(config, console)
+            metrics = stack.enter_context(
+                closing(Metrics(folder, config.wandb.mode, config.wandb.project, folder.name))
+            )
+            tensors = stack.enter_context(ThreadPoolExecutor(1, "tensors"))
+            network = await connect(config, folder, (*config.axons, *local.endpoints(console.say)), console)
+        try:
+            with cli.mistakes(PROGRAM):
+                market = await restored_market(config, folder, task, network, store, tensors, console)
+                metrics.rewrite({**r.metrics, **store.evaluations().get(r.round + 1, {})} for r in store.committed(0))
+            began = time.monotonic()
+            await train(config, market, store, metrics, console)
+            seconds = time.monotonic() - began
+        finally:
+            await network.close()
+        local.stop()  # the baseline gets the whole machine
+        report.finish(config, folder, task, device, store, metrics, console, seconds)
+        if market.out_of_patience:
+            console.say(f"stopped after --patience {config.patience} rounds in a row without one good reply")
+            raise SystemExit(1)
+
+
+def prepare_task(config: ValidatorConfig, console: Console) -> Task:
+    from tasks import load_task
+
+    return load_task(config.task).prepare(
+        getattr(config, config.task), seed=config.seed, cache=config.cache.expanduser(), progress=console.say
+    )
+
+
+async def connect(config: ValidatorConfig, folder: Path, axons: Sequence[str], console: Console) -> Dendrite:
+    """Says hello to the miners. ValueError where not one answers in time."""
+    from transport.dendrite import Dendrite, parse_endpoint
+    from transport.wallets import load_keypair
+
+    endpoints = [parse_endpoint(axon) for axon in axons]
+    wallet = config.wallet
+    loopback = all(endpoint.is_loopback for endpoint in endpoints)
+    keypair = load_keypair(wallet.name, wallet.hotkey, wallet.path, create=loopback, say=console.say)
+    pins = folder / "peers.json"
+    network = Dendrite(
+        keypair,
+        endpoints,
+        json.loads(pins.read_text()) if pins.exists() else {},
+        lambda known: pins.write_text(json.dumps(known, indent=2)),
+        config.task,
+        console.say,
+    )
+    await network.start()
+    there = await network.wait_for_peers(len(endpoints), config.connect_timeout)
+    if not there:
+        await network.close()
+        raise ValueError(
+            f"--axons {' '.join(axons)}: no miner answered within --connect-timeout {config.connect_timeout:g} s; "
+            "start one with python src/miner.py --axon.port PORT"
+        )
+    console.say(f"{there} of {len(endpoints)} miners are there; run folder {folder}")
+    return network
+
+
+async def restored_market(
+    config: ValidatorConfig,
+    folder: Path,
+    task: Task,
+    network: Network,
+    store: Store,
+    tensors: ThreadPoolExecutor,
+    console: Console,
+) -> Market:
+    """The market as the run's ledger left it: the newest whole snapshot, and the committed rounds after it."""
+    from aggregation import load_aggregator
+    from codec import load_codec
+    from market.learner import Learner
+    from market.round import Market, Terms
+    from ranking import load_ranker
+    from tasks.optimizer import schedule
+
+    learner = Learner(task, config.optimizer, load_codec(config.codec.down), cli.pick_device(config.device))
+    market = Market(
+        Terms(folder.name, config.batches, config.deadline, config.patience, config.codec.up, config.codec.down),
+        task,
+        learner,
+        network,
+        store,
+        load_ranker(config.ranking),
+        load_aggregator(config.aggregation),
+        load_codec(config.codec.up),
+        lambda step: config.optimizer.lr * schedule(config.optimizer, step, config.rounds),
+        tensors,
+    )
+    snapshot = store.newest_snapshot(console.say)
+    if snapshot is not None:
+        learner.load_state(snapshot.header, snapshot.tensors)
+    await market.replay(snapshot.round if snapshot else 0)
+    if market.round:
+        console.say(f"resumed after round {market.round} of {config.rounds}, version {learner.version[:12]}")
+    return market
+
+
+def check(config: ValidatorConfig) -> None:
+    """Mistakes that can be seen without importing anything heavy."""
+    from aggregation import AGGREGATORS
+    from codec import CODECS
+    from tasks import TASKS
+
+    choices = {"task": TASKS, "codec.up": CODECS, "codec.down": CODECS, "aggregation": AGGREGATORS}
+    flags = cli.flatten(config)
+    for flag, known in choices.items():
+        if flags[flag] not in known:
+            raise ValueError(f"--{flag} {flags[flag]}: unknown; known: {', '.join(known)}")
+    least = {"rounds": 1, "batches": 1, "patience": 1, "local": 0, "eval_every": 0, "snapshot.every": 1,
+             "snapshot.keep": 2, "deadline": 0.1, "connect_timeout": 0.1}  # fmt: skip
+    for flag, value in least.items():
+        if flags[flag] < value:
+            raise ValueError(f"--{flag.replace('_', '-')} {flags[flag]}: must be {value} or more")
+    if not config.axons and not config.local:
+        raise ValueError("--axons: no miner named; give the ports of your miners, or --local 2 for two of this machine")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    with cli.mistakes(PROGRAM):
+        config = cli.parse(ValidatorConfig, PROGRAM, argv, runs.resume_flags(argv))
+        check(config)
+    try:
+        asyncio.run(run(config))
+    except KeyboardInterrupt:
+        cli.fail(PROGRAM, "stopped; --resume goes on from here", code=130)
+
+
+if __name__ == "__main__":
+    main()

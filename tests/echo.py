@@ -1,0 +1,218 @@
+"""A small real miner for the transport's tests: its gradient is the model state that it was given."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from bittensor.sp_core import Keypair
+from typing_extensions import Buffer
+
+from protocol import (
+    BlobRef,
+    DataSpec,
+    Digest,
+    Hasher,
+    Hello,
+    Hotkey,
+    Order,
+    ProtocolError,
+    Range,
+    Receipt,
+    Refused,
+    Reply,
+    Signed,
+    Status,
+    Stop,
+    TaskSpec,
+    Update,
+    chain,
+    digest,
+)
+from transport.auth import Guard
+from transport.axon import Axon
+from transport.dendrite import Dendrite, Endpoint
+
+VALIDATOR = Keypair.create_from_uri("//Validator")
+MINER = Keypair.create_from_uri("//Miner")
+MALLORY = Keypair.create_from_uri("//Mallory")
+STATE = bytes(range(256)) * 64
+TOKENS = b"tokens" * 100
+
+
+class Writer:
+    def __init__(self, service: Echo, ref: BlobRef) -> None:
+        self.service, self.ref = service, ref
+        self.hasher, self.data = Hasher(ref.kind), bytearray()
+
+    def write(self, chunk: Buffer) -> None:
+        self.hasher.update(chunk)
+        self.data += chunk
+
+    def commit(self) -> None:
+        if len(self.data) != self.ref.bytes or self.hasher.hexdigest() != self.ref.digest:
+            raise ProtocolError(f"{self.ref.kind}: not the bytes of this digest")
+        self.service.blobs[self.ref.digest] = bytes(self.data)
+
+    def abort(self) -> None:
+        self.service.aborted += 1
+
+
+class Echo:
+    """Replies with the order's state after `work_s`; `held` keeps every reply back until it is set."""
+
+    def __init__(self, hotkey: Hotkey = MINER.ss58_address, tasks: tuple[str, ...] = ("echo",), work_s: float = 0.0):
+        self.hotkey, self.tasks, self.work_s = hotkey, tasks, work_s
+        self.blobs: dict[Digest, bytes] = {}
+        self.orders: dict[Digest, Order] = {}
+        self.receipts: list[Receipt] = []
+        self.stops: list[Stop] = []
+        self.aborted = 0
+        self.held = asyncio.Event()
+        self.held.set()
+
+    def hello(self, nonce: str) -> Hello:
+        return Hello(
+            hotkey=self.hotkey, nonce=nonce, tasks=self.tasks, codecs=("fp32",), version=None, time_ns=time.time_ns()
+        )
+
+    def status(self) -> Status:
+        return Status(
+            hotkey=self.hotkey, state="idle", order=None, run=None, round=None, version=None, batches_done=0, time_ns=0
+        )
+
+    def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
+        missing = [ref for ref in (order.update.blob, order.data.tokens) if ref.digest not in self.blobs]
+        if missing:
+            raise Refused(409, "send these first", missing=missing)
+        self.orders[digest] = order
+        return self.status()
+
+    def receive(self, caller: Hotkey, ref: BlobRef) -> Writer:
+        return Writer(self, ref)
+
+    async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
+        if order not in self.orders:
+            raise Refused(404, "no such order")
+        await asyncio.sleep(self.work_s)
+        try:
+            await asyncio.wait_for(self.held.wait(), wait_s)
+        except TimeoutError:
+            return None
+        return self.answer(order)
+
+    def answer(self, digest_: Digest) -> Reply:
+        order = self.orders[digest_]
+        payload = self.blobs[order.update.blob.digest]
+        return Reply(
+            run=order.run,
+            round=order.round,
+            hotkey=self.hotkey,
+            order=digest_,
+            version=order.version,
+            done=order.ranges,
+            loss=1.0,
+            seconds=0.0,
+            codec="fp32",
+            payload_digest=digest("payload", payload),
+            payload_bytes=len(payload),
+            residual_before=None,
+            residual_after=None,
+        )
+
+    def payload(self, caller: Hotkey, order: Digest) -> Buffer:
+        if order not in self.orders:
+            raise Refused(404, "no such order")
+        return self.blobs[self.orders[order].update.blob.digest]
+
+    def stop(self, caller: Hotkey, stop: Stop) -> Status:
+        self.stops.append(stop)
+        return self.status()
+
+    def receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status:
+        self.receipts.append(receipt)
+        return self.status()
+
+
+def make_order(
+    state: bytes = STATE, round: int = 0, deadline_s: float = 20.0, hotkey: Hotkey = MINER.ss58_address
+) -> Order:
+    blob = BlobRef(kind="state", digest=digest("state", state), bytes=len(state))
+    tokens = BlobRef(kind="data", digest=digest("data", TOKENS), bytes=len(TOKENS))
+    return Order(
+        run="test",
+        round=round,
+        hotkey=hotkey,
+        version=chain(None, blob.digest),
+        update=Update(broadcast="full", base=None, blob=blob),
+        state_digest=None,
+        task=TaskSpec(name="echo", parameters={}),
+        data=DataSpec(tokens=tokens, tokenizer="byte", vocabulary=None, source=None),
+        ranges=(Range(0, 4),),
+        deadline_s=deadline_s,
+        staleness=0,
+        codec_up="fp32",
+        codec_down="fp32",
+    )
+
+
+def make_receipt(order: Order, order_digest: Digest) -> Receipt:
+    return Receipt(
+        run=order.run,
+        round=order.round,
+        hotkey=order.hotkey,
+        order=order_digest,
+        verdict="ACCEPTED",
+        reason="4 of 4",
+        work=4,
+        scores={},
+        weight=1.0,
+    )
+
+
+def blobs_of(order: Order, state: bytes = STATE) -> dict[Digest, bytes]:
+    return {order.update.blob.digest: state, order.data.tokens.digest: TOKENS}
+
+
+def open_guard() -> Guard:
+    return Guard(frozenset(), None, lambda _: None)
+
+
+@asynccontextmanager
+async def serving(axon: Axon) -> AsyncIterator[int]:
+    port = await axon.start()
+    try:
+        yield port
+    finally:
+        await axon.close()
+
+
+@asynccontextmanager
+async def served(service: Echo, keypair: Keypair = MINER, port: int = 0) -> AsyncIterator[int]:
+    async with serving(Axon(service, keypair, open_guard(), "127.0.0.1", port)) as bound:
+        yield bound
+
+
+@asynccontextmanager
+async def dendrite(*ports: int, said: list[str] | None = None, grace_s: float = 5.0) -> AsyncIterator[Dendrite]:
+    """A started client; it has not waited for anybody."""
+    lines = [] if said is None else said
+    endpoints = [Endpoint("127.0.0.1", port) for port in ports]
+    network = Dendrite(VALIDATOR, endpoints, {}, lambda _: None, "echo", lines.append, grace_s, hello_interval_s=0.05)
+    await network.start()
+    try:
+        yield network
+    finally:
+        await network.close()
+
+
+async def honest_exchange(port: int, path: Path, round: int = 99) -> None:
+    """The miner at `port` still serves whoever behaves."""
+    order = make_order(round=round)
+    async with dendrite(port) as network:
+        assert await network.wait_for_peer(5)
+        await network.exchange(order, network.seal(order), blobs_of(order), path / "honest")
+    assert (path / "honest").read_bytes() == STATE

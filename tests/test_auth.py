@@ -1,0 +1,151 @@
+"""Envelopes, signed requests, who may call, and key files: real keys, real signatures, real files."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+
+from protocol import Fault, Message, Order, ProtocolError, Refused, Reply, Signed, Stop
+from tests.echo import MALLORY, MINER, VALIDATOR, make_order
+from transport.auth import AuthError, Guard, StaleRequest, Verifier, WrongReceiver, seal, sign_request, unseal
+from transport.wallets import load_keypair
+
+ORDER = make_order()
+
+
+def fault_of(signed: Signed, cls: type[Message] = Order) -> Fault:
+    with pytest.raises(ProtocolError) as caught:
+        unseal(signed, cls, VALIDATOR.ss58_address)
+    return caught.value.fault
+
+
+def test_an_envelope_opens_to_the_same_message() -> None:
+    signed = Signed.parse(seal(VALIDATOR, ORDER).model_dump_json())
+    assert unseal(signed, Order, VALIDATOR.ss58_address) == ORDER
+
+
+def test_an_envelope_of_another_signer_kind_body_or_signature_is_forged() -> None:
+    signed = seal(VALIDATOR, ORDER)
+    assert fault_of(seal(MALLORY, ORDER)) is Fault.FORGED
+    assert fault_of(signed, Reply) is Fault.FORGED
+    assert fault_of(signed.model_copy(update={"body": signed.body.replace('"round":0', '"round":1')})) is Fault.FORGED
+    assert fault_of(signed.model_copy(update={"signature": "00" * 64})) is Fault.FORGED
+    assert fault_of(seal(MALLORY, ORDER).model_copy(update={"signer": VALIDATOR.ss58_address})) is Fault.FORGED
+
+
+def test_a_signature_of_one_kind_is_none_of_another() -> None:
+    signed = seal(VALIDATOR, ORDER).model_copy(update={"kind": "stop"})
+    assert fault_of(signed, Stop) is Fault.FORGED
+
+
+def test_an_address_with_a_wrong_checksum_is_forged() -> None:
+    address = VALIDATOR.ss58_address[:-1] + ("2" if VALIDATOR.ss58_address[-1] != "2" else "3")
+    with pytest.raises(ProtocolError) as caught:
+        unseal(seal(VALIDATOR, ORDER).model_copy(update={"signer": address}), Order, address)
+    assert caught.value.fault is Fault.FORGED
+
+
+def test_a_signed_body_that_is_no_message_is_malformed() -> None:
+    class Odd(Order):
+        extra: int = 1
+
+    values = {name: getattr(ORDER, name) for name in Order.model_fields}
+    assert fault_of(seal(VALIDATOR, Odd(**values))) is Fault.MALFORMED
+
+
+def test_a_request_is_good_once() -> None:
+    verifier = Verifier(MINER.ss58_address)
+    headers = sign_request(VALIDATOR, "POST", "/v1/order", MINER.ss58_address, b"body")
+    assert verifier.verify(headers, "POST", "/v1/order", b"body") == VALIDATOR.ss58_address
+    with pytest.raises(AuthError):
+        verifier.verify(headers, "POST", "/v1/order", b"body")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [("GET", "/v1/order", b"body"), ("POST", "/v1/order?x=1", b"body"), ("POST", "/v1/order", b"bodY")],
+)
+def test_a_signature_covers_method_path_and_body(method: str, path: str, body: bytes) -> None:
+    verifier = Verifier(MINER.ss58_address)
+    headers = sign_request(VALIDATOR, "POST", "/v1/order", MINER.ss58_address, b"body")
+    with pytest.raises(AuthError):
+        verifier.verify(headers, method, path, body)
+
+
+def test_a_request_to_another_is_misdirected() -> None:
+    headers = sign_request(VALIDATOR, "GET", "/", MALLORY.ss58_address)
+    with pytest.raises(WrongReceiver):
+        Verifier(MINER.ss58_address).verify(headers, "GET", "/", b"")
+
+
+@pytest.mark.parametrize("offset_s", [-11, 2, 3600, -3600])
+def test_old_and_future_nonces_are_stale_until_the_offset_is_known(offset_s: int) -> None:
+    verifier = Verifier(MINER.ss58_address, lambda: time.time_ns() - offset_s * 10**9)
+    with pytest.raises(StaleRequest):
+        verifier.verify(sign_request(VALIDATOR, "GET", "/", MINER.ss58_address), "GET", "/", b"")
+    offset_ns = verifier.clock_ns() - time.time_ns()
+    headers = sign_request(VALIDATOR, "GET", "/", MINER.ss58_address, clock_offset_ns=offset_ns)
+    assert verifier.verify(headers, "GET", "/", b"") == VALIDATOR.ss58_address
+
+
+def test_no_request_is_good_for_two_processes() -> None:
+    """What one process could have accepted, the next refuses: also a nonce from the future."""
+    for offset_ns in (0, 10**9):
+        headers = sign_request(VALIDATOR, "GET", "/", MINER.ss58_address, clock_offset_ns=offset_ns)
+        with pytest.raises(StaleRequest):
+            Verifier(MINER.ss58_address).verify(headers, "GET", "/", b"")
+
+
+def test_without_an_allow_list_the_first_caller_is_pinned() -> None:
+    pins: list[str] = []
+    guard = Guard(frozenset(), None, pins.append)
+    guard.admit("first")
+    guard.admit("first")
+    assert pins == ["first"]
+    with pytest.raises(Refused, match="--unpin") as caught:
+        guard.admit("second")
+    assert caught.value.status == 403
+    with pytest.raises(Refused):
+        Guard(frozenset(), "first", pins.append).admit("second")
+
+
+def test_an_allow_list_decides_alone() -> None:
+    pins: list[str] = []
+    guard = Guard(frozenset({"a", "b"}), "c", pins.append)
+    guard.admit("a")
+    guard.admit("b")
+    with pytest.raises(Refused, match="--allow") as caught:
+        guard.admit("c")
+    assert caught.value.status == 403
+    assert not pins
+
+
+def test_a_missing_wallet_is_made_once_and_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    first = load_keypair("demo", "h1", str(tmp_path), create=True, say=said.append)
+    again = load_keypair("demo", "h1", str(tmp_path), create=False, say=said.append)
+    other = load_keypair("demo", "h2", str(tmp_path), create=True, say=said.append)
+    assert first.ss58_address == again.ss58_address != other.ss58_address
+    assert len(said) == 2 and all("unencrypted" in line and "\n" not in line for line in said)
+
+
+def test_a_missing_wallet_elsewhere_names_the_command(tmp_path: Path) -> None:
+    path = str(tmp_path / "a folder")
+    with pytest.raises(ValueError, match="--wallet.hotkey h1") as caught:
+        load_keypair("cold", "h1", path, create=False, say=print)
+    line = str(caught.value)
+    command = shlex.split(line.partition("make one with: ")[2])
+    assert command == ["btcli", "wallet", "new-hotkey", "-w", "cold", "-H", "h1", "--wallet-path", path]
+    assert "\n" not in line
+    assert not Path(path).exists()
+
+
+def test_a_broken_key_file_is_one_line(tmp_path: Path) -> None:
+    load_keypair("cold", "h1", str(tmp_path), create=True, say=lambda _: None)
+    (tmp_path / "cold" / "hotkeys" / "h1").write_text("not a key")
+    with pytest.raises(ValueError, match="--wallet.hotkey h1: ") as caught:
+        load_keypair("cold", "h1", str(tmp_path), create=True, say=print)
+    assert "\n" not in str(caught.value)
