@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-import cli  # noqa: E402
-from market.config import BaselineConfig  # noqa: E402
+import cli
+from market.config import BaselineConfig
 
 PROGRAM = "base_train.py"
 

@@ -66,7 +66,7 @@ def file_flags(cls: type[object], argv: Sequence[str]) -> list[str]:
     except ValueError as error:
         raise ValueError(f"--config {path}: not JSON ({error})") from None
     if not isinstance(values, dict):
-        raise ValueError(f"--config {path}: must be a JSON object of flags, like {{\"rounds\": 100}}")
+        raise ValueError(f'--config {path}: must be a JSON object of flags, like {{"rounds": 100}}')
     known = flatten(_instance(cls))
     flags: list[str] = []
     for name, value in _flatten_json(values).items():

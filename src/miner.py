@@ -2,8 +2,8 @@
 
     python src/miner.py --wallet.name miners --wallet.hotkey M1 --device cuda:1 --axon.port 8091
 
-It takes an order, gets the model's version and the data if it lacks them, computes the gradient on the index ranges that
-the order assigns, and serves the result until the next one. Receipts say what it was paid and why.
+It takes an order, gets the model's version and the data if it lacks them, computes the gradient on the index ranges
+that the order assigns, and serves the result until the next one. Receipts say what it was paid and why.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ async def serve(config: MinerConfig) -> None:
         device = cli.pick_device(config.device)
         wallet = config.wallet
         loopback = config.axon.ip.startswith(LOOPBACK)
-        keypair: Keypair = load_keypair(wallet.name, wallet.hotkey, wallet.path, create=loopback, say=say)
+        keypair: Keypair = load_keypair(wallet.name, wallet.hotkey, str(wallet.path), create=loopback, say=say)
         cache = Cache(config.cache.expanduser())
         if config.unpin:
             cache.unpin()
@@ -89,7 +89,11 @@ async def serve(config: MinerConfig) -> None:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    waits = [worker.failed, asyncio.ensure_future(ended.wait()), asyncio.ensure_future(parent_gone(config.parent))]
+    waits: list[asyncio.Future[object]] = [
+        worker.failed,
+        asyncio.ensure_future(ended.wait()),
+        asyncio.ensure_future(parent_gone(config.parent)),
+    ]
     try:
         done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for future in done:

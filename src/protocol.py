@@ -194,7 +194,7 @@ class BlobRef(Part):
 
 
 class TaskSpec(Part):
-    """A task by name, with plain parameters that the task's own torch-free dataclass validates: never code or a path."""
+    """A task by name, with plain parameters that the task itself validates: never code, never a path."""
 
     name: Name
     parameters: Annotated[dict[Name, int | float | bool | Text], Field(max_length=64)]
@@ -343,7 +343,7 @@ class Refusal(Message):
 MESSAGES: dict[str, type[Message]] = {m.kind: m for m in (Hello, Order, Reply, Status, Stop, Receipt)}
 
 
-# --- values that transport and market exchange (never on the wire as such) ---------------------------------------------
+# --- values that transport and market exchange (never on the wire as such) --------------------------------------------
 
 Blobs = Mapping[Digest, Buffer]  # what the validator can hand over
 
@@ -351,9 +351,7 @@ Blobs = Mapping[Digest, Buffer]  # what the validator can hand over
 class Refused(Exception):
     """A request is refused: the HTTP status, and what the refusal says."""
 
-    def __init__(
-        self, status: int, reason: str, fault: Fault | None = None, missing: Iterable[BlobRef] = ()
-    ) -> None:
+    def __init__(self, status: int, reason: str, fault: Fault | None = None, missing: Iterable[BlobRef] = ()) -> None:
         super().__init__(reason)
         self.status = status
         self.reason = reason
@@ -378,8 +376,6 @@ class Received:
     signed: Signed
     bytes_up: int  # miner to validator
     bytes_down: int  # validator to miner
-
-
 
 
 @dataclass(frozen=True)

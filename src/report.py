@@ -59,7 +59,9 @@ def finish(
         for t in totals
     ]  # fmt: skip
     loss_plot(folder / "loss.png", lines, f"{folder.name}: {config.task}", "round", "validation loss (nats per token)")
-    console.table(folder.name, ["", "value"], [(name.replace("_", " "), shown(value)) for name, value in summary.items()])
+    console.table(
+        folder.name, ["", "value"], [(name.replace("_", " "), shown(value)) for name, value in summary.items()]
+    )
     console.table("miners", ["hotkey", "accepted rounds", "faults", f"{task.unit} accepted", "weight"], miners)
     console.say(f"run folder {folder}, plot {folder / 'loss.png'}")
 
@@ -67,7 +69,7 @@ def finish(
 def run_baseline(
     config: TrainingConfig, task: Task, device: torch.device, rounds: Sequence[RoundRecord], console: Console
 ) -> tuple[Curve, float]:
-    """Plain training on the batches that were accepted, round by round: its validation curve, and its units a second."""
+    """Plain training on the batches that were accepted: its validation curve by rounds, and its units a second."""
     from market.baseline import new_learner, train
     from market.cursor import merge
     from protocol import Receipt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,32 +20,34 @@ FIXED = (
     *("task", "gpt2.", "seed", "broadcast", "codec.", "aggregation", "ranking"),
     *("optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip"),
 )
-# Said anew each time, or only of the moment.
-FLEETING = ("resume", "config", "run", "runs")
+FLEETING = ("resume", "config", "run", "runs")  # of one command, not of the run
+LEDGER = "ledger.sqlite"
 
 
 def resume_flags(argv: Sequence[str]) -> list[str]:
     """With --resume the run's own flags are the defaults. ValueError where there is no such run."""
     if "--resume" not in argv:
         return []
-    runs = Path(cli.flag_value(argv, "--runs") or ValidatorConfig().runs)
+    from records.ledger import Ledger
+
+    runs = Path(cli.flag_value(argv, "--runs") or ValidatorConfig().runs).expanduser()
     name = cli.flag_value(argv, "--run") or _newest(runs)
-    path = runs / name / "config.json"
-    if not path.is_file():
+    if not (runs / name / LEDGER).is_file():
         raise ValueError(f"--run {name}: there is no such run in {runs}; start it without --resume")
-    known = cli.flatten(ValidatorConfig())
-    values = {key: value for key, value in json.loads(path.read_text()).items() if key in known}
+    with closing(Ledger(runs / name / LEDGER)) as ledger:
+        values = {key: json.loads(text) for key, text in ledger.meta().items()}
     flags = ["--run", name]
-    for key, value in values.items():
-        if key not in FLEETING and value is not None and value != known[key]:
+    for key, known in cli.flatten(ValidatorConfig()).items():
+        value = values.get(key, known)
+        if key not in FLEETING and value is not None and value != known:
             flags += cli.as_flags(key, value)
     return flags
 
 
 def _newest(runs: Path) -> str:
-    found = sorted(runs.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    found = sorted(runs.glob(f"*/{LEDGER}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise ValueError(f"--resume: there is no run in {runs}; name its folder with --runs")
+        raise ValueError(f"--resume: there is no run in {runs}; name their folder with --runs")
     return found[-1].parent.name
 
 
@@ -59,17 +62,16 @@ def open_store(config: ValidatorConfig, folder: Path) -> Store:
     """A new run's store, or with --resume the run's own; ValueError where that is of another task or model."""
     from records.store import Store
 
-    flags = cli.flatten(config)
+    flags = {key: json.dumps(value) for key, value in cli.flatten(config).items()}
     if not config.resume:
-        store = Store.create(folder, {key: json.dumps(value) for key, value in flags.items()}, config.snapshot.keep)
-    else:
-        store = Store.open(folder, config.snapshot.keep)
-        for key, text in store.meta().items():
-            if key.startswith(FIXED) and json.loads(text) != flags.get(key):
-                store.close()
-                raise ValueError(
-                    f"--{key.replace('_', '-')} {flags.get(key)}: run {folder.name} was started with "
-                    f"{json.loads(text)}; resume it with that, or start another --run"
-                )
-    (folder / "config.json").write_text(json.dumps(flags, indent=2) + "\n")
+        return Store.create(folder, flags, config.snapshot.keep)
+    store = Store.open(folder, config.snapshot.keep)
+    for key, began_with in store.meta().items():
+        if key.startswith(FIXED) and flags.get(key) != began_with:
+            store.close()
+            raise ValueError(
+                f"--{key.replace('_', '-')} {flags.get(key)}: run {folder.name} was started with {began_with}; "
+                "resume it with that, or start another --run"
+            )
+    store.set_meta(flags)
     return store

@@ -1,12 +1,12 @@
 """A validator: owns a model and the only optimizer, and runs the marketplace that trains it.
 
-    python src/validator.py --wallet.name validator --wallet.hotkey default --device cuda:0 --axons 8091 8092
-    python src/validator.py --local 2 --baseline        # two miners of this machine, and plain training beside it
+python src/validator.py --wallet.name validator --wallet.hotkey default --device cuda:0 --axons 8091 8092
+python src/validator.py --local 2 --baseline        # two miners of this machine, and plain training beside it
 
-    market/round.py     a round, one method a step: plan, broadcast, collect, verify, aggregate, step, score, commit
-    market/learner.py   the model, the optimizer, the chain of versions
-    transport/          the wire: signed requests, streamed bodies
-    records/            the ledger, spooled payloads, snapshots, metrics, the display
+market/round.py     a round, one method a step: plan, broadcast, collect, verify, aggregate, step, score, commit
+market/learner.py   the model, the optimizer, the chain of versions
+transport/          the wire: signed requests, streamed bodies
+records/            the ledger, spooled payloads, snapshots, metrics, the display
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,8 @@ import runs
 from market.config import ValidatorConfig
 
 if TYPE_CHECKING:
-    from market.learner import Learner
     from market.round import Market, Network
+    from protocol import Hotkey
     from records.console import Console
     from records.metrics import Metrics
     from records.store import Store
@@ -69,6 +70,12 @@ def report_round(done: int, store: Store, metrics: Metrics, console: Console) ->
         console.round(row)
 
 
+def rewrite_metrics(store: Store, metrics: Metrics) -> None:
+    """After a restart metrics.jsonl says what the ledger says, up to the newest round, which comes anew."""
+    looks = store.evaluations()
+    metrics.rewrite([{**r.metrics, **looks.get(r.round + 1, {})} for r in store.committed(0)[:-1]])
+
+
 async def run(config: ValidatorConfig) -> None:
     """Wires the parts, trains, and shows what came of it."""
     import report
@@ -95,7 +102,7 @@ async def run(config: ValidatorConfig) -> None:
         try:
             with cli.mistakes(PROGRAM):
                 market = await restored_market(config, folder, task, network, store, tensors, console)
-                metrics.rewrite({**r.metrics, **store.evaluations().get(r.round + 1, {})} for r in store.committed(0))
+                rewrite_metrics(store, metrics)
             began = time.monotonic()
             await train(config, market, store, metrics, console)
             seconds = time.monotonic() - began
@@ -124,13 +131,13 @@ async def connect(config: ValidatorConfig, folder: Path, axons: Sequence[str], c
     endpoints = [parse_endpoint(axon) for axon in axons]
     wallet = config.wallet
     loopback = all(endpoint.is_loopback for endpoint in endpoints)
-    keypair = load_keypair(wallet.name, wallet.hotkey, wallet.path, create=loopback, say=console.say)
-    pins = folder / "peers.json"
+    keypair = load_keypair(wallet.name, wallet.hotkey, str(wallet.path), create=loopback, say=console.say)
+    pins = folder / "peers.json"  # which hotkey answers at which endpoint
     network = Dendrite(
         keypair,
         endpoints,
         json.loads(pins.read_text()) if pins.exists() else {},
-        lambda known: pins.write_text(json.dumps(known, indent=2)),
+        partial(save_pins, pins),
         config.task,
         console.say,
     )
@@ -144,6 +151,13 @@ async def connect(config: ValidatorConfig, folder: Path, axons: Sequence[str], c
         )
     console.say(f"{there} of {len(endpoints)} miners are there; run folder {folder}")
     return network
+
+
+def save_pins(path: Path, pins: dict[str, Hotkey]) -> None:
+    from records.durable import replacing
+
+    with replacing(path) as file:
+        file.write(json.dumps(pins, indent=2).encode())
 
 
 async def restored_market(

@@ -167,6 +167,7 @@ def make_receipt(order: Order, order_digest: Digest) -> Receipt:
         order=order_digest,
         verdict="ACCEPTED",
         reason="4 of 4",
+        done=order.ranges,
         work=4,
         scores={},
         weight=1.0,

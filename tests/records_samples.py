@@ -101,7 +101,7 @@ def record(round: int, receipts: tuple[Signed, ...] | None = None) -> RoundRecor
         version=digest("version", str(round).encode()),
         cursor=f'{{"next": {round + 1}}}',
         receipts=tuple(receipt(round, hotkey) for hotkey in HOTKEYS) if receipts is None else receipts,
-        weights={hotkey: 1 / 3 for hotkey in HOTKEYS},
+        weights=dict.fromkeys(HOTKEYS, 1 / 3),
         ranker="{}",
         metrics={"round": round, "loss": 0.1 + round, "note": "fine"},
     )

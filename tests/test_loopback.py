@@ -46,17 +46,16 @@ def test_timers_fire_in_their_exact_order_and_at_their_times() -> None:
     assert all(at == pytest.approx(s, rel=1e-12, abs=1e-9) for s, at in fired)
 
 
-def test_a_late_clock_still_moves_by_small_steps() -> None:
-    """At 1e12 s a double cannot hold a microsecond: time must pass all the same."""
+def test_time_passes_where_doubles_are_coarse() -> None:
+    """After 1,000 days a double no longer holds a nanosecond: timers must fire all the same."""
 
     async def main() -> int:
-        for _ in range(20_000_000 // 86400):  # the loop looks at its timers once a day at least
-            await asyncio.sleep(86400.0)
-        for step in range(100):
+        await asyncio.sleep(1000 * DAY_S)
+        for _ in range(100):
             await asyncio.sleep(1e-9)
-        return step
+        return 1
 
-    assert run(main()) == 99
+    assert run(main()) == 1
 
 
 def test_threads_run_in_turn_and_raise_where_they_are_awaited() -> None:
@@ -103,7 +102,10 @@ def test_an_exchange_pushes_blobs_and_writes_the_payload(tmp_path: Path) -> None
         assert unseal(received.signed, Reply, MINER.ss58_address) == received.reply
         assert received.bytes_up > len(STATE) and received.bytes_down > len(STATE) + len(TOKENS)
         assert net.now() == pytest.approx(60)
-        receipt, stop = make_receipt(order, signed.digest), Stop(run="test", round=0, hotkey=miner.hotkey, order="0" * 64)
+        receipt, stop = (
+            make_receipt(order, signed.digest),
+            Stop(run="test", round=0, hotkey=miner.hotkey, order="0" * 64),
+        )
         assert await net.tell(miner.hotkey, net.seal(receipt)) and await net.tell(miner.hotkey, net.seal(stop))
         assert miner.receipts == [receipt] and miner.stops == [stop]
 

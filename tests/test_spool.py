@@ -144,9 +144,13 @@ def test_a_blob_is_there_after_commit_only(tmp_path: Path) -> None:
 def test_a_blob_that_is_not_the_one_announced_leaves_nothing(tmp_path: Path, data: bytes, reason: str) -> None:
     cache = Cache(tmp_path)
     writer = cache.store(REF)
-    with pytest.raises(ProtocolError, match=reason):
+
+    def receive() -> None:
         writer.write(data)
         writer.commit()
+
+    with pytest.raises(ProtocolError, match=reason):
+        receive()
     writer.abort()  # may be said twice
     assert cache.blob(REF) is None
     assert blobs(tmp_path) == []
@@ -173,8 +177,9 @@ def test_leftovers_of_a_killed_miner_go_and_live_writers_stay(tmp_path: Path) ->
     live = Cache(tmp_path).store(REF)
     live.write(DATA)
     script = (
-        "import os, signal, sys; from pathlib import Path; from protocol import BlobRef; from records.cache import Cache;"
-        "writer = Cache(Path(sys.argv[1])).store(BlobRef.model_validate_json(sys.argv[2])); writer.write(b'half');"
+        "import os, signal, sys; from pathlib import Path\n"
+        "from protocol import BlobRef; from records.cache import Cache\n"
+        "writer = Cache(Path(sys.argv[1])).store(BlobRef.model_validate_json(sys.argv[2])); writer.write(b'half')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src")}

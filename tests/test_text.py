@@ -162,7 +162,14 @@ def test_the_vocabulary_travels_as_one_blob(bpe: Tokenizer) -> None:
     again = BPETokenizer(bpe.vocabulary)
     assert again.encode([TEXT.encode()])[0].tolist() == bpe.encode([TEXT.encode()])[0].tolist()
     lines = bpe.vocabulary.splitlines(keepends=True)
-    attacks = (b"", lines[1] + lines[0], b"".join(lines[1:]), bpe.vocabulary + b"!! 50256\n", lines[0] * 300, b"\xff 0\n")
+    attacks = (
+        b"",
+        lines[1] + lines[0],
+        b"".join(lines[1:]),
+        bpe.vocabulary + b"!! 50256\n",
+        lines[0] * 300,
+        b"\xff 0\n",
+    )
     for blob in attacks:
         with pytest.raises(ProtocolError, match="vocabulary"):
             BPETokenizer(blob)
@@ -283,7 +290,11 @@ def test_without_a_network_the_error_is_one_line(tmp_path: Path) -> None:
         "    try: attempt()\n"
         "    except ValueError as error: print(error)\n"
     )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     ended = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=60
     )
@@ -307,7 +318,11 @@ def test_without_a_network_the_error_is_one_line(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": ""}\n', "empty"),
         ("a.jsonl", b'{"text": "a"}\nnot json\n', "line 2 is not JSON"),
         ("a.jsonl", b"[1]\n", "line 1 is not a JSON object"),
-        ("a.jsonl", b'{"question": "a", "answer": "b"}\n', r"no column text, only question, answer; give --gpt2\.column"),
+        (
+            "a.jsonl",
+            b'{"question": "a", "answer": "b"}\n',
+            r"no column text, only question, answer; give --gpt2\.column",
+        ),
         ("a.jsonl", b'{"text": 5}\n', "holds int, not text"),
         ("a.jsonl.xz", b"not xz", "cannot read"),
         ("a.parquet", b"not parquet", "cannot read"),
@@ -330,6 +345,12 @@ def test_other_bad_text(tmp_path: Path) -> None:
         prepared(tmp_path, tmp_path / "empty")
     with pytest.raises(ValueError, match="no column nope, only id, text"):
         prepared(tmp_path, save(tmp_path / "a.parquet", ["x"]), column="nope")
-    for flag, value in (("validation", 1.0), ("validation", 0.0), ("rows", -1), ("max_bytes", -1), ("eval_sequences", 0)):
+    for flag, value in (
+        ("validation", 1.0),
+        ("validation", 0.0),
+        ("rows", -1),
+        ("max_bytes", -1),
+        ("eval_sequences", 0),
+    ):
         with pytest.raises(ValueError, match=rf"^--gpt2\.{flag} {value}"):
             GPT2Config(**{flag: value})

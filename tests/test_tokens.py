@@ -86,4 +86,3 @@ def test_an_order_is_a_permutation_that_seed_and_epoch_change() -> None:
 def test_the_order_is_fixed_for_ever() -> None:
     assert window_order(0, 0, 10).tolist() == [6, 9, 4, 8, 3, 5, 7, 1, 0, 2]
     assert window_order(7, 3, 10).tolist() == [9, 3, 5, 6, 7, 2, 1, 0, 4, 8]
-

@@ -60,7 +60,7 @@ class Learner:
         self.blob_digest: Digest = digest("state", self.blob)
 
     def state(self) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-        """What a snapshot holds: the base version, parameters, buffers, and the optimizer's moments by parameter name."""
+        """What a snapshot holds: versions; parameters, buffers, and the optimizer's moments by parameter name."""
         tensors = {f"model/{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {f"buffer/{name}": b for name, b in self.task.buffers(self.model).items()}
         for name, p in self.parameters.items():
@@ -85,7 +85,9 @@ class Learner:
         self.base = header["base"] or None
         self.encode()
         if self.version != header["version"]:
-            raise ValueError(f"snapshot: its state makes version {self.version[:12]}, its header says {header['version'][:12]}")
+            raise ValueError(
+                f"snapshot: its state makes version {self.version[:12]}, its header says {header['version'][:12]}"
+            )
 
     def _parameter(self, name: str, value: torch.Tensor) -> nn.Parameter:
         if name not in self.parameters or self.parameters[name].shape != value.shape:
@@ -94,7 +96,7 @@ class Learner:
 
 
 def load_replica(task: Task, model: nn.Module, codec: Codec, blob: Buffer) -> None:
-    """The miner's side of `Learner.encode`: a checked state into the model. ProtocolError unless exactly its tensors."""
+    """The miner's side of `Learner.encode`: a state into the model. ProtocolError unless exactly its tensors."""
     targets: dict[str, torch.Tensor] = {**task.trainable(model), **task.buffers(model)}
     tensors = codec.decode(blob, {name: t.shape for name, t in targets.items()})
     with torch.no_grad():

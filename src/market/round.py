@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 
 class Network(Protocol):
-    """The wire as a round needs it: HTTP (transport.dendrite), or one process under a virtual clock (transport.loopback)."""
+    """The wire as a round needs it: HTTP (transport.dendrite), or in one process under a virtual clock (loopback)."""
 
     def now(self) -> float: ...
     def seal(self, message: Message) -> Signed: ...
@@ -214,7 +214,7 @@ class Market:
         )
 
     async def _exchange(self, opened: Opened, hotkey: Hotkey, received: Received | None) -> Delivery | Faulted:
-        """2 to 4. One miner's part: order out, reply and payload in, verified. Its fault is an outcome, not an error."""
+        """2 to 4. One miner's part: order out, reply and payload in, verified. A fault is an outcome, not an error."""
         order, signed = opened.orders[hotkey], opened.signed[hotkey]
         try:
             if received is None or received.reply.order != signed.digest:
@@ -231,9 +231,7 @@ class Market:
 
     def _verify(self, order: Order, received: Received) -> Contribution:
         payload = self.store.payload(order.round, order.hotkey)
-        return verify(
-            order, received.reply, payload, codec=self.codec, specs=self.specs, count=self.task.count
-        )
+        return verify(order, received.reply, payload, codec=self.codec, specs=self.specs, count=self.task.count)
 
     async def _collect(self, opened: Opened) -> dict[Hotkey, Delivery | Faulted]:
         """3. Every exchange ends by itself: with a reply, a fault, or its deadline."""
@@ -254,7 +252,8 @@ class Market:
         self, opened: Opened, outcomes: Mapping[Hotkey, Delivery | Faulted], metrics: Mapping[str, float]
     ) -> RoundRecord:
         """7. What was not accepted goes back to the cursor; each order gets a receipt that says why it was paid."""
-        evidence, undone = [], []
+        evidence: list[Evidence] = []
+        undone: list[Range] = []
         for hotkey, order in opened.orders.items():
             outcome = outcomes[hotkey]
             ordered = sum(map(self.task.count, indices(order.ranges)))
@@ -267,8 +266,7 @@ class Market:
         self.cursor = self.cursor.give_back(undone)
         scores, weights = self.ranker.update(evidence), dict(self.ranker.weights())
         receipts = [
-            self._receipt(opened, e, outcomes[e.hotkey], scores[e.hotkey], weights.get(e.hotkey, 0.0))
-            for e in evidence
+            self._receipt(opened, e, outcomes[e.hotkey], scores[e.hotkey], weights.get(e.hotkey, 0.0)) for e in evidence
         ]
         return RoundRecord(
             round=opened.round,
@@ -323,7 +321,7 @@ class Market:
         await asyncio.to_thread(self.store.commit, record)
 
     async def _announce(self, record: RoundRecord) -> None:
-        """Receipts, once committed; who was late also stops. A miner that is away misses its copy: the ledger keeps it."""
+        """Receipts, once committed; who was late also stops. For a miner that is away the ledger keeps its copy."""
         told = []
         for signed in record.receipts:
             r = Receipt.parse(signed.body)

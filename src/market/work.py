@@ -35,8 +35,8 @@ def compute(
 ) -> Work | None:
     """The gradient of the task's loss on the ranges, micro-batch by micro-batch.
 
-    Before each one `should_stop` is told how long the slowest so far took, in seconds; what is done by then is returned,
-    None where that is nothing. The sum is divided at the end, so that partial work is a mean over what it counts.
+    Before each one `should_stop` is told how long the slowest so far took, in seconds; what is done by then is
+    returned, None where that is nothing. The sum is divided at the end, so that partial work is a mean over it.
     """
     parameters = task.trainable(model)
     for p in parameters.values():

@@ -1,7 +1,8 @@
 """The miner's side of a round: what it holds, what it is doing, and what it refuses.
 
-It keeps no optimizer and no state between rounds but the model version it has, its data, and its last reply, which stays
-fetchable until the next order. Typed messages in, typed messages out: bytes, signatures and sockets are the transport's.
+It keeps no optimizer and no state between rounds but the model version it has, its data, and its last reply, which
+stays fetchable until the next order. Typed messages in, typed messages out: bytes, signatures and sockets are the
+transport's.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class Worker:
         self.state: tuple[Digest, bytearray] | None = None  # received, not yet in the model
         self.wanted: dict[Digest, BlobRef] = {}  # asked for by the last refusal; nothing else is taken
         self.encode_s = 0.0
-        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.failed: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._built: tuple[TaskSpec, Digest, Task, nn.Module] | None = None
         self._thread = ThreadPoolExecutor(1, "compute")  # one thread: one OpenMP team, and jobs never overlap
         self._running: set[asyncio.Task[None]] = set()
@@ -232,7 +233,9 @@ class Worker:
         if order.hotkey != self.hotkey:
             raise Refused(400, f"an order for {order.hotkey[:8]}", Fault.MALFORMED)
         if order.task.name not in self.tasks:
-            raise Refused(400, f"task {order.task.name}: this miner does {', '.join(sorted(self.tasks))}", Fault.MALFORMED)
+            raise Refused(
+                400, f"task {order.task.name}: this miner does {', '.join(sorted(self.tasks))}", Fault.MALFORMED
+            )
         for codec in (order.codec_up, order.codec_down):
             if codec not in CODECS:
                 raise Refused(400, f"codec {codec}: this miner knows {', '.join(CODECS)}", Fault.MALFORMED)

@@ -1,4 +1,4 @@
-"""Evidence → scores → weights. One file a ranker; the literal dict is the list, and `package.module:Class` adds your own."""
+"""Evidence → scores → weights. One file a ranker in the literal dict; `package.module:Class` is one of your own."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RANKERS: dict[str, str] = {
 
 
 def load_ranker(name: str) -> Ranker:
-    """The ranker of that name, or of a user's own `package.module:Class`. ValueError with the flag where there is none."""
+    """The ranker of that name, or a user's own `package.module:Class`. ValueError where there is none."""
     target = RANKERS.get(name, name)
     module, _, attribute = target.partition(":")
     if not attribute:

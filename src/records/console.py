@@ -46,17 +46,22 @@ class Console:
         self._handler = RichHandler(console=self._console, show_path=False, markup=False)
         self._handler.setFormatter(logging.Formatter(_LOG_FORMAT))
         self._level = logging.DEBUG if debug else logging.WARNING
-        self._handler.setLevel(self._level)
+        self._level_before = logging.getLogger().level
 
     def start(self) -> None:
-        logging.getLogger().addHandler(self._handler)
-        logging.getLogger().setLevel(self._level)
+        root = logging.getLogger()
+        self._level_before = root.level
+        root.setLevel(self._level)
+        root.addHandler(self._handler)
         if self._live:
             self._progress.start()
 
     def stop(self) -> None:
-        self._progress.stop()
-        logging.getLogger().removeHandler(self._handler)
+        if self._live:
+            self._progress.stop()
+        root = logging.getLogger()
+        root.removeHandler(self._handler)
+        root.setLevel(self._level_before)
 
     def __enter__(self) -> Self:
         self.start()

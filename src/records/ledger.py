@@ -1,9 +1,10 @@
-"""The run's book in SQLite: what was ordered, what came of it, who earned what and why. One transaction commits a round.
+"""The run's book in SQLite: what was ordered, what came of it, who earned what and why.
 
     sqlite3 runs/demo/ledger.sqlite "SELECT round, hotkey, fault, reason FROM receipts WHERE fault IS NOT NULL"
     sqlite3 runs/demo/ledger.sqlite "SELECT hotkey, sum(work) FROM receipts GROUP BY hotkey"
 
-Orders, receipts and their signatures are kept as they were signed, so each row is evidence by itself.
+One transaction commits a round. Orders, receipts and their signatures are kept as they were signed, so each row is
+evidence by itself.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ class Ledger:
         (schema,) = self._connection.execute("PRAGMA user_version").fetchone()
         if schema > SCHEMA_VERSION:
             raise ValueError(
-                f"{path}: ledger schema {schema}, this Pilot reads up to {SCHEMA_VERSION}; update Pilot or choose another --run"
+                f"{path}: ledger schema {schema}, this Pilot reads up to {SCHEMA_VERSION}; "
+                "update Pilot, or choose another --run"
             )
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")  # in WAL mode NORMAL may lose the last commits
@@ -118,13 +120,13 @@ class Ledger:
     # --- the run --------------------------------------------------------------------------------------------------
 
     def meta(self) -> dict[str, str]:
-        """What the run is, as its creation said; empty before that."""
+        """What the run is: its flags; empty before its creation."""
         return dict(self._rows("SELECT key, value FROM meta ORDER BY key"))
 
     def set_meta(self, values: Mapping[str, str]) -> None:
-        """Once, at the run's creation."""
+        """At the run's creation, and when it is resumed with other flags."""
         with self._transaction() as db:
-            db.executemany("INSERT INTO meta VALUES (?, ?)", values.items())
+            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
 
     # --- rounds ---------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
     snapshots/00000040.safetensors     the state with rounds 0 to 39 applied
 
-The file's own digest lies at a fixed place in its header (computed with zeros there), so a snapshot is one file, appears
-by one rename, and any safetensors reader opens it.
+The file's own digest lies at a fixed place in its header (computed with zeros there), so a snapshot is one file,
+appears by one rename, and any safetensors reader opens it.
 """
 
 from __future__ import annotations

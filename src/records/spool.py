@@ -53,7 +53,7 @@ class Spool:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def seal(self, received: Received) -> None:
-        """Make a reply and the payload, which lies whole in its `payload_path`, durable. From here on it is received."""
+        """Make a reply durable, and its payload, which lies whole in its `payload_path`. Now it is received."""
         reply = received.reply
         payload = self.payload_path(reply.round, reply.hotkey)
         seal = _Seal(signed=received.signed, bytes_up=received.bytes_up, bytes_down=received.bytes_down)

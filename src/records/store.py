@@ -124,7 +124,7 @@ class Store:
         return self._ledger.totals()
 
     def save_snapshot(self, round: int, header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Path:
-        """The state with the rounds before `round` applied. Then deletes the payloads that no snapshot needs any more."""
+        """The state with the rounds before `round` applied. Then deletes what of the spool no snapshot needs."""
         path = self._snapshots.save(round, header, tensors)
         self.prune()
         return path

@@ -102,7 +102,8 @@ def hub_revision(source: DatasetRef) -> str | None:
     """The commit that the source's revision (none: the newest) stands for now."""
     from huggingface_hub import HfApi
 
-    return HfApi().dataset_info(source.name, revision=source.revision).sha
+    sha: str | None = HfApi().dataset_info(source.name, revision=source.revision).sha
+    return sha
 
 
 def _first_line(error: Exception) -> str:
@@ -196,11 +197,9 @@ def split(documents: Iterable[Document], validation: float) -> Iterator[Piece]:
     first = list(itertools.islice(documents, FEW))
     few = len(first) < FEW
     for index, document in enumerate(itertools.chain(first, documents)):
-        if few:
-            at = document.size - int(document.size * validation)
-        else:
-            at = 0 if _drawn(index, validation) else sys.maxsize
-        yield from _cut(document.pieces, at)
+        dealt = 0 if _drawn(index, validation) else sys.maxsize
+        kept = document.size - int(document.size * validation)
+        yield from _cut(document.pieces, kept if few else dealt)
 
 
 def _drawn(index: int, fraction: float) -> bool:

@@ -128,7 +128,7 @@ class GPT2:
         if not self.batches_per_epoch:
             raise ValueError(
                 f"--gpt2.text: {len(tokens.train)} tokens for training are less than a micro-batch of "
-                f"{shape.batch_size} x {shape.seq_len}; give more text, or a smaller --gpt2.batch_size or --gpt2.seq_len"
+                f"{shape.batch_size} x {shape.seq_len}; give more text, or lower --gpt2.batch_size or --gpt2.seq_len"
             )
         if not self._count_windows(tokens.validation):
             raise ValueError(
@@ -153,7 +153,7 @@ class GPT2:
         shape = GPT2Shape.parse(spec)
         if tokens.digest != data.tokens.digest:
             raise ProtocolError(f"tokens {tokens.digest[:12]}, not {data.tokens.digest[:12]}", Fault.WRONG_DATA)
-        if tokens.train.itemsize > 1 and tokens.largest >= shape.vocab_size:
+        if shape.vocab_size < 256**tokens.train.itemsize and tokens.largest >= shape.vocab_size:
             raise ProtocolError(f"token {tokens.largest} of a vocabulary of {shape.vocab_size}")
         try:
             return cls(shape, data, tokens)
@@ -187,16 +187,20 @@ class GPT2:
         return model.train()
 
     def _initial_model(self) -> nn.Module:
+        model: nn.Module
         if self._pretrained:
-            return _load_weights(self._pretrained, self.shape)
-        with _seeded(self.shape.seed):
-            return GPT2LMHeadModel(self.shape.config())
+            model = _load_weights(self._pretrained, self.shape)
+        else:
+            with _seeded(self.shape.seed):
+                model = GPT2LMHeadModel(self.shape.config())
+        return model
 
     def _empty_model(self, device: torch.device | str) -> nn.Module:
         with torch.device("meta"):
-            model = GPT2LMHeadModel(self.shape.config())
+            model: nn.Module = GPT2LMHeadModel(self.shape.config())
         model.to_empty(device=device)
-        model.tie_weights()  # emptying gave each of two tied parameters its own memory
+        # emptying gave each of two tied parameters its own memory
+        model.tie_weights()  # type: ignore[operator]
         return model
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -278,9 +282,7 @@ def _load_config(name: str) -> transformers.GPT2Config:
     except (OSError, ValueError) as error:
         raise _unknown_model(name, error) from error
     if not isinstance(config, transformers.GPT2Config):
-        raise ValueError(  # noqa: TRY004
-            f"--gpt2.model {name}: a {config.model_type}, not a gpt2; name a GPT-2"
-        )
+        raise ValueError(f"--gpt2.model {name}: a {config.model_type}, not a gpt2; name a GPT-2")
     return config
 
 

@@ -55,7 +55,7 @@ class BPETokenizer:
 
     def __init__(self, vocabulary: bytes) -> None:
         import tiktoken
-        from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
+        from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str  # type: ignore[import-untyped]
 
         ranks = parse_vocabulary(vocabulary)
         self.separator = len(ranks)
@@ -71,7 +71,8 @@ class BPETokenizer:
             return list(pool.map(self._encode, texts))
 
     def _encode(self, text: bytes) -> Array:
-        return self._encoding.encode_to_numpy(text.decode(), disallowed_special=())
+        ids: Array = self._encoding.encode_to_numpy(text.decode(), disallowed_special=())
+        return ids
 
 
 def parse_vocabulary(blob: bytes) -> dict[bytes, int]:

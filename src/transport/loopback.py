@@ -64,6 +64,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._jump = _Jump()
         super().__init__(self._jump)
+        # The loop fires timers up to time() + this. At its own 1e-9 s that sum is time() itself from 194 days on, where
+        # doubles are coarser, and a timer that is due would never fire.
+        self._clock_resolution = 1e-6
 
     def time(self) -> float:
         return self._jump.now

@@ -1,0 +1,150 @@
+"""A GPT-2 of 20,000 parameters on 60 KB of text, and a marketplace of real workers over the loopback network."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from bittensor.sp_core import Keypair
+from transformers import GPT2Config as HubConfig
+from transformers import GPT2LMHeadModel
+
+from aggregation import load_aggregator
+from codec import load_codec
+from market.learner import Learner
+from market.round import Market, Network, Terms
+from market.worker import Worker
+from protocol import DataSpec, Hotkey, Receipt
+from ranking import load_ranker
+from records.cache import Cache
+from records.store import Store
+from tasks.config import AdamWConfig, GPT2Config
+from tasks.gpt2 import GPT2
+from tasks.optimizer import schedule
+from tasks.tokens import Tokens
+from transport import Service
+from transport.loopback import Loopback
+
+VALIDATOR = Keypair.create_from_uri("//Validator")
+MINERS = [Keypair.create_from_uri(f"//Miner{i}") for i in range(8)]
+CPU = torch.device("cpu")
+torch.set_num_threads(1)  # more of them only get into each other's way on a model of this size
+OPTIMIZER = AdamWConfig(lr=1e-3, warmup=2)
+TERMS = Terms(run="tiny", batches=2, deadline_s=60.0, patience=3, codec_up="fp32", codec_down="fp32")
+ROUNDS = 20
+
+
+def write_text(path: Path, size: int = 60_000) -> Path:
+    """Words that a model can learn something from, the same each time."""
+    rng = random.Random(0)
+    words = ["the", "miner", "round", "gradient", "deadline", "ledger", "weights", "of", "and", "commits", "a"]
+    path.write_text(" ".join(rng.choice(words) for _ in range(size // 5))[:size])
+    return path
+
+
+def save_model(folder: Path) -> Path:
+    torch.manual_seed(0)
+    shape = HubConfig(n_layer=1, n_head=2, n_embd=32, n_positions=32, vocab_size=256, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(shape).save_pretrained(folder)
+    return folder
+
+
+def tiny_config(folder: Path) -> GPT2Config:
+    text, model = folder / "text.txt", folder / "model"
+    if not model.exists():
+        write_text(text)
+        save_model(model)
+    return GPT2Config(
+        model=str(model), text=str(text), tokenizer="byte", batch_size=4, eval_sequences=8, validation=0.1
+    )
+
+
+def tiny_task(folder: Path) -> GPT2:
+    folder.mkdir(parents=True, exist_ok=True)
+    return GPT2.prepare(tiny_config(folder), seed=0, cache=folder / "cache", progress=lambda line: None)
+
+
+def learning_rate(step: int) -> float:
+    return OPTIMIZER.lr * schedule(OPTIMIZER, step, ROUNDS)
+
+
+@dataclass
+class Place:
+    """One marketplace in this process: give `market` to a coroutine on a virtual loop."""
+
+    market: Market
+    store: Store
+    network: Loopback
+    workers: dict[Hotkey, Worker]
+    said: list[str]
+
+
+def make_worker(folder: Path, keypair: Keypair, said: list[str], clock: Callable[[], float]) -> Worker:
+    cache = Cache(folder / keypair.ss58_address)
+
+    def find_tokens(spec: DataSpec) -> Tokens:
+        path = cache.blob(spec.tokens)
+        assert path is not None
+        return Tokens.open(path)
+
+    return Worker(keypair.ss58_address, frozenset({"gpt2"}), CPU, cache, find_tokens, said.append, clock)
+
+
+def make_place(
+    folder: Path,
+    task: GPT2,
+    network: Callable[[Loopback], Network] = lambda loopback: loopback,
+    wrap: Callable[[Worker], Service] = lambda worker: worker,
+    store: Store | None = None,
+    miners: Sequence[Keypair] = MINERS[:2],
+    aggregation: str = "mean",
+    **terms: object,
+) -> Place:
+    """Call it inside the loop. The run in `folder` is created, or opened where it exists."""
+    if store is None:
+        run = folder / "run"
+        store = Store.open(run, keep=2) if run.exists() else Store.create(run, {"task": "gpt2"}, keep=2)
+    said: list[str] = []
+    clock = asyncio.get_running_loop().time
+    workers = {k.ss58_address: make_worker(folder / "miners", k, said, clock) for k in miners}
+    services = {hotkey: wrap(worker) for hotkey, worker in workers.items()}
+    loopback = Loopback(VALIDATOR, services, {k.ss58_address: k for k in miners}, latency_s=0.01)
+    asked = replace(TERMS, **terms)
+    market = Market(
+        asked,
+        task,
+        Learner(task, OPTIMIZER, load_codec(asked.codec_down), CPU),
+        network(loopback),
+        store,
+        load_ranker("accepted_work"),
+        load_aggregator(aggregation),
+        load_codec(asked.codec_up),
+        learning_rate,
+    )
+    return Place(market, store, loopback, workers, said)
+
+
+async def play(market: Market, rounds: int) -> None:
+    """Rounds up to the number given, as validator.py does, without its looks at the model."""
+    opened = await market.open() if market.round < rounds else None
+    while opened is not None:
+        opened = await market.play(opened, last=market.round + 1 >= rounds)
+    await market.finish()
+
+
+def parameters(market: Market) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in market.learner.parameters.items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def receipts(store: Store, round: int) -> dict[Hotkey, Receipt]:
+    """What a committed round said of each miner."""
+    [record] = [r for r in store.committed(round) if r.round == round]
+    return {r.hotkey: r for r in (Receipt.parse(s.body) for s in record.receipts)}
