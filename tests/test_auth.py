@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.echo import MALLORY, MINER, VALIDATOR, make_order
 
 from protocol import Fault, Message, Order, ProtocolError, Refused, Reply, Signed, Stop
-from tests.echo import MALLORY, MINER, VALIDATOR, make_order
 from transport.auth import AuthError, Guard, StaleRequest, Verifier, WrongReceiver, seal, sign_request, unseal
 from transport.wallets import load_keypair
 
@@ -105,7 +105,7 @@ def test_without_an_allow_list_the_first_caller_is_pinned() -> None:
     guard.admit("first")
     guard.admit("first")
     assert pins == ["first"]
-    with pytest.raises(Refused, match="--unpin") as caught:
+    with pytest.raises(Refused, match=r"--unpin") as caught:
         guard.admit("second")
     assert caught.value.status == 403
     with pytest.raises(Refused):
@@ -117,7 +117,7 @@ def test_an_allow_list_decides_alone() -> None:
     guard = Guard(frozenset({"a", "b"}), "c", pins.append)
     guard.admit("a")
     guard.admit("b")
-    with pytest.raises(Refused, match="--allow") as caught:
+    with pytest.raises(Refused, match=r"--allow") as caught:
         guard.admit("c")
     assert caught.value.status == 403
     assert not pins
@@ -129,12 +129,13 @@ def test_a_missing_wallet_is_made_once_and_said(tmp_path: Path) -> None:
     again = load_keypair("demo", "h1", str(tmp_path), create=False, say=said.append)
     other = load_keypair("demo", "h2", str(tmp_path), create=True, say=said.append)
     assert first.ss58_address == again.ss58_address != other.ss58_address
-    assert len(said) == 2 and all("unencrypted" in line and "\n" not in line for line in said)
+    assert len(said) == 2
+    assert all("unencrypted" in line and "\n" not in line for line in said)
 
 
 def test_a_missing_wallet_elsewhere_names_the_command(tmp_path: Path) -> None:
     path = str(tmp_path / "a folder")
-    with pytest.raises(ValueError, match="--wallet.hotkey h1") as caught:
+    with pytest.raises(ValueError, match=r"--wallet\.hotkey h1") as caught:
         load_keypair("cold", "h1", path, create=False, say=print)
     line = str(caught.value)
     command = shlex.split(line.partition("make one with: ")[2])
@@ -146,6 +147,6 @@ def test_a_missing_wallet_elsewhere_names_the_command(tmp_path: Path) -> None:
 def test_a_broken_key_file_is_one_line(tmp_path: Path) -> None:
     load_keypair("cold", "h1", str(tmp_path), create=True, say=lambda _: None)
     (tmp_path / "cold" / "hotkeys" / "h1").write_text("not a key")
-    with pytest.raises(ValueError, match="--wallet.hotkey h1: ") as caught:
+    with pytest.raises(ValueError, match=r"--wallet\.hotkey h1: ") as caught:
         load_keypair("cold", "h1", str(tmp_path), create=True, say=print)
     assert "\n" not in str(caught.value)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.echo import MALLORY, MINER, STATE, TOKENS, VALIDATOR, Echo, blobs_of, make_order, make_receipt
 
 from protocol import Fault, Faulted, Reply, Stop, digest
-from tests.echo import MALLORY, MINER, STATE, TOKENS, VALIDATOR, Echo, blobs_of, make_order, make_receipt
 from transport.auth import unseal
 from transport.loopback import Loopback, run
 
@@ -100,14 +100,17 @@ def test_an_exchange_pushes_blobs_and_writes_the_payload(tmp_path: Path) -> None
         signed = net.seal(order)
         received = await net.exchange(order, signed, blobs_of(order), tmp_path / "p")
         assert unseal(received.signed, Reply, MINER.ss58_address) == received.reply
-        assert received.bytes_up > len(STATE) and received.bytes_down > len(STATE) + len(TOKENS)
+        assert received.bytes_up > len(STATE)
+        assert received.bytes_down > len(STATE) + len(TOKENS)
         assert net.now() == pytest.approx(60)
         receipt, stop = (
             make_receipt(order, signed.digest),
             Stop(run="test", round=0, hotkey=miner.hotkey, order="0" * 64),
         )
-        assert await net.tell(miner.hotkey, net.seal(receipt)) and await net.tell(miner.hotkey, net.seal(stop))
-        assert miner.receipts == [receipt] and miner.stops == [stop]
+        assert await net.tell(miner.hotkey, net.seal(receipt))
+        assert await net.tell(miner.hotkey, net.seal(stop))
+        assert miner.receipts == [receipt]
+        assert miner.stops == [stop]
 
     run(main())
     assert (tmp_path / "p").read_bytes() == STATE

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from protocol import Digest, Fault, Faulted, Hotkey, Order, Refused, Reply, Status, Stop
+from aiohttp import web
 from tests.echo import (
     MALLORY,
     MINER,
@@ -25,6 +25,8 @@ from tests.echo import (
     served,
     serving,
 )
+
+from protocol import Digest, Fault, Faulted, Hotkey, Order, Refused, Reply, Status, Stop
 from transport.auth import unseal
 from transport.axon import Axon
 from transport.dendrite import Dendrite, Endpoint, parse_endpoint
@@ -35,6 +37,12 @@ def free_port() -> int:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]
         return port
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 async def fault(network: Dendrite, order: Order, path: Path, state: bytes = STATE) -> Faulted:
@@ -118,8 +126,7 @@ def test_a_miner_restarted_in_mid_exchange_gets_its_order_again(tmp_path: Path) 
                 task = asyncio.create_task(
                     network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "p")
                 )
-                while not before.orders:
-                    await asyncio.sleep(0.01)
+                await until(lambda: before.orders)
             async with served(after := Echo(), port=port):
                 received = await task
             assert received.reply.round == order.round
@@ -146,13 +153,78 @@ def test_a_clock_that_is_an_hour_off_costs_one_refusal(tmp_path: Path, offset_s:
     asyncio.run(main())
 
 
+def test_a_miner_that_lost_the_state_gets_it_again(tmp_path: Path) -> None:
+    class Dropping(Echo):
+        dropped = False
+
+        async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
+            if not self.dropped:
+                self.dropped = True
+                self.blobs.clear()
+                raise Refused(409, "the state is gone", missing=[self.orders[order].update.blob])
+            return await super().reply(caller, order, wait_s)
+
+    async def main() -> None:
+        async with served(Dropping()) as port, dendrite(port) as network:
+            await network.wait_for_peer(5)
+            order = make_order()
+            await network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "p")
+            assert (tmp_path / "p").read_bytes() == STATE
+
+    asyncio.run(main())
+
+
+def test_a_payload_that_breaks_off_is_fetched_again(tmp_path: Path) -> None:
+    class Breaking(Axon):
+        broken = 0
+
+        async def _payload(self, request: web.Request) -> web.StreamResponse:
+            if self.broken == 2:
+                return await super()._payload(request)
+            self.broken += 1
+            response = web.StreamResponse(headers={"Content-Length": str(len(STATE))})
+            await response.prepare(request)
+            await response.write(b"?" * 100)
+            assert request.transport is not None
+            request.transport.close()
+            return response
+
+    async def main() -> None:
+        axon = Breaking(Echo(), MINER, open_guard(), "127.0.0.1", 0)
+        async with serving(axon) as port, dendrite(port) as network:
+            await network.wait_for_peer(5)
+            order = make_order()
+            await network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "p")
+            assert (tmp_path / "p").read_bytes() == STATE
+            assert axon.broken == 2
+
+    asyncio.run(main())
+
+
+def test_a_miner_s_own_bug_is_logged_there_and_hidden_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Echo):
+        def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
+            raise RuntimeError("a secret path")
+
+    async def main() -> None:
+        async with served(Broken()) as port, dendrite(port, grace_s=0.1) as network:
+            await network.wait_for_peer(5)
+            faulted = await fault(network, make_order(), tmp_path / "p")
+            assert faulted.fault is Fault.SILENT
+            assert "secret" not in faulted.reason
+
+    asyncio.run(main())
+    assert "a secret path" in caplog.text
+    assert "Traceback" in caplog.text
+
+
 def test_no_reply_by_the_deadline_is_late(tmp_path: Path) -> None:
     async def main() -> None:
         miner = Echo()
         miner.held.clear()
         async with served(miner) as port, dendrite(port) as network:
             await network.wait_for_peer(5)
-            assert (await fault(network, make_order(deadline_s=0.5), tmp_path / "p")).fault is Fault.LATE
+            assert (await fault(network, make_order(deadline_s=1.0), tmp_path / "p")).fault is Fault.LATE
             assert network.peers() == (MINER.ss58_address,)
 
     asyncio.run(main())
@@ -189,8 +261,12 @@ def test_a_miner_that_accepts_connections_and_says_nothing_is_silent(tmp_path: P
         async with dendrite(port) as network:
             async with served(Echo(), port=port):
                 await network.wait_for_peer(5)
-            server = await asyncio.start_server(lambda *_: asyncio.sleep(60), "127.0.0.1", port)
+            connections = []
+            server = await asyncio.start_server(lambda _, writer: connections.append(writer), "127.0.0.1", port)
             assert (await fault(network, make_order(deadline_s=0.5), tmp_path / "p")).fault is Fault.SILENT
+            assert connections
+            for writer in connections:
+                writer.close()
             server.close()
 
     asyncio.run(main())
@@ -229,7 +305,9 @@ def test_a_full_disk_is_our_fault(tmp_path: Path) -> None:
 
 def test_first_contact_pins_and_another_hotkey_is_refused_once() -> None:
     async def main() -> None:
-        port, pins, said = free_port(), {}, []
+        port = free_port()
+        pins: dict[str, str] = {}
+        said: list[str] = []
 
         def network(pinned: dict[str, str]) -> Dendrite:
             return Dendrite(
@@ -246,8 +324,11 @@ def test_first_contact_pins_and_another_hotkey_is_refused_once() -> None:
         second = network(pins)
         await second.start()
         async with served(Echo(MALLORY.ss58_address), MALLORY, port):
-            assert not await second.wait_for_peer(0.4)
-        assert len(said) == 1 and MALLORY.ss58_address in said[0] and MINER.ss58_address in said[0]
+            await until(lambda: said)
+            assert not await second.wait_for_peer(0.2)
+        assert len(said) == 1
+        assert MALLORY.ss58_address in said[0]
+        assert MINER.ss58_address in said[0]
         async with served(Echo(), port=port):
             assert await second.wait_for_peer(5)
         await second.close()
@@ -259,8 +340,10 @@ def test_one_miner_at_two_endpoints_counts_once() -> None:
     async def main() -> None:
         said: list[str] = []
         async with served(Echo()) as a, served(Echo()) as b, dendrite(a, b, said=said) as network:
-            assert await network.wait_for_peers(2, 0.4) == 1
-            assert len(said) == 1 and "the same miner" in said[0]
+            await until(lambda: said)
+            assert await network.wait_for_peers(2, 0.2) == 1
+            assert len(said) == 1
+            assert "the same miner" in said[0]
 
     asyncio.run(main())
 
@@ -269,8 +352,11 @@ def test_a_miner_that_does_not_do_the_task_is_said_once() -> None:
     async def main() -> None:
         said: list[str] = []
         async with served(Echo(tasks=("other",))) as port, dendrite(port, said=said) as network:
-            assert not await network.wait_for_peer(0.4)
-            assert len(said) == 1 and "--tasks echo" in said[0] and f"127.0.0.1:{port}" in said[0]
+            await until(lambda: said)
+            assert not await network.wait_for_peer(0.2)
+            assert len(said) == 1
+            assert "--tasks echo" in said[0]
+            assert f"127.0.0.1:{port}" in said[0]
 
     asyncio.run(main())
 
@@ -309,13 +395,13 @@ def test_endpoints() -> None:
     "text", ["", "0", "65536", "x", "80 91", "127.0.0.1:", ":8091", "-1", "8091@", "8091@5Grw", "²"]
 )
 def test_endpoints_that_are_none(text: str) -> None:
-    with pytest.raises(ValueError, match="^--axons ") as caught:
+    with pytest.raises(ValueError, match=r"^--axons ") as caught:
         parse_endpoint(text)
     assert "\n" not in str(caught.value)
 
 
 def test_off_loopback_the_hotkey_is_asked_for() -> None:
-    with pytest.raises(ValueError, match="--axons host:8092: .*write host:8092@<the miner's ss58 address>"):
+    with pytest.raises(ValueError, match=r"--axons host:8092: .*write host:8092@<the miner's ss58 address>"):
         parse_endpoint("host:8092")
 
 
@@ -330,7 +416,7 @@ def test_a_busy_port_names_the_flag() -> None:
 
 def test_an_address_of_another_machine_names_the_flag() -> None:
     async def main() -> None:
-        with pytest.raises(ValueError, match="--axon.ip 203.0.113.1: "):
+        with pytest.raises(ValueError, match=r"--axon\.ip 203\.0\.113\.1: "):
             await Axon(Echo(), MINER, open_guard(), "203.0.113.1", 0).start()
 
     asyncio.run(main())

@@ -42,10 +42,10 @@ class GPT2Config:
     """Folder of GPT-2's encoder.json and vocab.bpe, or the prefix of the two paths. None: the hub's gpt2."""
 
     seq_len: int = 0
-    """Tokens in a sequence. 0: as many as the model has positions (nano 128, GPT-2 1024)."""
+    """Tokens in a sequence. 0: 64 for nano, for all others as many as the model has positions (1024)."""
 
     batch_size: int = 0
-    """Sequences in a micro-batch, the unit in which work is handed out. 0: 16 for nano, 1 for all others."""
+    """Sequences in a micro-batch, the unit in which work is handed out. 0: 8 for nano, 1 for all others."""
 
     validation: float = 0.05
     """Fraction of the text kept for validation, between 0 and 1."""

@@ -297,10 +297,11 @@ def _resolve(
         raise ValueError(
             f"--gpt2.tokenizer {tokenizer.name}: {tokenizer.vocab_size} tokens, {config.model} knows {model.vocab_size}"
         )
+    nano = config.model == "nano"
     chosen: dict[str, Any] = {
         "n_inner": model.n_inner or 4 * model.n_embd,
-        "seq_len": config.seq_len or model.n_positions,
-        "batch_size": config.batch_size or (16 if config.model == "nano" else 1),
+        "seq_len": config.seq_len or (64 if nano else model.n_positions),
+        "batch_size": config.batch_size or (8 if nano else 1),
         "eval_sequences": config.eval_sequences,
         "seed": seed,
     }

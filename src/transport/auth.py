@@ -119,7 +119,8 @@ class Verifier:
         )
         if caller.nonce_ns < self._started_ns:
             raise StaleRequest("the nonce is older than this process")
-        return caller.hotkey_ss58
+        hotkey: Hotkey = caller.hotkey_ss58
+        return hotkey
 
 
 class Guard:

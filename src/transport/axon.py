@@ -236,7 +236,7 @@ async def _body(request: web.Request) -> bytes:
 
 def _query(request: web.Request, *names: str) -> tuple[str, ...]:
     """The values of exactly these parameters, each there once."""
-    if sorted(request.query) != sorted(names):
+    if sorted(name for name, _ in request.query.items()) != sorted(names):
         raise Refused(400, f"query: {', '.join(names)} expected, each once", Fault.MALFORMED)
     return tuple(request.query[name] for name in names)
 

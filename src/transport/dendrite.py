@@ -1,4 +1,4 @@
-"""The validator's client: finds its miners, gives orders, fetches replies and payloads. One `Network` of `market.round`.
+"""The validator's client: finds its miners, gives orders, fetches replies and payloads. `market.round`'s `Network`.
 
 A miner is whoever signs hello's nonce with the hotkey that its endpoint is pinned to. Connections may fail at any point
 of an exchange: every step can be repeated, and a miner that was restarted simply gets its order again.

@@ -44,7 +44,10 @@ class Endpoint:
 
 
 def parse_endpoint(text: str) -> Endpoint:
-    """ "8091" (on this machine), "host:8091", "host:8091@ss58". Raises ValueError; off loopback the hotkey is needed."""
+    """What --axons takes: 8091 (on this machine), host:8091, or host:8091@ss58, which is needed off loopback.
+
+    Raises ValueError.
+    """
     address, at, hotkey = text.partition("@")
     host, colon, port = address.rpartition(":")
     host = host if colon else "127.0.0.1"

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
-from yarl import URL
-
-from protocol import (
-    MAX_MESSAGE_BYTES,
-    Digest,
-    Fault,
-    Faulted,
-    Hotkey,
-    Message,
-    Order,
-    Receipt,
-    Refusal,
-    Reply,
-    digest,
-)
 from tests.echo import (
     MALLORY,
     MINER,
@@ -39,6 +26,22 @@ from tests.echo import (
     make_receipt,
     open_guard,
     serving,
+)
+from yarl import URL
+
+from protocol import (
+    MAX_MESSAGE_BYTES,
+    Digest,
+    Fault,
+    Faulted,
+    Hotkey,
+    Message,
+    Order,
+    Receipt,
+    Refusal,
+    Reply,
+    Status,
+    digest,
 )
 from transport.auth import Keypair, seal, sign_request
 from transport.axon import Axon
@@ -59,7 +62,7 @@ class Caller:
         self, method: str, target: str, headers: Headers | None = None, body: bytes | None = None
     ) -> tuple[int, Refusal]:
         url = URL(f"http://127.0.0.1:{self.port}{target}", encoded=True)
-        async with self.session.request(method, url, headers=headers, data=body) as response:
+        async with self.session.request(method, url, headers=headers, data=body and io.BytesIO(body)) as response:
             text = await response.read()
             return response.status, Refusal.parse(text) if response.status >= 400 else Refusal(reason="")
 
@@ -102,8 +105,11 @@ def refuses(tmp_path: Path, status: int, send: Callable[[Caller], Awaitable[tupl
     async def play(caller: Caller, axon: Axon, miner: Echo) -> None:
         got, refusal = await send(caller)
         assert (got, dict(axon.refused)) == (status, {status: 1})
-        assert refusal.reason and "Traceback" not in refusal.reason
-        assert not miner.orders and not miner.blobs and not miner.receipts
+        assert refusal.reason
+        assert "Traceback" not in refusal.reason
+        assert not miner.orders
+        assert not miner.blobs
+        assert not miner.receipts
         refusals.append(refusal)
 
     attack(tmp_path, play)
@@ -270,7 +276,8 @@ def test_a_second_validator_meets_a_pinned_miner(tmp_path: Path) -> None:
         assert (await caller.order())[0] == 409  # VALIDATOR is pinned by now; the blobs are missing
         body = seal(MALLORY, ORDER).model_dump_json().encode()
         status, refusal = await caller.order(body, MALLORY)
-        assert status == 403 and "--unpin" in refusal.reason
+        assert status == 403
+        assert "--unpin" in refusal.reason
         assert not miner.orders
 
     attack(tmp_path, play)
@@ -291,7 +298,7 @@ def test_a_second_validator_meets_a_pinned_miner(tmp_path: Path) -> None:
         ("GET", "/v2/hello", 404),
         ("GET", "/v1/../../etc/passwd", 404),
         ("PUT", f"/v1/blob?kind=pickle&digest={'0' * 64}&bytes=4", 400),
-        ("PUT", f"/v1/blob?kind=state&digest=..%2f..%2fetc&bytes=4", 400),
+        ("PUT", "/v1/blob?kind=state&digest=..%2f..%2fetc&bytes=4", 400),
         ("PUT", f"/v1/blob?kind=state&digest={'0' * 64}&bytes=0", 400),
         ("PUT", f"/v1/blob?kind=state&digest={'0' * 64}&bytes=999999999999999", 400),
     ],
@@ -380,7 +387,7 @@ class Liar(Axon):
 class Twisted(Echo):
     """Replies with these fields changed, and sends this payload."""
 
-    def __init__(self, payload: bytes | None = None, **changed: object) -> None:
+    def __init__(self, payload: bytes | None = None, **changed: Any) -> None:
         super().__init__()
         self.sent, self.changed = payload, changed
 
@@ -418,7 +425,7 @@ def test_reply_signed_by_another_key(tmp_path: Path) -> None:
     [{"order": "0" * 64}, {"round": 5}, {"run": "other"}, {"hotkey": MALLORY.ss58_address}, {"loss": float("nan")}],
     ids=lambda changed: next(iter(changed)),
 )
-def test_reply_to_something_else(tmp_path: Path, changed: dict[str, object]) -> None:
+def test_reply_to_something_else(tmp_path: Path, changed: dict[str, Any]) -> None:
     assert verdict(tmp_path, Twisted(**changed)) is Fault.MALFORMED
 
 
@@ -435,7 +442,7 @@ def test_payload_larger_than_any(tmp_path: Path) -> None:
 
 def test_a_miner_that_asks_for_what_is_not_the_order_s(tmp_path: Path) -> None:
     class Greedy(Echo):
-        def order(self, caller: Hotkey, order: Order, digest: Digest) -> object:
+        def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
             other = make_order(b"secret" * 10)
             return super().order(caller, other, digest)
 
@@ -444,7 +451,7 @@ def test_a_miner_that_asks_for_what_is_not_the_order_s(tmp_path: Path) -> None:
 
 def test_a_miner_that_asks_for_the_same_for_ever(tmp_path: Path) -> None:
     class Forgetful(Echo):
-        def order(self, caller: Hotkey, order: Order, digest: Digest) -> object:
+        def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
             self.blobs.clear()
             return super().order(caller, order, digest)
 

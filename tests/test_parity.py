@@ -1,0 +1,92 @@
+"""A marketplace computes what plain training computes: fp32 both ways, full broadcast, mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny import CPU, MINERS, OPTIMIZER, ROUNDS, equal, make_place, parameters, play, tiny_task
+
+from market.baseline import new_learner, train
+from market.config import BaselineConfig
+from market.learner import Learner
+from market.work import compute
+from protocol import Range
+from tasks.gpt2 import GPT2
+from transport.loopback import run
+
+CONFIG = BaselineConfig(optimizer=OPTIMIZER, rounds=ROUNDS)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> GPT2:
+    return tiny_task(tmp_path_factory.mktemp("tiny"))
+
+
+def baseline(task: GPT2, batches: int) -> tuple[Learner, list[float]]:
+    learner = new_learner(CONFIG, task, CPU)
+    steps = ((Range(i * batches, (i + 1) * batches),) for i in range(ROUNDS))
+    return learner, [work.loss for work in train(CONFIG, learner, steps)]
+
+
+def test_one_miner_is_bitwise_the_baseline(tmp_path: Path, task: GPT2) -> None:
+    async def main() -> tuple[dict[str, torch.Tensor], list[object]]:
+        place = make_place(tmp_path, task, miners=MINERS[:1], batches=3)
+        await play(place.market, ROUNDS)
+        return parameters(place.market), [r.metrics["loss"] for r in place.store.committed(0)]
+
+    learner, losses = baseline(task, 3)
+    trained, seen = run(main())
+    assert equal(trained, {name: p.detach() for name, p in learner.parameters.items()})
+    assert seen == losses
+
+
+@pytest.mark.parametrize("miners", [2, 3, 5])
+def test_losses_of_many_miners_follow_the_baseline(tmp_path: Path, task: GPT2, miners: int) -> None:
+    async def main() -> list[object]:
+        place = make_place(tmp_path, task, miners=MINERS[:miners], batches=2)
+        await play(place.market, ROUNDS)
+        return [r.metrics["loss"] for r in place.store.committed(0)]
+
+    _, losses = baseline(task, 2 * miners)
+    assert run(main()) == pytest.approx(losses, abs=1e-3)
+
+
+@pytest.mark.parametrize("miners", [2, 3, 5])
+def test_each_gradient_of_many_miners_is_the_baselines(tmp_path: Path, task: GPT2, miners: int) -> None:
+    """From equal parameters, at every step: relative L2 within 1e-5."""
+    errors: list[float] = []
+
+    async def main() -> None:
+        place = make_place(tmp_path, task, miners=MINERS[:miners], batches=2)
+        learner = place.market.learner
+        step, taken = learner.step, iter(range(ROUNDS))
+
+        def compared_step(gradient: dict[str, torch.Tensor], lr: float) -> None:
+            """The real step, after the same gradient was computed in one piece from the same parameters."""
+            given = {name: g.clone() for name, g in gradient.items()}
+            first = next(taken) * 2 * miners
+            work = compute(task, learner.model, [Range(first, first + 2 * miners)])
+            assert work is not None
+            difference = sum(float((given[n] - g).square().sum()) for n, g in work.gradient.items()) ** 0.5
+            errors.append(difference / sum(float(g.square().sum()) for g in work.gradient.values()) ** 0.5)
+            step(given, lr)
+
+        learner.step = compared_step
+        await play(place.market, ROUNDS)
+
+    run(main())
+    assert len(errors) == ROUNDS
+    assert max(errors) < 1e-5
+
+
+def test_comparison_can_fail(tmp_path: Path, task: GPT2) -> None:
+    """Gradients rounded to bf16 give other parameters."""
+
+    async def main(codec: str) -> dict[str, torch.Tensor]:
+        place = make_place(tmp_path / codec, task, miners=MINERS[:1], batches=3, codec_up=codec)
+        await play(place.market, 2)
+        return parameters(place.market)
+
+    assert not equal(run(main("bf16")), run(main("fp32")))
