@@ -7,6 +7,8 @@ A marketplace of N miners with --batches B walks the same indices as this with -
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -37,14 +39,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     learner = new_learner(config, task, device)
     steps = ((Range(i * config.batches, (i + 1) * config.batches),) for i in range(config.rounds))
-    with Console(config.rounds, debug=False) as console:
+    with Console(config.rounds, debug=False) as console, open(config.log or os.devnull, "w") as log:
         began = time.monotonic()
         for done, work in enumerate(train(config, learner, steps), 1):
             seconds = time.monotonic() - began
-            row = {"round": done - 1, "loss": work.loss, f"{task.unit}_per_s": work.count / seconds}
+            row = {"round": done - 1, "loss": work.loss, "seconds": seconds, f"{task.unit}_per_s": work.count / seconds}
             if done == config.rounds or (config.eval_every and done % config.eval_every == 0):
                 row |= task.evaluate(learner.model)
             console.round(row)
+            print(json.dumps(row), file=log, flush=True)
             began = time.monotonic()
     if config.out is not None:
         from safetensors.torch import save_file

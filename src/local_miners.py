@@ -25,7 +25,7 @@ class LocalMiners:
         for i, log in enumerate(self.logs):
             command = [
                 *(sys.executable, str(Path(__file__).with_name("miner.py"))),
-                *("--wallet.name", "local", "--wallet.hotkey", f"M{i + 1}", "--wallet.path", str(folder / "wallets")),
+                *("--wallet.name", f"M{i + 1}", "--wallet.path", str(folder / "wallets")),
                 *("--axon.port", "0", "--cache", str(folder / f"M{i + 1}"), "--tasks", task, "--unpin"),
                 *("--device", device, "--threads", str(threads), "--parent", str(os.getpid())),
             ]

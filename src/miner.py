@@ -65,11 +65,14 @@ async def serve(config: MinerConfig) -> None:
     """Wires key, cache, worker and axon; serves until it is told to end, or its work fails."""
     from market.worker import Worker
     from records.cache import Cache
-    from transport.auth import Guard
+    from transport.auth import Guard, is_bittensor_address
     from transport.axon import Axon
     from transport.wallets import load_keypair
 
     with cli.mistakes(PROGRAM):
+        for caller in config.allow:
+            if not is_bittensor_address(caller):
+                raise ValueError(f"--allow {caller}: no ss58 address; name the hotkeys of your validators")
         device = cli.pick_device(config.device)
         wallet = config.wallet
         loopback = config.axon.ip.startswith(LOOPBACK)

@@ -19,13 +19,13 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, ClassVar, Final, Literal, NamedTuple, Self, TypeVar
 
 from blake3 import blake3
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from typing_extensions import Buffer
 
-PROTOCOL = "pilot/1"
+PROTOCOL: Final = "pilot/1"
 
 # Limits: what a peer may ask us to hold in memory before anything is believed.
 MAX_MESSAGE_BYTES = 1 << 20  # an envelope with its body

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cli
 from market.config import ValidatorConfig
@@ -28,14 +28,11 @@ def resume_flags(argv: Sequence[str]) -> list[str]:
     """With --resume the run's own flags are the defaults. ValueError where there is no such run."""
     if "--resume" not in argv:
         return []
-    from records.ledger import Ledger
-
     runs = Path(cli.flag_value(argv, "--runs") or ValidatorConfig().runs).expanduser()
     name = cli.flag_value(argv, "--run") or _newest(runs)
     if not (runs / name / LEDGER).is_file():
         raise ValueError(f"--run {name}: there is no such run in {runs}; start it without --resume")
-    with closing(Ledger(runs / name / LEDGER)) as ledger:
-        values = {key: json.loads(text) for key, text in ledger.meta().items()}
+    values = _flags_of(runs / name)
     flags = ["--run", name]
     for key, known in cli.flatten(ValidatorConfig()).items():
         value = values.get(key, known)
@@ -45,10 +42,19 @@ def resume_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _newest(runs: Path) -> str:
-    found = sorted(runs.glob(f"*/{LEDGER}"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise ValueError(f"--resume: there is no run in {runs}; name their folder with --runs")
-    return found[-1].parent.name
+    found = sorted(runs.glob(f"*/{LEDGER}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in found:
+        if _flags_of(path.parent):
+            return path.parent.name
+    raise ValueError(f"--resume: there is no run in {runs}; name their folder with --runs")
+
+
+def _flags_of(folder: Path) -> dict[str, Any]:
+    """What the run was started with; nothing where it ended before it began."""
+    from records.ledger import Ledger
+
+    with closing(Ledger(folder / LEDGER)) as ledger:
+        return {key: json.loads(text) for key, text in ledger.meta().items()}
 
 
 def folder_of(config: ValidatorConfig) -> Path:
@@ -62,10 +68,10 @@ def open_store(config: ValidatorConfig, folder: Path) -> Store:
     """A new run's store, or with --resume the run's own; ValueError where that is of another task or model."""
     from records.store import Store
 
-    flags = {key: json.dumps(value) for key, value in cli.flatten(config).items()}
-    if not config.resume:
-        return Store.create(folder, flags, config.snapshot.keep)
+    if not config.resume or not _flags_of(folder):
+        return Store.create(folder, {}, config.snapshot.keep)  # `begin` says what it is
     store = Store.open(folder, config.snapshot.keep)
+    flags = _texts(config)
     for key, began_with in store.meta().items():
         if key.startswith(FIXED) and flags.get(key) != began_with:
             store.close()
@@ -73,5 +79,13 @@ def open_store(config: ValidatorConfig, folder: Path) -> Store:
                 f"--{key.replace('_', '-')} {flags.get(key)}: run {folder.name} was started with {began_with}; "
                 "resume it with that, or start another --run"
             )
-    store.set_meta(flags)
     return store
+
+
+def begin(config: ValidatorConfig, store: Store) -> None:
+    """Everything is there: from now on this is a run. A start that ended before leaves its name free."""
+    store.set_meta(_texts(config))
+
+
+def _texts(config: ValidatorConfig) -> dict[str, str]:
+    return {key: json.dumps(value) for key, value in cli.flatten(config).items()}

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from records.metrics import Metrics
     from records.store import Store
     from tasks import Task
-    from transport.dendrite import Dendrite
+    from transport.auth import Keypair
+    from transport.dendrite import Dendrite, Endpoint
 
 PROGRAM = "validator.py"
 
@@ -82,14 +83,17 @@ async def run(config: ValidatorConfig) -> None:
     from local_miners import LocalMiners
     from records.console import Console
     from records.metrics import Metrics
+    from transport.dendrite import parse_endpoint
 
     with ExitStack() as stack:
         with cli.mistakes(PROGRAM):
             folder = runs.folder_of(config)
+            endpoints = [parse_endpoint(axon) for axon in config.axons]
             device = cli.pick_device(config.device)
             cli.set_threads(config.threads)
-            store = stack.enter_context(closing(runs.open_store(config, folder)))
             console = stack.enter_context(Console(config.rounds, config.logging.debug))
+            keypair = signing_key(config, endpoints, console)
+            store = stack.enter_context(closing(runs.open_store(config, folder)))
             local = stack.enter_context(  # they import while we do
                 LocalMiners(config.local, folder / "miners", config.task, config.device, config.threads)
             )
@@ -98,7 +102,9 @@ async def run(config: ValidatorConfig) -> None:
                 closing(Metrics(folder, config.wandb.mode, config.wandb.project, folder.name))
             )
             tensors = stack.enter_context(ThreadPoolExecutor(1, "tensors"))
-            network = await connect(config, folder, (*config.axons, *local.endpoints(console.say)), console)
+            endpoints += map(parse_endpoint, local.endpoints(console.say))
+            network = await connect(config, folder, keypair, endpoints, console)
+            runs.begin(config, store)
         try:
             with cli.mistakes(PROGRAM):
                 market = await restored_market(config, folder, task, network, store, tensors, console)
@@ -123,15 +129,21 @@ def prepare_task(config: ValidatorConfig, console: Console) -> Task:
     )
 
 
-async def connect(config: ValidatorConfig, folder: Path, axons: Sequence[str], console: Console) -> Dendrite:
-    """Says hello to the miners. ValueError where not one answers in time."""
-    from transport.dendrite import Dendrite, parse_endpoint
+def signing_key(config: ValidatorConfig, endpoints: Sequence[Endpoint], console: Console) -> Keypair:
+    """The wallet's hotkey, made where it is missing and every miner is on this machine."""
     from transport.wallets import load_keypair
 
-    endpoints = [parse_endpoint(axon) for axon in axons]
-    wallet = config.wallet
     loopback = all(endpoint.is_loopback for endpoint in endpoints)
-    keypair = load_keypair(wallet.name, wallet.hotkey, str(wallet.path), create=loopback, say=console.say)
+    wallet = config.wallet
+    return load_keypair(wallet.name, wallet.hotkey, str(wallet.path), create=loopback, say=console.say)
+
+
+async def connect(
+    config: ValidatorConfig, folder: Path, keypair: Keypair, endpoints: Sequence[Endpoint], console: Console
+) -> Dendrite:
+    """Says hello to the miners. ValueError where not one answers in time."""
+    from transport.dendrite import Dendrite
+
     pins = folder / "peers.json"  # which hotkey answers at which endpoint
     network = Dendrite(
         keypair,
@@ -145,8 +157,9 @@ async def connect(config: ValidatorConfig, folder: Path, axons: Sequence[str], c
     there = await network.wait_for_peers(len(endpoints), config.connect_timeout)
     if not there:
         await network.close()
+        axons = " ".join(map(str, endpoints))
         raise ValueError(
-            f"--axons {' '.join(axons)}: no miner answered within --connect-timeout {config.connect_timeout:g} s; "
+            f"--axons {axons}: no miner answered within --connect-timeout {config.connect_timeout:g} s; "
             "start one with python src/miner.py --axon.port PORT"
         )
     console.say(f"{there} of {len(endpoints)} miners are there; run folder {folder}")
@@ -203,6 +216,7 @@ def check(config: ValidatorConfig) -> None:
     """Mistakes that can be seen without importing anything heavy."""
     from aggregation import AGGREGATORS
     from codec import CODECS
+    from ranking import load_ranker
     from tasks import TASKS
 
     choices = {"task": TASKS, "codec.up": CODECS, "codec.down": CODECS, "aggregation": AGGREGATORS}
@@ -210,6 +224,7 @@ def check(config: ValidatorConfig) -> None:
     for flag, known in choices.items():
         if flags[flag] not in known:
             raise ValueError(f"--{flag} {flags[flag]}: unknown; known: {', '.join(known)}")
+    load_ranker(config.ranking)
     least = {"rounds": 1, "batches": 1, "patience": 1, "local": 0, "eval_every": 0, "snapshot.every": 1,
              "snapshot.keep": 2, "deadline": 0.1, "connect_timeout": 0.1}  # fmt: skip
     for flag, value in least.items():

@@ -135,5 +135,10 @@ def test_the_flags_of_the_handbook_parse() -> None:
         "--task gpt2 --run demo --rounds 7 --deadline 30 --batches 3 --seed 1 --wandb.mode offline --codec.up bf16 "
         "--snapshot.every 5 --optimizer.lr 0.1".split(),
     )
-    assert (validator.axons, validator.local, validator.run, validator.rounds) == (("8091", "far:8092@5A"), 2, "demo", 7)
+    assert (validator.axons, validator.local, validator.run, validator.rounds) == (
+        ("8091", "far:8092@5A"),
+        2,
+        "demo",
+        7,
+    )
     assert (validator.deadline, validator.batches, validator.codec.up, validator.codec.down) == (30, 3, "bf16", "fp32")

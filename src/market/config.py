@@ -121,6 +121,8 @@ class BaselineConfig(TrainingConfig):
     """Micro-batches in a step: a marketplace's --batches times its miners."""
     out: Path | None = None
     """File for the final parameters, as safetensors."""
+    log: Path | None = None
+    """File for the steps' figures, a JSON line a step."""
     config: Path | None = None
     """JSON file of flags; flags given here override it."""
 

@@ -150,7 +150,8 @@ class Market:
         accepted = [o.contribution for _, o in sorted(outcomes.items()) if isinstance(o, Delivery)]
         lr = self.lr(opened.round)
         await self._learn(accepted, lr)
-        record = self._score(opened, outcomes, {"lr": lr, "wait_s": collected - opened.started})
+        seconds = {"collect_s": collected - opened.started, "learn_s": self.network.now() - collected}
+        record = self._score(opened, outcomes, {"lr": lr, **seconds})
         self.round = opened.round + 1
         self.empty_rounds = 0 if accepted else self.empty_rounds + 1
         upcoming = None if last or self.out_of_patience else await self.open()

@@ -295,6 +295,7 @@ class Worker:
         began = self.clock()
         order = job.order
         task, model = self._prepare(order)
+        prepared = self.clock()
         self.say(f"round {order.round}: {size(order.ranges)} micro-batches on version {order.version[:12]}")
 
         def should_stop(slowest_s: float) -> bool:
@@ -307,10 +308,15 @@ class Worker:
         work = compute(task, model, order.ranges, should_stop=should_stop, on_batch=on_batch, clock=self.clock)
         if work is None:
             raise Refused(409, "stopped before the first micro-batch was done", Fault.LATE)
-        self._encode(job, work, began)
+        computed = self.clock()
+        self._encode(job, work, computed - began)
+        self.encode_s = self.clock() - computed
+        self.say(
+            f"round {order.round}: loss {work.loss:.4f} over {work.count} {task.unit}; "
+            f"load {prepared - began:.3f} s, compute {computed - prepared:.3f} s, encode {self.encode_s:.3f} s"
+        )
 
-    def _encode(self, job: Job, work: Work, began: float) -> None:
-        started = self.clock()
+    def _encode(self, job: Job, work: Work, seconds: float) -> None:
         order = job.order
         payload = load_codec(order.codec_up).encode(work.gradient)
         reply = Reply(
@@ -321,7 +327,7 @@ class Worker:
             version=order.version,
             done=work.done,
             loss=work.loss,
-            seconds=self.clock() - began,
+            seconds=seconds,
             codec=order.codec_up,
             payload_digest=digest("payload", payload),
             payload_bytes=len(memoryview(payload)),
@@ -329,8 +335,6 @@ class Worker:
             residual_after=None,
         )
         job.payload, job.reply = payload, reply
-        self.encode_s = self.clock() - started
-        self.say(f"round {order.round}: loss {work.loss:.4f} over {work.count} in {reply.seconds:.2f} s")
 
     def _prepare(self, order: Order) -> tuple[Task, nn.Module]:
         """The order's task and data, and its model at the order's version."""

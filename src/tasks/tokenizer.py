@@ -55,7 +55,7 @@ class BPETokenizer:
 
     def __init__(self, vocabulary: bytes) -> None:
         import tiktoken
-        from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str  # type: ignore[import-untyped]
+        from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
         ranks = parse_vocabulary(vocabulary)
         self.separator = len(ranks)
