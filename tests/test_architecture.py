@@ -1,4 +1,4 @@
-"""The shape of src/ as docs/ARCHITECTURE.md draws it, read from the sources: who may import whom, what no file may do."""
+"""The shape of src/ as docs/ARCHITECTURE.md draws it, read from the sources: who imports whom, what no file does."""
 
 from __future__ import annotations
 

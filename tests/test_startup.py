@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -123,22 +124,22 @@ def test_the_flags_of_the_handbook_parse() -> None:
     miner = cli.parse(
         MinerConfig,
         "miner.py",
-        "--wallet.name miners --wallet.hotkey M1 --device cuda:1 --axon.port 8091 --axon.ip 0.0.0.0 "
-        "--axon.external-ip 10.0.0.7 --allow 5A 5B --tasks gpt2 --data d.txt --cache c --logging.debug".split(),
+        shlex.split(
+            "--wallet.name miners --wallet.hotkey M1 --device cuda:1 --axon.port 8091 --axon.ip 0.0.0.0 "
+            "--axon.external-ip 10.0.0.7 --allow 5A 5B --tasks gpt2 --data d.txt --cache c --logging.debug"
+        ),
     )
     assert (miner.wallet.hotkey, miner.axon.port, miner.axon.external_ip) == ("M1", 8091, "10.0.0.7")
     assert (miner.allow, miner.tasks, miner.data, miner.logging.debug) == (("5A", "5B"), ("gpt2",), Path("d.txt"), True)
     validator = cli.parse(
         ValidatorConfig,
         "validator.py",
-        "--wallet.name validator --wallet.hotkey default --device cuda:0 --axons 8091 far:8092@5A --local 2 "
-        "--task gpt2 --run demo --rounds 7 --deadline 30 --batches 3 --seed 1 --wandb.mode offline --codec.up bf16 "
-        "--snapshot.every 5 --optimizer.lr 0.1".split(),
+        shlex.split(
+            "--wallet.name validator --wallet.hotkey default --device cuda:0 --axons 8091 far:8092@5A --local 2 "
+            "--task gpt2 --run demo --rounds 7 --deadline 30 --batches 3 --seed 1 --wandb.mode offline --codec.up bf16 "
+            "--snapshot.every 5 --optimizer.lr 0.1"
+        ),
     )
-    assert (validator.axons, validator.local, validator.run, validator.rounds) == (
-        ("8091", "far:8092@5A"),
-        2,
-        "demo",
-        7,
-    )
-    assert (validator.deadline, validator.batches, validator.codec.up, validator.codec.down) == (30, 3, "bf16", "fp32")
+    assert (validator.axons, validator.local, validator.run) == (("8091", "far:8092@5A"), 2, "demo")
+    assert (validator.rounds, validator.deadline, validator.batches, validator.seed) == (7, 30, 3, 1)
+    assert (validator.codec.up, validator.codec.down, validator.snapshot.every) == ("bf16", "fp32", 5)
