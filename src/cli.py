@@ -74,8 +74,19 @@ def file_flags(cls: type[object], argv: Sequence[str]) -> list[str]:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.0)[0]
             raise ValueError(f"--config {path}: unknown field {name}; the nearest known one is {near}")
+        if kind := _misfit(value, known[name]):
+            raise ValueError(f"--config {path}: {name} is {json.dumps(value)}; it must be {kind}")
         flags += as_flags(name, value)
     return flags
+
+
+def _misfit(value: Any, default: Any) -> str | None:
+    """What a field of this default takes, if that is not a value of this kind; the rest is tyro's to check."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, tuple):
+        return None if isinstance(value, list) else "a list"
+    return "a single value" if isinstance(value, bool | list) else None
 
 
 def flag_value(argv: Sequence[str], flag: str) -> str | None:

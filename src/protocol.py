@@ -42,6 +42,7 @@ Text = Annotated[str, StringConstraints(max_length=1000)]
 Count = Annotated[int, Field(ge=0, le=MAX_INDEX)]
 Seconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Nanoseconds = Annotated[int, Field(ge=0, lt=1 << 63)]  # since 1970
 BlobKind = Literal["state", "data", "vocabulary"]
 
 
@@ -61,11 +62,16 @@ class Fault(StrEnum):
     BUSY = "BUSY"  # working for another validator
 
 
+def one_line(text: str) -> str:
+    """Text that may quote a peer, fit for a log, a terminal and a receipt: 500 printable characters at most."""
+    return "".join(c if c.isprintable() else "?" for c in text[:500])
+
+
 class ProtocolError(ValueError):
-    """A peer's bytes are not what they claim to be. `fault` says which kind of wrong."""
+    """A peer's bytes are not what they claim to be: why, in one line. `fault` says which kind of wrong."""
 
     def __init__(self, reason: str, fault: Fault = Fault.MALFORMED) -> None:
-        super().__init__(reason)
+        super().__init__(one_line(reason))
         self.fault = fault
 
 
@@ -130,7 +136,7 @@ def _validate(cls: type[M], text: str | bytes) -> M:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "message"
-        raise ProtocolError(f"{cls.__name__}: {field}: {first['msg']}"[:500]) from None
+        raise ProtocolError(f"{cls.__name__}: {field}: {first['msg']}") from None
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -156,7 +162,10 @@ class Message(Part):
     @classmethod
     def parse(cls, text: str | bytes) -> Self:
         """Checked bytes of a peer. Raises ProtocolError with one line that names the field."""
-        return _validate(cls, text)
+        message = _validate(cls, text)
+        if "protocol" not in message.model_fields_set:  # its default is for what we send
+            raise ProtocolError(f"{cls.__name__}: protocol: Field required")
+        return message
 
 
 class Signed(Part):
@@ -197,7 +206,7 @@ class TaskSpec(Part):
     """A task by name, with plain parameters that the task itself validates: never code, never a path."""
 
     name: Name
-    parameters: Annotated[dict[Name, int | float | bool | Text], Field(max_length=64)]
+    parameters: Annotated[dict[Name, int | Number | bool | Text], Field(max_length=64)]
 
 
 class DatasetRef(Part):
@@ -311,7 +320,7 @@ class Hello(Message):
     tasks: tuple[Name, ...]
     codecs: tuple[Name, ...]
     version: Version | None
-    time_ns: int
+    time_ns: Nanoseconds
 
 
 class Status(Message):
@@ -326,7 +335,7 @@ class Status(Message):
     round: Count | None
     version: Version | None
     batches_done: Count
-    time_ns: int
+    time_ns: Nanoseconds
 
 
 class Refusal(Message):
@@ -337,7 +346,7 @@ class Refusal(Message):
     reason: Text
     fault: Fault | None = None
     missing: tuple[BlobRef, ...] = ()
-    time_ns: int = 0  # the server's clock: a caller whose clock is wrong signs again with it
+    time_ns: Nanoseconds = 0  # the server's clock: a caller whose clock is wrong signs again with it
 
 
 MESSAGES: dict[str, type[Message]] = {m.kind: m for m in (Hello, Order, Reply, Status, Stop, Receipt)}
@@ -360,12 +369,12 @@ class Refused(Exception):
 
 
 class Faulted(Exception):
-    """A peer's part of the round failed; becomes its receipt's verdict."""
+    """A peer's part of the round failed; becomes its receipt's verdict, with the reason in one line."""
 
     def __init__(self, fault: Fault, reason: str) -> None:
-        super().__init__(f"{fault}: {reason}")
         self.fault = fault
-        self.reason = reason
+        self.reason = one_line(reason)
+        super().__init__(f"{fault}: {self.reason}")
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,11 @@ async def restored_market(
     snapshot = store.newest_snapshot(console.say)
     if snapshot is not None:
         learner.load_state(snapshot.header, snapshot.tensors)
-    await market.replay(snapshot.round if snapshot else 0)
+    try:
+        await market.replay(snapshot.round if snapshot else 0)
+    except ValueError as error:
+        lost = "" if snapshot else "no whole snapshot is left; "
+        raise ValueError(f"--run {folder.name}: {lost}{error}; otherwise start another --run") from None
     if market.round:
         console.say(f"resumed after round {market.round} of {config.rounds}, version {learner.version[:12]}")
     return market

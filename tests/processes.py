@@ -40,10 +40,10 @@ def eventually(probe: Callable[[], T | None], what: str, patience_s: float = PAT
 
 
 class Process:
-    """A program of ours in a session of its own, with its output in a file. Leaving the context kills the session."""
+    """A command in a session of its own, with its output in a file. Leaving the context kills the session."""
 
-    def __init__(self, program: str, flags: list[str], log: Path) -> None:
-        self.command = [sys.executable, str(SRC / program), *flags]
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.command = command
         self.log = log
         self.start()
 
@@ -125,7 +125,7 @@ class Miner(Process):
         self._endpoint: str | None = None
         own = ["--wallet.name", name, "--wallet.path", str(folder / "wallets"), "--cache", str(folder / name)]
         own += ["--device", "cpu", "--threads", "1", "--axon.port", str(port)]
-        super().__init__("miner.py", [*own, *flags], folder / f"{name}.log")
+        super().__init__(program("miner.py", *own, *flags), folder / f"{name}.log")
 
     @property
     def endpoint(self) -> str:
@@ -171,7 +171,7 @@ def start_miner(folder: Path, name: str, port: int = 0, *flags: str) -> Miner:
 
 def start_validator(folder: Path, *flags: str, log: str = "validator") -> Process:
     """On the tiny task. Later flags win over `tiny_flags`."""
-    return Process("validator.py", [*tiny_flags(folder), *flags], folder / f"{log}.log")
+    return Process(program("validator.py", *tiny_flags(folder), *flags), folder / f"{log}.log")
 
 
 def run_validator(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -179,10 +179,15 @@ def run_validator(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]
     return run_program("validator.py", *tiny_flags(folder), *flags)
 
 
-def run_program(program: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """A program of ours with these flags alone, to its end, with its two outputs apart."""
+def program(name: str, *flags: str) -> list[str]:
+    """The command of a program in src/."""
+    return [sys.executable, str(SRC / name), *flags]
+
+
+def run_program(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """With these flags alone, to its end, its two outputs apart."""
     return subprocess.run(
-        [sys.executable, str(SRC / program), *flags],
+        program(name, *flags),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from typing_extensions import Buffer
 
@@ -29,10 +30,10 @@ class Dense:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
-    def encode(self, tensors: Mapping[str, torch.Tensor]) -> bytearray:
+    def encode(self, tensors: Mapping[str, torch.Tensor]) -> memoryview:
         header = self._header({name: tensor.shape for name, tensor in tensors.items()})
         size = sum(t.numel() for t in tensors.values()) * self.dtype.itemsize
-        payload = bytearray(len(header) + size)
+        payload = np.empty(len(header) + size, np.uint8).data  # memory that numpy uses again, unlike bytearray
         payload[: len(header)] = header
         offset = len(header)
         for name in sorted(tensors):

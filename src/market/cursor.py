@@ -55,10 +55,10 @@ def merge(ranges: Iterable[Range]) -> tuple[Range, ...]:
 
 
 def subtract(ranges: Iterable[Range], done: Iterable[Range]) -> tuple[Range, ...]:
-    """The indices of `ranges` that are not in `done`. Both ascending, `done` within `ranges`."""
+    """The indices of `ranges` that are not in `done`. `done` is ascending and within `ranges`."""
     left: list[Range] = []
     finished = list(done)
-    for start, stop in ranges:
+    for start, stop in merge(ranges):
         for d in finished:
             if start <= d.start < stop:
                 if start < d.start:
@@ -66,7 +66,7 @@ def subtract(ranges: Iterable[Range], done: Iterable[Range]) -> tuple[Range, ...
                 start = d.stop
         if start < stop:
             left.append(Range(start, stop))
-    return merge(left)
+    return tuple(left)
 
 
 def within(done: Iterable[Range], ordered: Iterable[Range]) -> bool:

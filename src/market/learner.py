@@ -61,27 +61,26 @@ class Learner:
 
     def state(self) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         """What a snapshot holds: versions; parameters, buffers, and the optimizer's moments by parameter name."""
-        tensors = {f"model/{name}": p.detach() for name, p in self.parameters.items()}
-        tensors |= {f"buffer/{name}": b for name, b in self.task.buffers(self.model).items()}
+        tensors = self._model_state()
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = value
         return {"base": self.base or "", "version": self.version}, tensors
 
     def load_state(self, header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raises ValueError where the snapshot is of another model."""
+        """Raises ValueError where the snapshot is of another model; this one is then as it was."""
+        own = self._model_state()
+        moments = {key for key in tensors if key.startswith("optimizer/")}
+        for key in sorted(own.keys() | (tensors.keys() - moments)):
+            if key not in own or key not in tensors or own[key].shape != tensors[key].shape:
+                raise ValueError(f"snapshot: {key} is not as in this model")
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])
         self.optimizer.state.clear()
-        with torch.no_grad():
-            for key, value in tensors.items():
-                group, _, name = key.partition("/")
-                if group == "model":
-                    self._parameter(name, value).copy_(value)
-                elif group == "buffer":
-                    self.task.buffers(self.model)[name].copy_(value)
-                else:
-                    moment, _, name = name.partition("/")
-                    p = self.parameters[name]
-                    self.optimizer.state[p][moment] = value.to(p.device, copy=True)
+        for key in sorted(moments):
+            _, moment, name = key.split("/", 2)
+            p = self.parameters[name]
+            self.optimizer.state[p][moment] = tensors[key].to(p.device, copy=True)
         self.base = header["base"] or None
         self.encode()
         if self.version != header["version"]:
@@ -89,10 +88,10 @@ class Learner:
                 f"snapshot: its state makes version {self.version[:12]}, its header says {header['version'][:12]}"
             )
 
-    def _parameter(self, name: str, value: torch.Tensor) -> nn.Parameter:
-        if name not in self.parameters or self.parameters[name].shape != value.shape:
-            raise ValueError(f"snapshot: tensor {name} {list(value.shape)} is not of this model")
-        return self.parameters[name]
+    def _model_state(self) -> dict[str, torch.Tensor]:
+        """The model's own tensors, not copies, by their names in a snapshot."""
+        parameters = {f"model/{name}": p.detach() for name, p in self.parameters.items()}
+        return parameters | {f"buffer/{name}": b for name, b in self.task.buffers(self.model).items()}
 
 
 def load_replica(task: Task, model: nn.Module, codec: Codec, blob: Buffer) -> None:

@@ -8,6 +8,7 @@ transport's.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from typing_extensions import Buffer
@@ -71,9 +73,9 @@ class Cache(Protocol):
 class StateWriter:
     """A model state on its way into memory; hashed as it comes, kept only if it is what the order named."""
 
-    def __init__(self, ref: BlobRef, keep: Callable[[BlobRef, bytearray], None]) -> None:
+    def __init__(self, ref: BlobRef, keep: Callable[[BlobRef, Buffer], None]) -> None:
         self.ref, self.keep = ref, keep
-        self.buffer = bytearray(ref.bytes)
+        self.buffer = np.empty(ref.bytes, np.uint8).data  # memory that numpy uses again, unlike bytearray
         self.filled = 0
         self.hasher = Hasher("state")
 
@@ -91,7 +93,7 @@ class StateWriter:
         self.keep(self.ref, self.buffer)
 
     def abort(self) -> None:
-        self.buffer = bytearray()
+        self.buffer = memoryview(b"")
 
 
 @dataclass
@@ -128,7 +130,7 @@ class Worker:
         self.find_tokens, self.say, self.clock = find_tokens, say, clock
         self.job: Job | None = None
         self.version: Version | None = None  # what the model holds
-        self.state: tuple[Digest, bytearray] | None = None  # received, not yet in the model
+        self.state: tuple[Digest, Buffer] | None = None  # received, not yet in the model
         self.wanted: dict[Digest, BlobRef] = {}  # asked for by the last refusal; nothing else is taken
         self.encode_s = 0.0
         self.failed: asyncio.Future[object] = asyncio.get_running_loop().create_future()
@@ -264,7 +266,7 @@ class Worker:
             raise Refused(404, "no such order here")
         return self.job
 
-    def _keep_state(self, ref: BlobRef, buffer: bytearray) -> None:
+    def _keep_state(self, ref: BlobRef, buffer: Buffer) -> None:
         self.state = (ref.digest, buffer)
 
     async def _run(self, job: Job, previous: Job | None) -> None:
@@ -292,6 +294,8 @@ class Worker:
 
     def _work(self, job: Job) -> None:
         """In the compute thread: model and data, the gradient, its encoding."""
+        if job.stopping.is_set():  # replaced or stopped in the queue: the model stays at the version it has
+            raise Refused(409, "stopped before it began", Fault.LATE)
         began = self.clock()
         order = job.order
         task, model = self._prepare(order)
@@ -317,6 +321,8 @@ class Worker:
         )
 
     def _encode(self, job: Job, work: Work, seconds: float) -> None:
+        if not math.isfinite(work.loss):
+            raise Refused(409, f"the loss is {work.loss}", Fault.NONFINITE)
         order = job.order
         payload = load_codec(order.codec_up).encode(work.gradient)
         reply = Reply(
@@ -345,9 +351,12 @@ class Worker:
             self._built = (order.task, order.data.tokens.digest, task, model)
         _, _, task, model = self._built
         if self.version != order.version:
-            if self.state is None or self.state[0] != order.update.blob.digest:
+            state = self.state
+            if state is None or state[0] != order.update.blob.digest:
                 raise Refused(409, "the state is gone: send the order again", missing=[order.update.blob])
             self.version = None  # neither the old one nor yet the new one
-            load_replica(task, model, load_codec(order.codec_down), self.state[1])
-            self.version, self.state = order.version, None
+            load_replica(task, model, load_codec(order.codec_down), state[1])
+            self.version = order.version
+            if self.state is state:  # and no newer one has come meanwhile
+                self.state = None
         return task, model

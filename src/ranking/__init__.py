@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from protocol import Fault, Hotkey
 
@@ -20,6 +20,7 @@ class Evidence:
     ordered: int  # examples or tokens that were ordered
 
 
+@runtime_checkable
 class Ranker(Protocol):
     """Pure state: no clock, no randomness. Its state is JSON and is part of a round's commit."""
 
@@ -45,10 +46,12 @@ def load_ranker(name: str) -> Ranker:
     """The ranker of that name, or a user's own `package.module:Class`. ValueError where there is none."""
     target = RANKERS.get(name, name)
     module, _, attribute = target.partition(":")
-    if not attribute:
+    if not module or not attribute:
         raise ValueError(f"--ranking {name}: unknown; known: {', '.join(RANKERS)}, or your own package.module:Class")
     try:
-        ranker: Ranker = getattr(import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
+        ranker = getattr(import_module(module), attribute)()
+    except (ImportError, AttributeError, TypeError) as error:  # TypeError: no class, or one that takes arguments
         raise ValueError(f"--ranking {name}: {error}; it must name an importable class") from None
+    if not isinstance(ranker, Ranker):
+        raise ValueError(f"--ranking {name}: a {type(ranker).__name__} has not all methods of ranking.Ranker")
     return ranker
