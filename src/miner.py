@@ -65,6 +65,7 @@ async def serve(config: MinerConfig) -> None:
     """Wires key, cache, worker and axon; serves until it is told to end, or its work fails."""
     from market.worker import Worker
     from records.cache import Cache
+    from tasks import load_task
     from transport.auth import Guard, is_bittensor_address
     from transport.axon import Axon
     from transport.wallets import load_keypair
@@ -81,6 +82,8 @@ async def serve(config: MinerConfig) -> None:
         if config.unpin:
             cache.unpin()
         hotkey: Hotkey = keypair.ss58_address
+        for task in config.tasks:
+            load_task(task)  # now, rather than in the first round
         worker = Worker(
             hotkey, frozenset(config.tasks), device, cache, lambda spec: find_tokens(config, cache, spec), say
         )

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def eventually(probe: Callable[[], T | None], what: str, patience_s: float = PATIENCE_S) -> T:
-    """The first value of `probe` that is not None or False. Fails the test with `what()` did not come about."""
+    """The first value of `probe` that is neither None nor False. Fails the test, naming `what`, where none comes."""
     deadline = time.monotonic() + patience_s
     while True:
         found = probe()

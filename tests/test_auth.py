@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.echo import MALLORY, MINER, VALIDATOR, make_order
 
 from protocol import Fault, Message, Order, ProtocolError, Refused, Reply, Signed, Stop
+from tests.echo import MALLORY, MINER, VALIDATOR, make_order
 from transport.auth import AuthError, Guard, StaleRequest, Verifier, WrongReceiver, seal, sign_request, unseal
 from transport.wallets import load_keypair
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import CPU, MINERS, OPTIMIZER, ROUNDS, equal, make_place, parameters, play, tiny_task
 
 from market.baseline import new_learner, train
 from market.config import BaselineConfig
@@ -14,6 +13,7 @@ from market.learner import Learner
 from market.work import compute
 from protocol import Range
 from tasks.gpt2 import GPT2
+from tests.tiny import CPU, MINERS, OPTIMIZER, ROUNDS, equal, make_place, parameters, play, tiny_task
 from transport.loopback import run
 
 CONFIG = BaselineConfig(optimizer=OPTIMIZER, rounds=ROUNDS)

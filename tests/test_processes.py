@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 import validator
 from protocol import Receipt
 from records.store import Store
-from tests.processes import RUN, SRC, Process, eventually, start_miner, start_validator, tiny_flags
+from tests.processes import RUN, SRC, Miner, Process, eventually, start_miner, start_validator, tiny_flags
 
 PNG = b"\x89PNG\r\n\x1a\n"
 MANY = "100000"  # rounds: more than any test waits for
@@ -28,29 +29,135 @@ def receipts(run: Path) -> list[Receipt]:
         return [Receipt.parse(signed.body) for record in store.committed(0) for signed in record.receipts]
 
 
-def accepted(run: Path, hotkey: str) -> int:
-    """How many replies of a miner were accepted, from a ledger that a validator writes at the same time."""
+def accepted(run: Path, miner: Miner) -> int:
+    """How many of its replies were accepted, from a ledger that a validator writes at the same time."""
     if not (run / "ledger.sqlite").exists():
         return 0
     with closing(sqlite3.connect(f"file:{run}/ledger.sqlite?mode=ro", uri=True)) as ledger:
         if not ledger.execute("SELECT 1 FROM sqlite_master WHERE name = 'receipts'").fetchone():
             return 0
-        [(count,)] = ledger.execute("SELECT count(*) FROM receipts WHERE hotkey = ? AND fault IS NULL", (hotkey,))
+        [(count,)] = ledger.execute("SELECT count(*) FROM receipts WHERE hotkey = ? AND fault IS NULL", (miner.hotkey,))
         return int(count)
+
+
+@pytest.fixture(scope="module")
+def own_miners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A run with --local, under way while other tests wait for their own processes."""
+    folder = tmp_path_factory.mktemp("own")
+    flags = ["--local", "2", "--baseline", "--rounds", "5", "--eval-every", "2"]
+    with start_validator(folder, *flags) as process:
+        yield process
+
+
+# --- miners that come and go ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Story:
+    """What came of a validator whose second miner starts late, is killed, returns; then somebody presses Ctrl-C."""
+
+    place: Path
+    first: Miner
+    late: Miner
+    code: int
+    said: str
+    receipts: list[Receipt]
+
+    @property
+    def rounds(self) -> int:
+        return self.receipts[-1].round + 1
+
+    def rounds_of(self, miner: Miner) -> list[int]:
+        return [r.round for r in self.receipts if r.hotkey == miner.hotkey]
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory, own_miners: Process) -> Iterator[Story]:
+    place = tmp_path_factory.mktemp("place")
+    run = place / "runs" / RUN
+    with socket.create_server(("127.0.0.1", 0)) as vacated:
+        port = vacated.getsockname()[1]
+    with start_miner(place, "first") as first:
+        axons = ["--axons", first.endpoint, str(port), "--connect-timeout", "0.5"]
+        with start_validator(place, *axons, "--rounds", MANY) as process:
+            eventually(lambda: accepted(run, first) >= 3, "rounds of one miner")
+            with start_miner(place, "late", port) as late:
+                eventually(lambda: accepted(run, late) >= 3, "rounds of both")
+                late.kill()
+                alone = accepted(run, first)
+                eventually(lambda: accepted(run, first) >= alone + 20, "rounds without the killed miner")
+                before = accepted(run, late)
+                late.restart()
+                eventually(lambda: accepted(run, late) >= before + 3, "rounds of both again")
+                process.interrupt()
+                code = process.wait()
+                yield Story(place, first, late, code, process.said(), receipts(run))
+
+
+def test_a_miner_that_starts_late_is_picked_up(story: Story) -> None:
+    assert "1 of 2 miners are there" in story.said
+    assert story.rounds_of(story.first) == list(range(story.rounds))
+    assert story.rounds_of(story.late)[0] >= 3
+
+
+def test_a_killed_miner_costs_only_its_part_and_is_used_again(story: Story) -> None:
+    faults = [r for r in story.receipts if r.verdict != "ACCEPTED"]
+    assert [(r.hotkey, r.verdict, r.done, r.work) for r in faults] in (
+        [(story.late.hotkey, "SILENT", (), 0)],  # it died at work, and was not asked again
+        [],  # it died between two orders
+    )
+    [away] = [after - before for before, after in pairwise(story.rounds_of(story.late)) if after > before + 1]
+    assert away >= 18  # twenty rounds without it, but for those that were under way
+    done = sorted(index for r in story.receipts for span in r.done for index in range(*span))
+    assert done == list(range(len(done)))  # what it left undone was ordered again, and nothing twice
+
+
+def test_ctrl_c_ends_a_run_that_can_be_resumed(story: Story) -> None:
+    assert story.code == 130
+    assert story.said.splitlines()[-1] == "validator.py: stopped; --resume goes on from here"
+    assert "Traceback" not in story.said
+
+    runs = story.place / "runs"
+    validator.main(["--resume", "--runs", str(runs), "--rounds", str(story.rounds + 2)])
+    resumed = receipts(runs / RUN)
+    assert resumed[: len(story.receipts)] == story.receipts
+    assert [r.round for r in resumed[len(story.receipts) :]] == [story.rounds] * 2 + [story.rounds + 1] * 2
+
+
+# --- a miner and its validators ---------------------------------------------------------------------------------------
+
+
+def test_a_miner_serves_its_first_validator_until_it_is_unpinned_and_ends_on_sigterm(
+    story: Story, tmp_path: Path
+) -> None:
+    """The story's first miner, which that validator has pinned."""
+    miner = story.first
+    flags = [*tiny_flags(tmp_path), "--axons", miner.endpoint, "--rounds", "1", "--patience", "1"]
+    with pytest.raises(SystemExit) as ended:
+        validator.main([*flags, "--run", "refused"])
+    assert ended.value.code == 1
+    [refused] = receipts(tmp_path / "runs" / "refused")
+    assert "refused with 403: this miner is pinned to" in refused.reason
+
+    miner.restart("--unpin")
+    validator.main([*flags, "--run", "served"])
+    assert [r.verdict for r in receipts(tmp_path / "runs" / "served")] == ["ACCEPTED"]
+
+    miner.terminate()
+    assert miner.wait() == 0
+    assert "Traceback" not in miner.said()
 
 
 # --- miners of the validator's own ------------------------------------------------------------------------------------
 
 
-def test_a_run_with_miners_of_its_own(tmp_path: Path) -> None:
-    flags = ["--local", "2", "--baseline", "--rounds", "5", "--eval-every", "2"]
-    with start_validator(tmp_path, *flags) as process:
-        assert process.wait() == 0, process.said()
-        assert not process.survivors()
-    said = process.said()
+def test_a_run_with_miners_of_its_own(own_miners: Process) -> None:
+    assert own_miners.wait() == 0, own_miners.said()
+    assert not own_miners.survivors()
+    said = own_miners.said()
     for shown in ("val loss before", "baseline val loss", "tokens per s", "bytes down", "accepted rounds", "weight"):
         assert shown in said
-    run = tmp_path / "runs" / RUN
+    run = own_miners.log.parent / "runs" / RUN
     assert f"run folder {run}, plot {run / 'loss.png'}" in said
     assert (run / "loss.png").read_bytes().startswith(PNG)
 
@@ -84,103 +191,3 @@ def test_local_miners_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         assert len(parent.survivors()) == 2
         parent.kill()
         eventually(lambda: not parent.survivors(), "end of the local miner")
-
-
-# --- miners that come and go ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Story:
-    """What came of a validator whose second miner starts late, is killed, returns; then somebody presses Ctrl-C."""
-
-    place: Path
-    first: str  # hotkeys
-    late: str
-    code: int
-    said: str
-    receipts: list[Receipt]
-
-    @property
-    def rounds(self) -> int:
-        return self.receipts[-1].round + 1
-
-    def rounds_of(self, hotkey: str) -> list[int]:
-        return [r.round for r in self.receipts if r.hotkey == hotkey]
-
-
-@pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    place = tmp_path_factory.mktemp("place")
-    run = place / "runs" / RUN
-    with socket.create_server(("127.0.0.1", 0)) as vacated:
-        port = vacated.getsockname()[1]
-    with start_miner(place, "first") as first:
-        axons = ["--axons", first.endpoint, str(port), "--connect-timeout", "0.5"]
-        with start_validator(place, *axons, "--rounds", MANY) as process:
-            eventually(lambda: accepted(run, first.hotkey) >= 3, "rounds of one miner")
-            with start_miner(place, "late", port) as late:
-                eventually(lambda: accepted(run, late.hotkey) >= 3, "rounds of both")
-                late.kill()
-                alone = accepted(run, first.hotkey)
-                eventually(lambda: accepted(run, first.hotkey) >= alone + 20, "rounds without the killed miner")
-                before = accepted(run, late.hotkey)
-                late.restart()
-                eventually(lambda: accepted(run, late.hotkey) >= before + 3, "rounds of both again")
-                process.interrupt()
-                code = process.wait()
-                yield Story(place, first.hotkey, late.hotkey, code, process.said(), receipts(run))
-
-
-def test_a_miner_that_starts_late_is_picked_up(story: Story) -> None:
-    assert "1 of 2 miners are there" in story.said
-    assert story.rounds_of(story.first) == list(range(story.rounds))
-    assert story.rounds_of(story.late)[0] >= 3
-
-
-def test_a_killed_miner_costs_only_its_part_and_is_used_again(story: Story) -> None:
-    faults = [r for r in story.receipts if r.verdict != "ACCEPTED"]
-    assert [(r.hotkey, r.verdict, r.done, r.work) for r in faults] in (
-        [(story.late, "SILENT", (), 0)],  # it died at work, and was not asked again
-        [],  # it died between two orders
-    )
-    ordered = story.rounds_of(story.late)
-    pauses = [after - before for before, after in zip(ordered, ordered[1:], strict=False) if after - before > 1]
-    assert len(pauses) == 1
-    assert pauses[0] >= 18  # of the twenty rounds without it; its last and first may overlap with a neighbour's
-    done = sorted(index for r in story.receipts for span in r.done for index in range(*span))
-    assert done == list(range(len(done)))  # what it left undone was ordered again, and nothing twice
-
-
-def test_ctrl_c_ends_a_run_that_can_be_resumed(story: Story) -> None:
-    assert story.code == 130
-    assert story.said.splitlines()[-1] == "validator.py: stopped; --resume goes on from here"
-    assert "Traceback" not in story.said
-
-    rounds = str(story.rounds + 2)
-    with start_validator(story.place, "--resume", "--rounds", rounds, log="resumed") as process:
-        assert process.wait() == 0, process.said()
-    assert f"resumed after round {story.rounds} of {rounds}" in process.said()
-    assert receipts(story.place / "runs" / RUN)[: len(story.receipts)] == story.receipts
-
-
-# --- a miner and its validators ---------------------------------------------------------------------------------------
-
-
-def test_a_miner_serves_its_first_validator_until_it_is_unpinned_and_ends_on_sigterm(tmp_path: Path) -> None:
-    with start_miner(tmp_path, "pinned") as miner:
-        flags = [*tiny_flags(tmp_path), "--axons", miner.endpoint, "--rounds", "1", "--patience", "1"]
-        other = [*flags, "--wallet.name", "other"]
-        validator.main([*flags, "--run", "first"])
-        with pytest.raises(SystemExit) as ended:
-            validator.main([*other, "--run", "refused"])
-        assert ended.value.code == 1
-        [refused] = receipts(tmp_path / "runs" / "refused")
-        assert "refused with 403: this miner is pinned to" in refused.reason
-
-        miner.restart("--unpin")
-        validator.main([*other, "--run", "served"])
-        assert [r.verdict for r in receipts(tmp_path / "runs" / "served")] == ["ACCEPTED"]
-
-        miner.terminate()
-        assert miner.wait() == 0
-        assert "Traceback" not in miner.said()

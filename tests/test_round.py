@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import MINERS, equal, make_place, parameters, play, receipts, tiny_task
 
 from market.cursor import Cursor
 from protocol import Fault, Range, Signed
 from records.store import Store
 from tasks.gpt2 import GPT2
+from tests.tiny import MINERS, equal, make_place, parameters, play, receipts, tiny_task
 from transport.loopback import run
 
 

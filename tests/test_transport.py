@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+
+from protocol import Digest, Fault, Faulted, Hotkey, Order, Refused, Reply, Status, Stop
 from tests.echo import (
     MALLORY,
     MINER,
@@ -25,8 +27,6 @@ from tests.echo import (
     served,
     serving,
 )
-
-from protocol import Digest, Fault, Faulted, Hotkey, Order, Refused, Reply, Status, Stop
 from transport.auth import unseal
 from transport.axon import Axon
 from transport.dendrite import Dendrite, Endpoint, parse_endpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ class AcceptedWork:
         }
 
     def weights(self) -> Mapping[Hotkey, float]:
-        total = sum(self.work.values())
+        total = math.fsum(self.work.values())  # exact, so in any order the same: a restart sorts them
         return {hotkey: work / total for hotkey, work in sorted(self.work.items())} if total > 0 else {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -316,6 +316,7 @@ def _resolve(
 
 
 def _load_weights(name: str, shape: GPT2Shape) -> GPT2LMHeadModel:
+    transformers.utils.logging.disable_progress_bar()  # it would tear our own display
     try:
         model = GPT2LMHeadModel.from_pretrained(name, config=shape.config(), dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError where shapes differ

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,11 +30,22 @@ def load_keypair(name: str, hotkey: str, path: str, *, create: bool, say: Callab
                 raise ValueError(
                     f"no key file {wallet.hotkey_file.path}; make one with: {_command(name, hotkey, path)}"
                 )
-            _create(wallet)
-            say(f"made the wallet {name}/{hotkey} in {path}, unencrypted: its keys are good for tests only")
+            with _alone(Path(path).expanduser() / name):
+                if not wallet.hotkey_file.exists_on_device():
+                    _create(wallet)
+                    say(f"made the wallet {name}/{hotkey} in {path}, unencrypted: its keys are good for tests only")
         return wallet.get_hotkey()
     except (ValueError, OSError, KeyfileError, WrongPasswordError) as error:
         raise ValueError(f"--wallet.hotkey {hotkey}: {error}") from None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time: miners that share a new wallet may be started at the same moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _create(wallet: Wallet) -> None:

@@ -13,20 +13,6 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from tests.echo import (
-    MALLORY,
-    MINER,
-    STATE,
-    VALIDATOR,
-    Echo,
-    blobs_of,
-    dendrite,
-    honest_exchange,
-    make_order,
-    make_receipt,
-    open_guard,
-    serving,
-)
 from yarl import URL
 
 from protocol import (
@@ -42,6 +28,20 @@ from protocol import (
     Reply,
     Status,
     digest,
+)
+from tests.echo import (
+    MALLORY,
+    MINER,
+    STATE,
+    VALIDATOR,
+    Echo,
+    blobs_of,
+    dendrite,
+    honest_exchange,
+    make_order,
+    make_receipt,
+    open_guard,
+    serving,
 )
 from transport.auth import Keypair, seal, sign_request
 from transport.axon import Axon

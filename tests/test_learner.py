@@ -1,0 +1,230 @@
+"""The validator's model: its steps against torch's own, its state through a snapshot, its versions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from aggregation.means import global_norm
+from codec import load_codec
+from market.learner import Learner, load_replica
+from protocol import ProtocolError, chain, digest
+from tasks.config import AdamWConfig
+from tasks.optimizer import adamw
+from tests.tiny import CPU, OPTIMIZER
+
+FP32 = load_codec("fp32")
+Tensors = dict[str, torch.Tensor]
+
+
+class Norms:
+    """A model with matrices, vectors, and buffers that travel; of a task, what a learner uses."""
+
+    def __init__(self, width: int = 6) -> None:
+        self.width = width
+
+    def build_model(self, device: torch.device | str, initial: bool) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0 if initial else 1)
+            return nn.Sequential(nn.Linear(4, self.width), nn.BatchNorm1d(self.width), nn.Linear(self.width, 2))
+
+    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return dict(sorted(model.named_parameters()))
+
+    def buffers(self, model: nn.Module) -> Tensors:
+        return {name: b for name, b in sorted(model.named_buffers()) if b.is_floating_point()}
+
+    def optimizer(self, model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
+        return adamw(model, config)
+
+
+def make_learner(config: AdamWConfig = OPTIMIZER, width: int = 6, codec: str = "fp32") -> Learner:
+    return Learner(Norms(width), config, load_codec(codec), CPU)  # type: ignore[arg-type]
+
+
+def gradients(learner: Learner, steps: int, seed: int = 0, scale: float = 1.0) -> Iterator[Tensors]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        yield {n: scale * torch.randn(p.shape, generator=generator) for n, p in learner.parameters.items()}
+
+
+def train(learner: Learner, steps: int, seed: int = 0) -> None:
+    for gradient in gradients(learner, steps, seed):
+        learner.step(gradient, lr=1e-2)
+        for b in learner.task.buffers(learner.model).values():
+            b.add_(0.125)  # as a round that aggregates buffers would
+        learner.advance()
+
+
+def saved(learner: Learner) -> tuple[dict[str, str], Tensors]:
+    """A snapshot: through bytes, so nothing is shared with the learner."""
+    header, tensors = learner.state()
+    return header, {name: t.clone() for name, t in tensors.items()}
+
+
+def same(a: Learner, b: Learner) -> bool:
+    (header_a, state_a), (header_b, state_b) = a.state(), b.state()
+    equal = state_a.keys() == state_b.keys() and all(torch.equal(state_a[k], state_b[k]) for k in state_a)
+    return equal and header_a == header_b and a.blob == b.blob and a.update == b.update
+
+
+# --- a step -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("clip", "scale"), [(1.0, 1.0), (1.0, 1e-3), (0.0, 1.0)])
+def test_step_is_clipping_and_torchs_adamw(clip: float, scale: float) -> None:
+    """Against torch's plainest AdamW on a copy, with the clipping done by hand."""
+    config = replace(OPTIMIZER, clip=clip, weight_decay=0.1)
+    learner = make_learner(config)
+    copies = {n: p.detach().clone().requires_grad_() for n, p in learner.parameters.items()}
+    groups = [
+        {"params": [p for p in copies.values() if p.ndim == ndim], "weight_decay": decay}
+        for ndim, decay in ((2, 0.1), (1, 0.0))
+    ]
+    options: dict[str, Any] = {
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "foreach": False,
+        "fused": False,
+    }
+    reference = torch.optim.AdamW(groups, **options)
+    for step, gradient in enumerate(gradients(learner, 5, scale=scale), start=1):
+        norm = global_norm(gradient)
+        assert (norm > 1) == (scale == 1.0)
+        for name, p in copies.items():
+            p.grad = gradient[name] * (min(1.0, clip / norm) if clip else 1.0)
+        for group in reference.param_groups:
+            group["lr"] = 1e-2 / step
+        reference.step()
+        learner.step(gradient, lr=1e-2 / step)
+        for name, p in learner.parameters.items():
+            torch.testing.assert_close(p, copies[name], rtol=1e-5, atol=1e-6)
+
+
+def test_step_is_deterministic_and_depends_on_every_gradient() -> None:
+    one, other = make_learner(), make_learner()
+    train(one, 3)
+    train(other, 3)
+    assert same(one, other)
+    for name in one.parameters:
+        before = one.parameters[name].detach().clone()
+        gradient = {n: torch.zeros_like(p) for n, p in one.parameters.items()}
+        one.step(gradient | {name: torch.ones_like(before)}, lr=1e-2)
+        assert not torch.equal(one.parameters[name], before)
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def test_versions_are_the_protocols_chain_of_the_broadcast_bytes() -> None:
+    learner = make_learner()
+    version = chain(None, digest("state", FP32.encode(state_of(learner))))
+    assert learner.version == version
+    assert learner.update.base is None
+    for gradient in gradients(learner, 3):
+        learner.step(gradient, lr=1e-2)
+        assert learner.version == version  # until it is encoded
+        learner.advance()
+        blob = FP32.encode(state_of(learner))
+        assert learner.version == chain(version, digest("state", blob))
+        assert (learner.update.base, learner.update.blob.digest) == (version, digest("state", blob))
+        assert learner.update.blob.bytes == memoryview(blob).nbytes
+        assert learner.blob == blob
+        version = learner.version
+
+
+def state_of(learner: Learner) -> Tensors:
+    return {**learner.parameters, **learner.task.buffers(learner.model)}
+
+
+# --- snapshots --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_state_continues_bit_identically(steps: int, codec: str) -> None:
+    """Also where the broadcast is coarser than the parameters: it is the exact ones that are kept."""
+    learner, restored = make_learner(codec=codec), make_learner(codec=codec)
+    train(learner, steps)
+    train(restored, 2, seed=5)  # it has a past of its own, which must not shine through
+    restored.load_state(*saved(learner))
+    assert same(restored, learner)
+    train(learner, 2, seed=7)
+    train(restored, 2, seed=7)
+    assert same(restored, learner)
+
+
+def test_restored_learner_shares_nothing_with_the_snapshot() -> None:
+    learner, restored = make_learner(), make_learner()
+    train(learner, 1)
+    header, tensors = saved(learner)
+    before = {name: t.clone() for name, t in tensors.items()}
+    restored.load_state(header, tensors)
+    train(restored, 1)
+    assert all(torch.equal(tensors[name], before[name]) for name in tensors)
+
+
+def test_snapshot_of_another_model_is_refused_and_changes_nothing() -> None:
+    """Wider, with a tensor more, with one less: each a ValueError that names the tensor."""
+    learner, wider = make_learner(), make_learner(width=7)
+    train(learner, 1)
+    before = saved(learner)
+    header, tensors = saved(learner)
+    others = [
+        ("buffer/1.running_mean", saved(wider)[1]),
+        ("model/3.weight", tensors | {"model/3.weight": torch.ones(2)}),
+        ("model/0.weight", tensors | {"model/0.weight": torch.ones(1)}),  # would broadcast
+        *(
+            (lost, {n: t for n, t in tensors.items() if n != lost})
+            for lost in ("model/2.weight", "buffer/1.running_var")
+        ),
+    ]
+    for name, other in others:
+        with pytest.raises(ValueError, match=f"snapshot: {name}"):
+            learner.load_state(header, other)
+        assert learner.version == before[0]["version"]
+        assert all(torch.equal(t, before[1][n]) for n, t in learner.state()[1].items())
+
+
+def test_snapshot_whose_state_is_not_its_versions_is_refused() -> None:
+    learner = make_learner()
+    header, tensors = saved(learner)
+    tensors["model/0.bias"][0] += 1
+    with pytest.raises(ValueError, match="snapshot: its state makes version"):
+        learner.load_state(header, tensors)
+
+
+# --- replicas ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+def test_replica_is_what_was_broadcast(codec: str) -> None:
+    learner = make_learner(codec=codec)
+    train(learner, 2)
+    model = learner.task.build_model(CPU, initial=False)
+    load_replica(learner.task, model, learner.codec, learner.blob)
+    replica = {**learner.task.trainable(model), **learner.task.buffers(model)}
+    rounded = {"fp32": torch.float32, "bf16": torch.bfloat16}[codec]
+    for name, t in state_of(learner).items():
+        assert torch.equal(replica[name], t.to(rounded).to(torch.float32))
+    assert FP32.encode(replica) == learner.blob or codec == "bf16"
+
+
+def test_replica_takes_no_other_tensors() -> None:
+    learner = make_learner()
+    state = {name: t.detach() for name, t in state_of(learner).items()}
+    model = learner.task.build_model(CPU, initial=False)
+    before = {name: p.detach().clone() for name, p in learner.task.trainable(model).items()}
+    for wrong in (
+        {n: t for n, t in state.items() if n != "1.running_var"},
+        state | {"3.weight": torch.ones(2)},
+        state | {"0.bias": torch.ones(7)},
+    ):
+        with pytest.raises(ProtocolError, match="tensor"):
+            load_replica(learner.task, model, FP32, FP32.encode(wrong))
+        assert all(torch.equal(p, before[n]) for n, p in learner.task.trainable(model).items())

@@ -1,0 +1,607 @@
+"""A miner and its orders, request by request: what it takes, repeats, replaces, stops and refuses.
+
+Real workers, files and gradients. Under the virtual loop a job begins when the test next awaits, so what comes before
+that comes while the order is accepted and not yet begun; where work must be cut off in its middle, the loop is real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typing_extensions import Buffer
+
+from codec import load_codec
+from market.learner import Learner
+from market.work import compute
+from market.worker import Worker
+from protocol import (
+    BlobKind,
+    BlobRef,
+    DataSpec,
+    Digest,
+    Fault,
+    Order,
+    ProtocolError,
+    Range,
+    Receipt,
+    Refused,
+    Reply,
+    Signed,
+    Stop,
+    TaskSpec,
+    Update,
+    chain,
+    digest,
+)
+from tasks.gpt2 import GPT2
+from tasks.tokens import Tokens
+from tests.tiny import CPU, MINERS, OPTIMIZER, VALIDATOR, make_worker, tiny_task
+from transport.auth import seal
+from transport.loopback import run
+
+FP32 = load_codec("fp32")
+MINER = MINERS[0]
+HOTKEY, OTHER_MINER = MINER.ss58_address, MINERS[1].ss58_address
+CALLER, RIVAL = VALIDATOR.ss58_address, MINERS[7].ss58_address
+ENDLESS = (Range(0, 10**6),)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> GPT2:
+    return tiny_task(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def learner(task: GPT2) -> Learner:
+    return Learner(task, OPTIMIZER, FP32, CPU)
+
+
+@dataclass
+class Desk:
+    """A validator's desk: writes orders, and sends them with what the miner lacks."""
+
+    task: GPT2
+    learner: Learner
+    worker: Worker
+    said: list[str]
+
+    def order(self, ranges: Sequence[Range] = (Range(0, 2),), state: Buffer | None = None, **changes: Any) -> Order:
+        """`state` instead of the learner's own, with the version that follows from it."""
+        update = self.learner.update
+        if state is not None:
+            ref = BlobRef(kind="state", digest=digest("state", state), bytes=len(memoryview(state)))
+            update = Update(broadcast="full", base=None, blob=ref)
+        fields: dict[str, Any] = {
+            "run": "tiny",
+            "round": 0,
+            "hotkey": HOTKEY,
+            "version": chain(update.base, update.blob.digest),
+            "update": update,
+            "state_digest": None,
+            "task": self.task.spec(),
+            "data": self.task.data_spec,
+            "ranges": tuple(ranges),
+            "deadline_s": 60.0,
+            "staleness": 0,
+            "codec_up": "fp32",
+            "codec_down": "fp32",
+        }
+        return Order(**(fields | changes))
+
+    def send(self, order: Order, caller: str = CALLER, state: Buffer | None = None) -> Digest:
+        """Until it is accepted, with every blob that is missing."""
+        order_digest = digest(order.kind, order.text().encode())
+        try:
+            self.worker.order(caller, order, order_digest)
+        except Refused as refused:
+            if not refused.missing:
+                raise
+            for ref in refused.missing:
+                self.push(ref, self.blob(ref, state), caller)
+            self.worker.order(caller, order, order_digest)
+        return order_digest
+
+    def blob(self, ref: BlobRef, state: Buffer | None = None) -> Buffer:
+        if ref.kind == "state":
+            return self.learner.blob if state is None else state
+        return self.task.blobs()[ref.digest]
+
+    def push(self, ref: BlobRef, data: Buffer, caller: str = CALLER) -> None:
+        writer = self.worker.receive(caller, ref)
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), 10_000):
+            writer.write(view[start : start + 10_000])
+        writer.commit()
+
+    async def reply(self, order: Digest, caller: str = CALLER) -> Reply:
+        reply = await self.worker.reply(caller, order, 60.0)
+        assert reply is not None
+        return reply
+
+    async def refusal(self, order: Digest, caller: str = CALLER) -> Refused:
+        with pytest.raises(Refused) as caught:
+            await self.worker.reply(caller, order, 60.0)
+        return caught.value
+
+    def stop(self, order: Digest, caller: str = CALLER) -> None:
+        self.worker.stop(caller, Stop(run="tiny", round=0, hotkey=HOTKEY, order=order))
+
+    def computed(self) -> int:
+        """Jobs that came to an end with a gradient."""
+        return sum(": loss " in line for line in self.said)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, task: GPT2, learner: Learner) -> Callable[[], Desk]:
+    """To be called inside the loop."""
+
+    def make() -> Desk:
+        said: list[str] = []
+        worker = make_worker(tmp_path, MINER, said, asyncio.get_running_loop().time)
+        return Desk(task, learner, worker, said)
+
+    return make
+
+
+MakeDesk = Callable[[], Desk]
+
+
+def refused(call: Callable[[], object]) -> Refused:
+    with pytest.raises(Refused) as caught:
+        call()
+    return caught.value
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.002)
+
+
+# --- an order's way ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+def test_reply_is_the_gradient_of_what_was_ordered(desk: MakeDesk, task: GPT2, learner: Learner, codec: str) -> None:
+    async def main() -> None:
+        d = desk()
+        order = d.order((Range(0, 2), Range(5, 6)), codec_up=codec)
+        sent = d.send(order)
+        assert (d.worker.status().state, d.worker.status().order) == ("working", sent)
+        reply = await d.reply(sent)
+        work = compute(task, learner.model, order.ranges)
+        assert work is not None
+        payload = d.worker.payload(CALLER, sent)
+        assert bytes(payload) == bytes(load_codec(codec).encode(work.gradient))
+        assert (reply.payload_digest, reply.payload_bytes) == (digest("payload", payload), len(memoryview(payload)))
+        assert (reply.order, reply.version, reply.done, reply.loss) == (sent, order.version, order.ranges, work.loss)
+        assert (reply.run, reply.round, reply.hotkey, reply.codec) == ("tiny", 0, HOTKEY, codec)
+        assert (reply.residual_before, reply.residual_after) == (None, None)
+        status = d.worker.status()
+        assert (status.state, status.batches_done, status.version) == ("done", 3, order.version)
+
+    run(main())
+
+
+def test_hello_says_what_it_can_and_holds(desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+        hello = d.worker.hello("0" * 32)
+        assert (hello.hotkey, hello.nonce, hello.tasks) == (HOTKEY, "0" * 32, ("gpt2",))
+        assert (hello.codecs, hello.version) == (("fp32", "bf16"), None)
+        assert d.worker.status().state == "idle"
+        order = d.order()
+        await d.reply(d.send(order))
+        assert d.worker.hello("1" * 32).version == order.version
+
+    run(main())
+
+
+def test_next_order_on_the_same_version_asks_for_nothing(desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+        missing = refused(lambda: d.worker.order(CALLER, d.order(), "0" * 64)).missing
+        assert [ref.kind for ref in missing] == ["state", "data"]
+        await d.reply(d.send(d.order()))
+        second = d.order((Range(2, 3),), round=1)
+        d.worker.order(CALLER, second, "1" * 64)  # accepted
+        assert (await d.reply("1" * 64)).done == (Range(2, 3),)
+
+    run(main())
+
+
+def test_same_order_again_is_the_same_job(desk: MakeDesk) -> None:
+    """Before, during and after: a validator that lost an answer asks again, and the work is not repeated."""
+
+    async def main() -> None:
+        d = desk()
+        order = d.order((Range(0, 4),))
+        sent = d.send(order)
+        assert d.send(order) == sent
+        first = await d.reply(sent)
+        assert d.worker.order(CALLER, order, sent).batches_done == 4
+        assert await d.reply(sent) == first
+        payload = d.worker.payload(CALLER, sent)
+        assert d.worker.payload(CALLER, sent) is payload  # fetched twice
+        assert d.computed() == 1
+
+    run(main())
+
+
+def test_new_order_replaces_one_that_has_not_begun(desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+        old, new = d.send(d.order(ENDLESS)), d.send(d.order(round=1))
+        assert (await d.reply(new)).round == 1
+        assert d.computed() == 1
+        assert (await d.refusal(old)).status == 404
+        assert refused(lambda: d.worker.payload(CALLER, old)).status == 404
+
+    run(main())
+
+
+def test_new_order_replaces_one_under_way(desk: MakeDesk) -> None:
+    """On a real loop and thread: the old one ends after its micro-batch, the new one is whole."""
+
+    async def main() -> None:
+        d = desk()
+        old = d.send(d.order(ENDLESS))
+        waiting = asyncio.create_task(d.reply(old))
+        await until(lambda: d.worker.status().batches_done > 0)
+        new = d.send(d.order((Range(7, 9),), round=1))
+        assert (await d.reply(new)).done == (Range(7, 9),)
+        assert 0 < (await waiting).done[0].stop < 10**6  # who waited for it already gets what was done
+        d.worker.close()
+
+    asyncio.run(main())
+
+
+# --- other validators -------------------------------------------------------------------------------------------------
+
+
+def test_busy_for_another_validator_until_the_payload_is_fetched(desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+        sent = d.send(d.order())
+        for stage in (lambda: d.reply(sent), lambda: asyncio.sleep(0)):  # not begun; computed, not fetched
+            busy = refused(lambda: d.send(d.order(), RIVAL))
+            assert (busy.status, busy.fault) == (409, Fault.BUSY)
+            assert not busy.missing
+            await stage()
+        d.worker.payload(CALLER, sent)
+        theirs = d.send(d.order(), RIVAL)
+        await d.reply(theirs, RIVAL)
+        assert d.computed() == 2  # the same order of another owner is another job
+
+    run(main())
+
+
+@pytest.mark.parametrize("ending", ["refused", "deadline"])
+def test_not_busy_once_the_order_is_over(desk: MakeDesk, ending: str) -> None:
+    async def main() -> None:
+        d = desk()
+        sent = d.send(d.order(deadline_s=60.0))
+        if ending == "refused":
+            d.stop(sent)
+            await d.refusal(sent)
+        else:
+            await d.reply(sent)
+            assert refused(lambda: d.send(d.order(), RIVAL)).fault is Fault.BUSY
+            await asyncio.sleep(60.0)  # virtual
+        await d.reply(d.send(d.order(), RIVAL), RIVAL)
+
+    run(main())
+
+
+def test_anothers_order_is_not_shown_stopped_or_fetched(desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+        sent = d.send(d.order())
+        assert refused(lambda: d.stop(sent, RIVAL)).status == 404
+        assert (await d.refusal(sent, RIVAL)).status == 404
+        await d.reply(sent)
+        assert refused(lambda: d.worker.payload(RIVAL, sent)).status == 404
+
+    run(main())
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def test_stop_before_it_began_twice_and_after(desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+        order = d.order(ENDLESS)
+        sent = d.send(order)
+        d.stop(sent)
+        d.stop(sent)
+        late = await d.refusal(sent)
+        assert (late.status, late.fault) == (409, Fault.LATE)
+        d.stop(sent)
+        assert d.worker.status().state == "done"
+        assert d.worker.status().batches_done == 0
+        assert refused(lambda: d.worker.payload(CALLER, sent)).status == 404
+        short = d.order()
+        assert (await d.reply(d.send(short))).done == short.ranges  # and it works on as ever
+
+    run(main())
+
+
+def test_stop_in_the_middle_leaves_what_was_done(desk: MakeDesk, task: GPT2, learner: Learner) -> None:
+    """On a real loop and thread. The partial gradient is the mean over exactly what the reply says."""
+
+    async def main() -> None:
+        d = desk()
+        sent = d.send(d.order(ENDLESS))
+        assert await d.worker.reply(CALLER, sent, 0.0) is None  # still at work
+        assert refused(lambda: d.worker.payload(CALLER, sent)).status == 404
+        await until(lambda: d.worker.status().batches_done >= 2)
+        d.stop(sent)
+        d.stop(sent)
+        reply = await d.reply(sent)
+        [done] = reply.done
+        assert done.start == 0
+        assert 2 <= done.stop == d.worker.status().batches_done < 10**6
+        work = compute(task, learner.model, reply.done)
+        assert work is not None
+        assert bytes(d.worker.payload(CALLER, sent)) == bytes(FP32.encode(work.gradient))
+        d.worker.close()
+
+    asyncio.run(main())
+
+
+def test_without_a_stop_the_deadline_ends_it(desk: MakeDesk) -> None:
+    """Each look at the clock costs 0.1 s of virtual time; at 20 s it has replied, with room for the way back."""
+
+    async def main() -> None:
+        d = desk()
+        looks = iter(range(10**6))
+        d.worker.clock = lambda: 0.1 * next(looks)
+        sent = d.send(d.order(ENDLESS, deadline_s=20.0))
+        reply = await d.reply(sent)
+        assert 0 < reply.done[0].stop < 200
+        assert d.worker.clock() <= 20.0
+        assert d.worker.status().state == "done"
+
+    run(main())
+
+
+def test_no_time_for_a_single_batch_is_late(desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+        looks = iter(range(10**6))
+        d.worker.clock = lambda: 10.0 * next(looks)
+        sent = d.send(d.order(deadline_s=15.0))
+        assert (await d.refusal(sent)).fault is Fault.LATE
+        assert d.worker.status().batches_done == 0
+
+    run(main())
+
+
+def test_order_for_nothing_is_late_not_an_error(desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+        assert (await d.refusal(d.send(d.order(())))).fault is Fault.LATE
+        assert not d.worker.failed.done()
+
+    run(main())
+
+
+# --- blobs ------------------------------------------------------------------------------------------------------------
+
+
+def test_blobs_that_nobody_asked_for_are_refused(desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+        state, tokens = d.learner.update.blob, d.task.data_spec.tokens
+        assert refused(lambda: d.worker.receive(CALLER, state)).status == 409
+        refused(lambda: d.worker.order(CALLER, d.order(), "0" * 64))  # now it has asked
+        for other in (
+            state.model_copy(update={"bytes": state.bytes + 1}),
+            state.model_copy(update={"kind": "data"}),
+            BlobRef(kind="state", digest="0" * 64, bytes=state.bytes),
+            BlobRef(kind="vocabulary", digest=tokens.digest, bytes=tokens.bytes),
+        ):
+            assert refused(lambda ref=other: d.worker.receive(CALLER, ref)).status == 409
+        await d.reply(d.send(d.order()))
+        assert refused(lambda: d.worker.receive(CALLER, state)).status == 409  # it has what it asked for
+
+    run(main())
+
+
+@pytest.mark.parametrize("kind", ["state", "data"])
+def test_wrong_bytes_are_refused_and_the_right_ones_taken(desk: MakeDesk, kind: BlobKind) -> None:
+    async def main() -> None:
+        d = desk()
+        order = d.order()
+        missing = {ref.kind: ref for ref in refused(lambda: d.worker.order(CALLER, order, "0" * 64)).missing}
+        right = bytes(d.blob(missing[kind]))
+        for wrong in (bytes(len(right)), right[:-1], right + b"\0", b""):
+            with pytest.raises(ProtocolError):
+                d.push(missing[kind], wrong)
+            again = refused(lambda: d.worker.order(CALLER, order, "0" * 64)).missing
+            assert missing[kind] in again
+        abandoned = d.worker.receive(CALLER, missing[kind])
+        abandoned.write(right[:100])
+        abandoned.abort()
+        await d.reply(d.send(order))
+
+    run(main())
+
+
+def test_state_of_another_model_is_refused_and_the_right_one_taken(desk: MakeDesk) -> None:
+    """Its digest holds, its tensors do not: no crash, and no half-loaded model that passes for a version."""
+
+    async def main() -> None:
+        d = desk()
+        await d.reply(d.send(d.order()))
+        state = FP32.encode({"lm_head.weight": torch.ones(3)})
+        malformed = await d.refusal(d.send(d.order(state=state, round=1), state=state))
+        assert (malformed.status, malformed.fault) == (409, Fault.MALFORMED)
+        assert "missing" in malformed.reason
+        assert d.worker.status().version is None
+        right = d.order(round=2)
+        assert (await d.reply(d.send(right))).version == right.version
+        assert not d.worker.failed.done()
+
+    run(main())
+
+
+def test_diverged_model_is_the_orders_fault_not_a_crash(desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+        state = FP32.encode({n: torch.full_like(p, math.nan) for n, p in d.learner.parameters.items()})
+        diverged = await d.refusal(d.send(d.order(state=state), state=state))
+        assert diverged.fault is Fault.NONFINITE
+        assert not d.worker.failed.done()
+        await d.reply(d.send(d.order()))
+
+    run(main())
+
+
+# --- orders that are refused ------------------------------------------------------------------------------------------
+
+BAD_ORDERS: dict[str, tuple[dict[str, Any], str]] = {
+    "for another hotkey": ({"hotkey": OTHER_MINER}, "an order for"),
+    "an unknown task": ({"task": TaskSpec(name="mine_bitcoin", parameters={})}, "this miner does gpt2"),
+    "an unknown codec up": ({"codec_up": "zip"}, "codec zip"),
+    "an unknown codec down": ({"codec_down": "zip"}, "codec zip"),
+    "a version from nowhere": ({"version": "0" * 64}, "does not follow"),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD_ORDERS)
+def test_bad_order_is_refused_at_once(desk: MakeDesk, wrong: str) -> None:
+    async def main() -> None:
+        d = desk()
+        changes, reason = BAD_ORDERS[wrong]
+        bad = refused(lambda: d.worker.order(CALLER, d.order(**changes), "0" * 64))
+        assert (bad.status, bad.fault) == (400, Fault.MALFORMED)
+        assert reason in bad.reason
+        assert not bad.missing
+        assert d.worker.status().state == "idle"
+
+    run(main())
+
+
+def test_version_does_not_follow_from_another_base(desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+        update = d.learner.update.model_copy(update={"base": "1" * 64})
+        bad = refused(lambda: d.worker.order(CALLER, d.order(update=update, version=d.learner.version), "0" * 64))
+        assert "does not follow" in bad.reason
+        await d.reply(d.send(d.order(update=update, version=chain("1" * 64, update.blob.digest))))
+
+    run(main())
+
+
+def test_bad_order_leaves_the_job_under_way_alone(desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+        sent = d.send(d.order())
+        refused(lambda: d.worker.order(CALLER, d.order(version="0" * 64), "0" * 64))
+        assert (await d.reply(sent)).order == sent
+
+    run(main())
+
+
+@pytest.mark.parametrize("parameters", [{}, {"n_layer": 0}, {"n_embd": 7}, {"code": "import os"}])
+def test_task_with_bad_parameters_is_refused(desk: MakeDesk, parameters: dict[str, Any]) -> None:
+    async def main() -> None:
+        d = desk()
+        good = d.task.spec().parameters
+        spec = TaskSpec(name="gpt2", parameters=good | parameters if parameters else {})
+        malformed = await d.refusal(d.send(d.order(task=spec)))
+        assert malformed.fault is Fault.MALFORMED
+        assert malformed.reason.startswith("task gpt2: ")
+        await d.reply(d.send(d.order()))
+
+    run(main())
+
+
+def test_other_data_than_the_orders_is_wrong_data(tmp_path: Path, desk: MakeDesk) -> None:
+    """Both ways: the miner's own search says so, or the tokens that it found have another digest."""
+
+    async def main() -> None:
+        d = desk()
+        find = d.worker.find_tokens
+
+        def has_other_data(spec: DataSpec) -> Tokens:
+            raise Refused(409, "--data says otherwise", Fault.WRONG_DATA)
+
+        d.worker.find_tokens = has_other_data
+        order = d.order()
+        wrong = await d.refusal(d.send(order))
+        assert (wrong.fault, wrong.reason) == (Fault.WRONG_DATA, "--data says otherwise")
+
+        mine = find(order.data)
+        raw = bytearray(mine.buffer)
+        raw[-1] ^= 1
+        (tmp_path / "other").write_bytes(raw)
+        d.worker.find_tokens = lambda spec: Tokens.open(tmp_path / "other")
+        assert (await d.refusal(d.send(order))).fault is Fault.WRONG_DATA
+
+        d.worker.find_tokens = find
+        await d.reply(d.send(order))  # the same order, now that the data is right
+
+    run(main())
+
+
+# --- our own fault, and receipts --------------------------------------------------------------------------------------
+
+
+def test_our_own_bug_surfaces_and_hangs_nobody(desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+
+        def broken(spec: DataSpec) -> Tokens:
+            raise RuntimeError("a bug of ours")
+
+        d.worker.find_tokens = broken
+        sent = d.send(d.order())
+        with pytest.raises(RuntimeError, match="a bug of ours"):
+            await d.worker.failed
+        assert d.worker.status().state == "done"
+        assert await d.worker.reply(CALLER, sent, 60.0) is None
+
+    run(main())
+
+
+def test_receipts_are_kept_and_said(tmp_path: Path, desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+        sent = d.send(d.order())
+        await d.reply(sent)
+        receipts = [
+            Receipt(
+                run="tiny",
+                round=0,
+                hotkey=hotkey,
+                order=sent,
+                verdict=verdict,
+                reason="because",
+                done=(),
+                work=0,
+                scores={"accepted_work": 1234.0},
+                weight=0.125,
+            )
+            for hotkey, verdict in ((HOTKEY, "ACCEPTED"), (HOTKEY, Fault.LATE), (OTHER_MINER, "ACCEPTED"))
+        ]
+        signed = [seal(VALIDATOR, receipt) for receipt in receipts]
+        for receipt, envelope in zip(receipts[:2], signed[:2], strict=True):
+            assert d.worker.receipt(CALLER, receipt, envelope).hotkey == HOTKEY
+        assert refused(lambda: d.worker.receipt(CALLER, receipts[2], signed[2])).status == 400
+        kept = (tmp_path / HOTKEY / "receipts.jsonl").read_text().splitlines()
+        assert [Signed.parse(line) for line in kept] == signed[:2]
+        assert d.said[-2:] == [
+            "round 0: ACCEPTED, because; weight 0.125, accepted_work 1234",
+            "round 0: LATE, because; weight 0.125, accepted_work 1234",
+        ]
+
+    run(main())
