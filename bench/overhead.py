@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 from statistics import median
 
@@ -44,7 +45,8 @@ def market(folder: Path, name: str, rounds: int, batches: int, model: str) -> li
     command += ["--rounds", str(rounds), "--batches", str(batches), "--wallet.path", str(folder / "wallets")]
     run([*command, *flags(folder, model)])
     with sqlite3.connect(folder / name / "ledger.sqlite") as db:
-        times = [t for (t,) in db.execute("SELECT committed_at FROM rounds ORDER BY round")]
+        committed = db.execute("SELECT committed_at FROM rounds ORDER BY round").fetchall()
+    times = [datetime.fromisoformat(text).timestamp() for (text,) in committed]
     return [after - before for before, after in itertools.pairwise(times)]
 
 

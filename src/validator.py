@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -243,6 +244,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.mistakes(PROGRAM):
         config = cli.parse(ValidatorConfig, PROGRAM, argv, runs.resume_flags(argv))
         check(config)
+    if config.local:
+        # Processes that share the cores: OpenMP's threads shall soon sleep while they wait. With the default count of
+        # spins a nano step beside a busy process takes 190 to 700 ms, with this 40, and undisturbed 19 instead of 16.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         asyncio.run(run(config))
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregation import AGGREGATORS, load_aggregator
-from aggregation.means import global_norm, mean, median_norm_mean
+from aggregation.means import CHUNK, global_norm, mean, median_norm_mean
 
 SETTINGS = settings(derandomize=True, max_examples=100, deadline=None, database=None)
 SHAPES = {"b": (3,), "none": (0,), "scale": (), "w": (4, 5)}
@@ -186,11 +186,17 @@ def test_norm_is_the_euclidean_one(values: list[list[float]]) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("shape", [(), (1,), (1000,), (7, 11)])
+@pytest.mark.parametrize("shape", [(), (1,), (7, 11), (CHUNK + 1,)])
 def test_norm_shows_a_single_value_that_is_not_finite(bad: float, shape: tuple[int, ...]) -> None:
     tensors = {"a": torch.ones(5), "b": torch.ones(shape), "c": torch.zeros(3)}
     tensors["b"].view(-1)[-1] = bad
     assert not math.isfinite(global_norm(tensors))
+
+
+def test_norm_of_a_large_tensor_is_that_of_all_its_values() -> None:
+    t = torch.randn(2 * CHUNK + 5, generator=torch.Generator().manual_seed(0))
+    assert global_norm({"t": t}) == pytest.approx(float(t.double().square().sum().sqrt()), rel=1e-12)
+    assert global_norm({"t": t[: 2 * CHUNK].view(2, -1).t()}) == pytest.approx(global_norm({"t": t[: 2 * CHUNK]}))
 
 
 def test_norm_does_not_depend_on_the_order_of_the_names() -> None:

@@ -189,6 +189,27 @@ def test_reply_is_the_gradient_of_what_was_ordered(desk: MakeDesk, task: GPT2, l
     run(main())
 
 
+def test_gradient_is_that_of_the_mean_loss(desk: MakeDesk, task: GPT2, learner: Learner) -> None:
+    """Against autograd on the loss of all the micro-batches at once."""
+
+    async def main() -> None:
+        d = desk()
+        order = d.order((Range(0, 2), Range(5, 6)))
+        sent = d.send(order)
+        reply = await d.reply(sent)
+        indices = (0, 1, 5)
+        losses = [task.loss(learner.model, task.batch(i)) for i in indices]
+        loss = torch.stack(losses).sum() / sum(map(task.count, indices))
+        expected = torch.autograd.grad(loss, list(learner.parameters.values()))
+        assert reply.loss == pytest.approx(loss.item(), rel=1e-6)
+        specs = {name: p.shape for name, p in learner.parameters.items()}
+        decoded = FP32.decode(d.worker.payload(CALLER, sent), specs)
+        for name, reference in zip(learner.parameters, expected, strict=True):
+            torch.testing.assert_close(decoded[name], reference, rtol=1e-4, atol=1e-7)
+
+    run(main())
+
+
 def test_hello_says_what_it_can_and_holds(desk: MakeDesk) -> None:
     async def main() -> None:
         d = desk()
@@ -209,6 +230,7 @@ def test_next_order_on_the_same_version_asks_for_nothing(desk: MakeDesk) -> None
         missing = refused(lambda: d.worker.order(CALLER, d.order(), "0" * 64)).missing
         assert [ref.kind for ref in missing] == ["state", "data"]
         await d.reply(d.send(d.order()))
+        assert d.worker.state is None  # it is in the model now, and needs no memory of its own
         second = d.order((Range(2, 3),), round=1)
         d.worker.order(CALLER, second, "1" * 64)  # accepted
         assert (await d.reply("1" * 64)).done == (Range(2, 3),)
@@ -325,10 +347,10 @@ def test_stop_before_it_began_twice_and_after(desk: MakeDesk) -> None:
         assert (late.status, late.fault) == (409, Fault.LATE)
         d.stop(sent)
         assert d.worker.status().state == "done"
-        assert d.worker.status().batches_done == 0
+        assert (d.worker.status().batches_done, d.worker.status().version) == (0, None)
         assert refused(lambda: d.worker.payload(CALLER, sent)).status == 404
-        short = d.order()
-        assert (await d.reply(d.send(short))).done == short.ranges  # and it works on as ever
+        d.worker.order(CALLER, d.order(), "0" * 64)  # and it works on as ever, with the state that it was sent
+        assert (await d.reply("0" * 64)).done == (Range(0, 2),)
 
     run(main())
 

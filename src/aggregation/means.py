@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ import torch
 
 if TYPE_CHECKING:
     from aggregation import Tensors, Weighted
+
+CHUNK = 1 << 16  # values that are widened to fp64 at a time: they stay in the processor's cache
 
 
 def mean(contributions: Sequence[Weighted]) -> Tensors:
@@ -44,6 +47,9 @@ def _weighted_sum(contributions: Sequence[Weighted], factors: Sequence[float]) -
 
 
 def global_norm(tensors: dict[str, torch.Tensor]) -> float:
-    """Euclidean norm over all tensors, partial sums in fp64. NaN or infinity anywhere makes it non-finite."""
-    squares = [torch.linalg.vector_norm(t, dtype=torch.float64).square() for _, t in sorted(tensors.items())]
-    return float(torch.stack(squares).sum().sqrt())
+    """Euclidean norm over all tensors on the CPU, summed in fp64. NaN or infinity anywhere makes it non-finite."""
+    total, wide = 0.0, torch.empty(CHUNK, dtype=torch.float64)
+    for _, t in sorted(tensors.items()):
+        for chunk in torch.split(t.flatten(), CHUNK):
+            total += float(wide[: chunk.numel()].copy_(chunk).square_().sum())
+    return math.sqrt(total)

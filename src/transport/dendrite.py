@@ -33,6 +33,7 @@ from protocol import (
     Reply,
     Signed,
     new_nonce,
+    one_line,
 )
 from transport.auth import Keypair, open_reply, seal, unseal
 from transport.peer import Endpoint, Lost, Peer, open_session, parse_endpoint, receive
@@ -131,7 +132,7 @@ class Dendrite:
             peer.reachable = False
             raise Faulted(Fault.SILENT, f"did not take the order within {order.deadline_s:g} s") from None
         except ProtocolError as error:
-            raise Faulted(error.fault, _line(str(error))) from None
+            raise Faulted(error.fault, str(error)) from None
 
     async def tell(self, hotkey: Hotkey, signed: Signed) -> bool:
         """Delivers a receipt or a stop; False where the miner is away or refuses it."""
@@ -177,7 +178,7 @@ class Dendrite:
         except Lost:
             return
         except (Refused, ProtocolError) as error:
-            self._complain(peer, f"no valid hello ({_line(str(error))}); not used")
+            self._complain(peer, f"no valid hello ({one_line(str(error))}); not used")
             return
         if objection := self._objection(peer, nonce, signed.signer, hello):
             self._complain(peer, objection)
@@ -198,7 +199,7 @@ class Dendrite:
         if twin is not None and twin is not peer and twin.reachable:
             return f"the same miner ({signer}) as at {twin.endpoint}; not used twice"
         if self._task not in hello.tasks:
-            does = _line(", ".join(hello.tasks)) or "none"
+            does = one_line(", ".join(hello.tasks)) or "none"
             return f"does not do task {self._task} (it does: {does}); start that miner with --tasks {self._task}"
         return None
 
@@ -317,7 +318,7 @@ class _Exchange:
                 if attempt or away:  # the first failure may be an idle connection that was closed under us
                     self.peer.reachable = False
                 if away:
-                    raise Faulted(Fault.SILENT, _line(str(lost))) from None
+                    raise Faulted(Fault.SILENT, str(lost)) from None
             await asyncio.sleep(_pause(attempt))
             attempt += 1
 
@@ -328,9 +329,4 @@ def _pause(attempt: int) -> float:
 
 
 def _faulted(refused: Refused) -> Faulted:
-    return Faulted(refused.fault or Fault.SILENT, _line(f"refused with {refused.status}: {refused.reason}"))
-
-
-def _line(text: str) -> str:
-    """A peer's words, fit for a terminal and a receipt."""
-    return "".join(c if c.isprintable() else "?" for c in text[:500])
+    return Faulted(refused.fault or Fault.SILENT, f"refused with {refused.status}: {refused.reason}")
