@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"--rounds {config.rounds}, --batches {config.batches}: must be 1 or more")
         device = cli.pick_device(config.device)
         cli.set_threads(config.threads)
+        cli.reuse_memory()
         task = load_task(config.task).prepare(
             getattr(config, config.task), seed=config.seed, cache=config.cache.expanduser(), progress=print
         )

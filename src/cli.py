@@ -6,6 +6,7 @@ A mistake ends with exit code 2 and one line that names flag, value and fix; eve
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import io
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 C = TypeVar("C")
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
 def fail(program: str, reason: str, code: int = 2) -> NoReturn:
@@ -159,6 +162,18 @@ def pick_device(name: str) -> torch.device:
     if (device.index or 0) >= there:
         raise ValueError(f"--device {name}: this machine has {there or 'no'} {device.type} device; use cpu, or auto")
     return device
+
+
+def reuse_memory() -> None:
+    """Freed blocks stay with the process, whatever their size.
+
+    glibc gives blocks of over 32 MB back at once, and the kernel clears their pages again at the next use: for a step
+    of GPT-2 124M on two cores that is 5 to 9 % of the time. Elsewhere than with glibc nothing happens.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((M_MMAP_THRESHOLD, 2**31 - 1), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+            mallopt(option, value)
 
 
 def set_threads(threads: int) -> None:

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(config)
         cli.log_lines(config.logging.debug)
         cli.set_threads(config.threads)
+        cli.reuse_memory()
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve(config))
 

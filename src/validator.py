@@ -92,6 +92,7 @@ async def run(config: ValidatorConfig) -> None:
             endpoints = [parse_endpoint(axon) for axon in config.axons]
             device = cli.pick_device(config.device)
             cli.set_threads(config.threads)
+            cli.reuse_memory()
             console = stack.enter_context(Console(config.rounds, config.logging.debug))
             keypair = signing_key(config, endpoints, console)
             store = stack.enter_context(closing(runs.open_store(config, folder)))

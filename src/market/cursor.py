@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from protocol import Range
+from protocol import MAX_RANGES, Range
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Cursor:
     returned: tuple[Range, ...] = ()
 
     def take(self, count: int) -> tuple[tuple[Range, ...], Cursor]:
-        """`count` indices as ascending ranges, and the cursor after them."""
+        """`count` indices as ascending ranges, as many as an order may have, and the cursor after them."""
         taken: list[Range] = []
         returned = list(self.returned)
-        while count and returned:
+        while count and returned and len(taken) < MAX_RANGES - 1:
             start, stop = returned.pop(0)
             cut = min(stop, start + count)
             taken.append(Range(start, cut))
