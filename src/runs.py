@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -59,8 +60,8 @@ def _flags_of(folder: Path) -> dict[str, Any]:
 
 def folder_of(config: ValidatorConfig) -> Path:
     name = config.run or f"{config.task}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if Path(name).name != name or name.startswith("."):
-        raise ValueError(f"--run {name}: must be a plain name, such as demo")
+    if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,63}", name):  # it is in every message, as protocol.Name
+        raise ValueError(f"--run {name}: must be a plain name of letters, digits and _.+-, such as demo")
     return config.runs.expanduser() / name
 
 
