@@ -24,7 +24,7 @@ PROGRAM = "base_train.py"
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(BaselineConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
-    from market.baseline import new_learner, train
+    from market.baseline import learning_rate, new_learner, train
     from protocol import Range
     from records.console import Console
     from tasks import load_task
@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.mistakes(PROGRAM):
         if config.batches < 1 or config.rounds < 1:
             raise ValueError(f"--rounds {config.rounds}, --batches {config.batches}: must be 1 or more")
+        for flag, path in (("out", config.out), ("log", config.log)):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise ValueError(f"--{flag} {path}: there is no folder {path.absolute().parent}; make it first")
         device = cli.pick_device(config.device)
         cli.set_threads(config.threads)
         cli.reuse_memory()
@@ -39,10 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             getattr(config, config.task), seed=config.seed, cache=config.cache.expanduser(), progress=print
         )
     learner = new_learner(config, task, device)
-    steps = ((Range(i * config.batches, (i + 1) * config.batches),) for i in range(config.rounds))
+    b = config.batches
+    steps = (((Range(i * b, (i + 1) * b),), learning_rate(config, i)) for i in range(config.rounds))
     with Console(config.rounds, debug=False) as console, open(config.log or os.devnull, "w") as log:
         began = time.monotonic()
-        for done, work in enumerate(train(config, learner, steps), 1):
+        for done, work in enumerate(filter(None, train(learner, steps)), 1):
             seconds = time.monotonic() - began
             row = {"round": done - 1, "loss": work.loss, "seconds": seconds, f"{task.unit}_per_s": work.count / seconds}
             if done == config.rounds or (config.eval_every and done % config.eval_every == 0):

@@ -41,12 +41,11 @@ def mistakes(program: str) -> Iterator[None]:
 
 
 def parse(cls: type[C], program: str, argv: Sequence[str], defaults: Sequence[str] = ()) -> C:
-    """The configuration from flags; `defaults`, and the file of --config, are flags that come before them."""
+    """The configuration from flags; `defaults`, then the file of --config, are flags that come before them."""
     import tyro
 
-    argv = [*defaults, *argv]
     with mistakes(program):
-        argv = [*file_flags(cls, argv), *argv]
+        argv = [*defaults, *file_flags(cls, argv), *argv]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -70,13 +69,15 @@ def file_flags(cls: type[object], argv: Sequence[str]) -> list[str]:
         raise ValueError(f"--config {path}: not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f'--config {path}: must be a JSON object of flags, like {{"rounds": 100}}')
-    known = flatten(_instance(cls))
+    known, once = flatten(_instance(cls)), ("config", "resume")
     flags: list[str] = []
     for name, value in _flatten_json(values).items():
         name = name.replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.0)[0]
             raise ValueError(f"--config {path}: unknown field {name}; the nearest known one is {near}")
+        if name in once:
+            raise ValueError(f"--config {path}: {name} is of one command; give it as a flag")
         if kind := _misfit(value, known[name]):
             raise ValueError(f"--config {path}: {name} is {json.dumps(value)}; it must be {kind}")
         flags += as_flags(name, value)

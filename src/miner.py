@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import signal
 import sys
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from tasks.tokens import Tokens
 
 PROGRAM = "miner.py"
-LOOPBACK = ("127.", "::1", "localhost")
+WILDCARDS = ("0.0.0.0", "::", "")
 
 
 def say(line: str) -> None:
@@ -54,12 +55,19 @@ def check(config: MinerConfig) -> None:
             raise ValueError(f"--tasks {task}: unknown; known: {', '.join(TASKS)}")
     if not 0 <= config.axon.port < 65536:
         raise ValueError(f"--axon.port {config.axon.port}: must be 0 to 65535")
-    if not config.axon.ip.startswith(LOOPBACK) and not config.allow:
+    if not is_loopback(config.axon.ip) and not config.allow:
         raise ValueError(
             f"--axon.ip {config.axon.ip}: off loopback anyone can call; name your validators' hotkeys with --allow"
         )
     if config.data is not None and not config.data.expanduser().exists():
         raise ValueError(f"--data {config.data}: no such file or folder")
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 async def serve(config: MinerConfig) -> None:
@@ -77,7 +85,7 @@ async def serve(config: MinerConfig) -> None:
                 raise ValueError(f"--allow {caller}: no ss58 address; name the hotkeys of your validators")
         device = cli.pick_device(config.device)
         wallet = config.wallet
-        loopback = config.axon.ip.startswith(LOOPBACK)
+        loopback = is_loopback(config.axon.ip)
         keypair: Keypair = load_keypair(wallet.name, wallet.hotkey, str(wallet.path), create=loopback, say=say)
         cache = Cache(config.cache.expanduser())
         if config.unpin:
@@ -91,8 +99,13 @@ async def serve(config: MinerConfig) -> None:
         guard = Guard(frozenset(config.allow), cache.pin(), cache.set_pin)
         axon = Axon(worker, keypair, guard, config.axon.ip, config.axon.port)
         port = await axon.start()
-    say(f"serving {config.axon.external_ip or config.axon.ip}:{port}@{hotkey}")
-    say(f"tasks {', '.join(config.tasks)} on {device}; give the line above to a validator's --axons")
+    host = config.axon.external_ip or config.axon.ip
+    if host in WILDCARDS:
+        say(
+            "on every interface: put this machine's address in place of the one below, or name it with --axon.external-ip"
+        )
+    say(f"serving {f'[{host}]' if ':' in host else host}:{port}@{hotkey}")
+    say(f"tasks {', '.join(config.tasks)} on {device}; the address above is for a validator's --axons")
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)

@@ -78,9 +78,10 @@ def run_baseline(
     learner = new_learner(config, task, device)
     curve: Curve = [(0, task.evaluate(learner.model)["val_loss"])]
     work, busy_s, began = 0, 0.0, time.monotonic()
-    steps = (merge(d for r in receipt for d in r.done) for receipt in receipts)
-    for done, step in enumerate(train(config, learner, steps), 1):
-        work, busy_s = work + step.count, busy_s + time.monotonic() - began
+    done_ranges = (merge(d for r in receipt for d in r.done) for receipt in receipts)
+    rates = (float(record.metrics["lr"]) for record in rounds)
+    for done, step in enumerate(train(learner, zip(done_ranges, rates, strict=True)), 1):
+        work, busy_s = work + (step.count if step else 0), busy_s + time.monotonic() - began
         if done == len(rounds) or (config.eval_every and done % config.eval_every == 0):
             curve.append((done, task.evaluate(learner.model)["val_loss"]))
             console.say(f"plain baseline: step {done}/{len(rounds)}, validation loss {curve[-1][1]:.3f}")

@@ -14,6 +14,7 @@ import cli
 from market.config import ValidatorConfig
 
 if TYPE_CHECKING:
+    from protocol import Digest
     from records.store import Store
 
 # The committed rounds' arithmetic depends on these: a run is resumed with them as they were.
@@ -23,6 +24,7 @@ FIXED = (
 )
 FLEETING = ("resume", "config", "run", "runs")  # of one command, not of the run
 LEDGER = "ledger.sqlite"
+DATA = "data_digest"
 
 
 def resume_flags(argv: Sequence[str]) -> list[str]:
@@ -43,8 +45,10 @@ def resume_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _newest(runs: Path) -> str:
-    found = sorted(runs.glob(f"*/{LEDGER}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in found:
+    def changed(path: Path) -> float:  # SQLite writes to the log beside it first
+        return max(p.stat().st_mtime for p in path.parent.glob(f"{LEDGER}*"))
+
+    for path in sorted(runs.glob(f"*/{LEDGER}"), key=changed, reverse=True):
         if _flags_of(path.parent):
             return path.parent.name
     raise ValueError(f"--resume: there is no run in {runs}; name their folder with --runs")
@@ -55,7 +59,7 @@ def _flags_of(folder: Path) -> dict[str, Any]:
     from records.ledger import Ledger
 
     with closing(Ledger(folder / LEDGER)) as ledger:
-        return {key: json.loads(text) for key, text in ledger.meta().items()}
+        return {key: json.loads(text) for key, text in ledger.meta().items() if key != DATA}
 
 
 def folder_of(config: ValidatorConfig) -> Path:
@@ -70,8 +74,8 @@ def open_store(config: ValidatorConfig, folder: Path) -> Store:
     from records.store import Store
 
     if not config.resume or not _flags_of(folder):
-        return Store.create(folder, {}, config.snapshot.keep)  # `begin` says what it is
-    store = Store.open(folder, config.snapshot.keep)
+        return Store.create(folder, {}, config.snapshot_keep)  # `begin` says what it is
+    store = Store.open(folder, config.snapshot_keep)
     flags = _texts(config)
     for key, began_with in store.meta().items():
         if key.startswith(FIXED) and flags.get(key) != began_with:
@@ -83,9 +87,18 @@ def open_store(config: ValidatorConfig, folder: Path) -> Store:
     return store
 
 
-def begin(config: ValidatorConfig, store: Store) -> None:
-    """Everything is there: from now on this is a run. A start that ended before leaves its name free."""
-    store.set_meta(_texts(config))
+def begin(config: ValidatorConfig, store: Store, data: Digest) -> None:
+    """Everything is there: from now on this is a run. A start that ended before leaves its name free.
+
+    Raises ValueError where a resumed run would go on with other data.
+    """
+    began_with = store.meta().get(DATA, data)
+    if began_with != data:
+        raise ValueError(
+            f"--run {store.folder.name}: its data were {began_with[:12]}, are now {data[:12]}: the text has changed; "
+            "bring back what it was, or start another --run"
+        )
+    store.set_meta({**_texts(config), DATA: data})
 
 
 def _texts(config: ValidatorConfig) -> dict[str, str]:

@@ -47,7 +47,7 @@ async def train(config: ValidatorConfig, market: Market, store: Store, metrics: 
         # Once in a while, with the miners at work on the next round already: evaluate, save a snapshot.
         if due(market.round, config.eval_every, config.rounds) and market.round not in store.evaluations():
             store.add_evaluation(market.round, await market.evaluate())
-        if due(market.round, config.snapshot.every, config.rounds) or market.out_of_patience:
+        if due(market.round, config.snapshot_every, config.rounds) or market.out_of_patience:
             market.save_snapshot(store.save_snapshot)
         report_round(market.round, store, metrics, console)
         if market.round >= config.rounds or market.out_of_patience:
@@ -106,7 +106,7 @@ async def run(config: ValidatorConfig) -> None:
             tensors = stack.enter_context(ThreadPoolExecutor(1, "tensors"))
             endpoints += map(parse_endpoint, local.endpoints(console.say))
             network = await connect(config, folder, keypair, endpoints, console)
-            runs.begin(config, store)
+            runs.begin(config, store, task.data_digest)
         try:
             with cli.mistakes(PROGRAM):
                 market = await restored_market(config, folder, task, network, store, tensors, console)
@@ -231,8 +231,8 @@ def check(config: ValidatorConfig) -> None:
         if flags[flag] not in known:
             raise ValueError(f"--{flag} {flags[flag]}: unknown; known: {', '.join(known)}")
     load_ranker(config.ranking)
-    least = {"rounds": 1, "batches": 1, "patience": 1, "local": 0, "eval_every": 0, "snapshot.every": 1,
-             "snapshot.keep": 2, "deadline": 0.1, "connect_timeout": 0.1}  # fmt: skip
+    least = {"rounds": 1, "batches": 1, "patience": 1, "local": 0, "eval_every": 0, "snapshot_every": 1,
+             "snapshot_keep": 2, "deadline": 0.1, "connect_timeout": 0.1}  # fmt: skip
     for flag, value in least.items():
         if flags[flag] < value:
             raise ValueError(f"--{flag.replace('_', '-')} {flags[flag]}: must be {value} or more")

@@ -52,7 +52,7 @@ VALIDATOR_MISTAKES = [
     ("--axons 8091 --rounds 0", "--rounds 0: must be 1 or more"),
     ("--axons 8091 --batches 0", "--batches 0: must be 1 or more"),
     ("--axons 8091 --local -1", "--local -1: must be 0 or more"),
-    ("--axons 8091 --snapshot.keep 1", "--snapshot.keep 1: must be 2 or more"),
+    ("--axons 8091 --snapshot-keep 1", "--snapshot-keep 1: must be 2 or more"),
     ("--axons 8091 --deadline 0", "--deadline 0.0: must be 0.1 or more"),
     ("--axons 8091 --gpt2.validation 3", r"--gpt2.validation 3.0: must lie between 0 and 1, such as 0.05"),
     ("--axons 8091 --optimizer.beta1 1", r"--optimizer.beta1 1.0: must be at least 0 and below 1"),
@@ -224,7 +224,7 @@ def worker(place: Path) -> Iterator[Miner]:
 @pytest.fixture(scope="module")
 def finished(place: Path, worker: Miner) -> Path:
     """A run of four rounds, with its two snapshots after the second and the fourth. Nobody writes into this one."""
-    validator.main([*tiny_flags(place), "--axons", worker.endpoint, "--rounds", "4", "--snapshot.every", "2"])
+    validator.main([*tiny_flags(place), "--axons", worker.endpoint, "--rounds", "4", "--snapshot-every", "2"])
     return place / "runs"
 
 
@@ -297,7 +297,7 @@ def test_a_resumed_run_takes_its_own_flags_as_defaults(run: Path) -> None:
     """The newest run, where none is named."""
     flags = ["--resume", "--runs", str(run.parent)]
     config = cli.parse(ValidatorConfig, "validator.py", [*flags, "--rounds", "6"], runs.resume_flags(flags))
-    assert (config.run, config.resume, config.rounds, config.snapshot.every) == (RUN, True, 6, 2)
+    assert (config.run, config.resume, config.rounds, config.snapshot_every) == (RUN, True, 6, 2)
     assert (config.gpt2.tokenizer, config.gpt2.batch_size, config.wallet.name) == ("byte", 4, "validator")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from market.baseline import new_learner, train
+from market.baseline import learning_rate, new_learner, train
 from market.config import BaselineConfig
 from market.learner import Learner
 from market.work import compute
@@ -26,8 +26,8 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> GPT2:
 
 def baseline(task: GPT2, batches: int) -> tuple[Learner, list[float]]:
     learner = new_learner(CONFIG, task, CPU)
-    steps = ((Range(i * batches, (i + 1) * batches),) for i in range(ROUNDS))
-    return learner, [work.loss for work in train(CONFIG, learner, steps)]
+    steps = (((Range(i * batches, (i + 1) * batches),), learning_rate(CONFIG, i)) for i in range(ROUNDS))
+    return learner, [work.loss for work in train(learner, steps) if work]
 
 
 def test_one_miner_is_bitwise_the_baseline(tmp_path: Path, task: GPT2) -> None:

@@ -19,7 +19,7 @@ from protocol import Receipt, RoundRecord
 from records.store import Store
 from tests.processes import Miner, run_validator, start_miner, start_validator
 
-LOOKS = ("--eval-every", "10", "--snapshot.every", "15")
+LOOKS = ("--eval-every", "10", "--snapshot-every", "15")
 
 
 @pytest.fixture(scope="module")

@@ -137,9 +137,9 @@ def test_the_flags_of_the_handbook_parse() -> None:
         shlex.split(
             "--wallet.name validator --wallet.hotkey default --device cuda:0 --axons 8091 far:8092@5A --local 2 "
             "--task gpt2 --run demo --rounds 7 --deadline 30 --batches 3 --seed 1 --wandb.mode offline --codec.up bf16 "
-            "--snapshot.every 5 --optimizer.lr 0.1"
+            "--snapshot-every 5 --optimizer.lr 0.1"
         ),
     )
     assert (validator.axons, validator.local, validator.run) == (("8091", "far:8092@5A"), 2, "demo")
     assert (validator.rounds, validator.deadline, validator.batches, validator.seed) == (7, 30, 3, 1)
-    assert (validator.codec.up, validator.codec.down, validator.snapshot.every) == ("bf16", "fp32", 5)
+    assert (validator.codec.up, validator.codec.down, validator.snapshot_every) == ("bf16", "fp32", 5)

@@ -20,13 +20,17 @@ def new_learner(config: TrainingConfig, task: Task, device: torch.device) -> Lea
     return Learner(task, config.optimizer, load_codec("fp32"), device)
 
 
-def train(config: TrainingConfig, learner: Learner, steps: Iterable[tuple[Range, ...]]) -> Iterator[Work]:
-    """An optimizer step for each element of `steps`, on the mean gradient over its ranges.
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    return config.optimizer.lr * schedule(config.optimizer, step, config.rounds)
 
-    Where a round had no good reply, and so an element is empty, nothing is computed and nothing moves.
+
+def train(learner: Learner, steps: Iterable[tuple[tuple[Range, ...], float]]) -> Iterator[Work | None]:
+    """For each (ranges, learning rate) an optimizer step on the mean gradient over the ranges.
+
+    Where a round had no good reply its ranges are empty: None, and nothing moves.
     """
-    for step, ranges in enumerate(steps):
+    for ranges, lr in steps:
         work = compute(learner.task, learner.model, ranges)
         if work is not None:
-            learner.step(work.gradient, config.optimizer.lr * schedule(config.optimizer, step, config.rounds))
-            yield work
+            learner.step(work.gradient, lr)
+        yield work

@@ -25,7 +25,7 @@ class WalletConfig:
 @dataclass(frozen=True)
 class LoggingConfig:
     debug: bool = False
-    """Say more: each request, each retry."""
+    """Say more: the log lines of the libraries that do the work, the HTTP server's among them."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,6 @@ class CodecConfig:
     """Encoding of gradients, miner to validator: fp32 or bf16 (half the bytes)."""
     down: str = "fp32"
     """Encoding of the model's state, validator to miner: fp32 or bf16."""
-
-
-@dataclass(frozen=True)
-class SnapshotConfig:
-    every: int = 50
-    """Rounds between snapshots of the model and the optimizer. A restart replays the rounds after the newest."""
-    keep: int = 2
-    """Snapshots kept, at least 2. Payloads are kept back to the second-newest."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +74,6 @@ class ValidatorConfig(TrainingConfig):
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
-    snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
     axons: tuple[str, ...] = ()
     """Miners: a port on this machine, or host:port@ss58 elsewhere (the ss58 address of the miner's hotkey)."""
     local: int = 0
@@ -97,6 +88,10 @@ class ValidatorConfig(TrainingConfig):
     """Micro-batches ordered from each miner in a round."""
     deadline: float = 300.0
     """Seconds from sending an order until its reply must be here."""
+    snapshot_every: int = 50
+    """Rounds between snapshots of the model and the optimizer. A restart replays the rounds after the newest."""
+    snapshot_keep: int = 2
+    """Snapshots kept, at least 2. Payloads are kept back to the second-newest."""
     patience: int = 10
     """Rounds in a row without one good reply, after which the validator gives up."""
     connect_timeout: float = 20.0

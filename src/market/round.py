@@ -111,10 +111,6 @@ class Opened:
     sealing: list[asyncio.Future[None]] = field(default_factory=list)
 
 
-class OutOfPatience(Exception):
-    """Too many rounds in a row without one good reply."""
-
-
 class Market:
     """The validator's side of the rounds: state is the learner, the cursor, the ranker and the round's number."""
 
@@ -154,10 +150,11 @@ class Market:
         record = self._score(opened, outcomes, {"lr": lr, **seconds})
         self.round = opened.round + 1
         self.empty_rounds = 0 if accepted else self.empty_rounds + 1
-        upcoming = None if last or self.out_of_patience else await self.open()
+        more = not (last or self.out_of_patience)
+        early = await self.open() if more and self.network.peers() else None  # nobody there: there is time to commit
         await self._commit(opened, record)
         await self._announce(record)
-        return upcoming
+        return early or (await self.open() if more else None)
 
     @property
     def out_of_patience(self) -> bool:

@@ -73,9 +73,8 @@ class Cache(Protocol):
 class StateWriter:
     """A model state on its way into memory; hashed as it comes, kept only if it is what the order named."""
 
-    def __init__(self, ref: BlobRef, keep: Callable[[BlobRef, Buffer], None]) -> None:
-        self.ref, self.keep = ref, keep
-        self.buffer = np.empty(ref.bytes, np.uint8).data  # memory that numpy uses again, unlike bytearray
+    def __init__(self, ref: BlobRef, buffer: memoryview, keep: Callable[[BlobRef, memoryview], None]) -> None:
+        self.ref, self.buffer, self.keep = ref, buffer, keep
         self.filled = 0
         self.hasher = Hasher("state")
 
@@ -130,7 +129,8 @@ class Worker:
         self.find_tokens, self.say, self.clock = find_tokens, say, clock
         self.job: Job | None = None
         self.version: Version | None = None  # what the model holds
-        self.state: tuple[Digest, Buffer] | None = None  # received, not yet in the model
+        self.state: tuple[Digest, memoryview] | None = None  # received, not yet in the model
+        self.spare: memoryview | None = None  # the memory of the state before: pages that need no clearing again
         self.wanted: dict[Digest, BlobRef] = {}  # asked for by the last refusal; nothing else is taken
         self.encode_s = 0.0
         self.failed: asyncio.Future[object] = asyncio.get_running_loop().create_future()
@@ -194,7 +194,12 @@ class Worker:
         """Only blobs that the last order was refused for are taken."""
         if self.wanted.get(ref.digest) != ref:
             raise Refused(409, f"no order asked for this {ref.kind}")
-        return StateWriter(ref, self._keep_state) if ref.kind == "state" else self.cache.store(ref)
+        if ref.kind != "state":
+            return self.cache.store(ref)
+        buffer, self.spare = self.spare, None  # a second writer of the same state gets memory of its own
+        if buffer is None or len(buffer) != ref.bytes:
+            buffer = np.empty(ref.bytes, np.uint8).data
+        return StateWriter(ref, buffer, self._keep_state)
 
     async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
         """The reply, or None while the work goes on after `wait_s` seconds."""
@@ -266,7 +271,7 @@ class Worker:
             raise Refused(404, "no such order here")
         return self.job
 
-    def _keep_state(self, ref: BlobRef, buffer: Buffer) -> None:
+    def _keep_state(self, ref: BlobRef, buffer: memoryview) -> None:
         self.state = (ref.digest, buffer)
 
     async def _run(self, job: Job, previous: Job | None) -> None:
@@ -358,5 +363,5 @@ class Worker:
             load_replica(task, model, load_codec(order.codec_down), state[1])
             self.version = order.version
             if self.state is state:  # and no newer one has come meanwhile
-                self.state = None
+                self.state, self.spare = None, state[1]
         return task, model
