@@ -26,7 +26,7 @@ from bench import Figure
 
 TURNS = 2  # market, baseline, market, baseline
 ROUNDS = 5  # a turn, of which the first is a warm-up
-COMPUTE_S = 22.0  # a round of GPT-2 124M: 20 to 25 s of computing
+COMPUTE_S = 23.0  # a round of GPT-2 124M: 20 to 25 s of computing
 NANO_ROUNDS = 150
 
 
@@ -109,6 +109,7 @@ def main() -> None:
 
         one = median(baseline(folder, 3, 1, "small"))
         batches = max(1, round(COMPUTE_S / one))
+        print(f"rounds of {batches} micro-batches, {batches * one:.1f} s of computing", file=sys.stderr)
         rounds: list[float] = []
         steps: list[float] = []
         for turn in range(TURNS):

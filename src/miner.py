@@ -101,9 +101,7 @@ async def serve(config: MinerConfig) -> None:
         port = await axon.start()
     host = config.axon.external_ip or config.axon.ip
     if host in WILDCARDS:
-        say(
-            "on every interface: put this machine's address in place of the one below, or name it with --axon.external-ip"
-        )
+        say("on every interface: in the address below put this machine's own, or name it with --axon.external-ip")
     say(f"serving {f'[{host}]' if ':' in host else host}:{port}@{hotkey}")
     say(f"tasks {', '.join(config.tasks)} on {device}; the address above is for a validator's --axons")
     ended = asyncio.Event()
