@@ -87,7 +87,7 @@ async def serve(config: MinerConfig) -> None:
         wallet = config.wallet
         loopback = is_loopback(config.axon.ip)
         keypair: Keypair = load_keypair(wallet.name, wallet.hotkey, str(wallet.path), create=loopback, say=say)
-        cache = Cache(config.cache.expanduser())
+        cache = Cache(config.cache.expanduser() / f"{wallet.name}.{wallet.hotkey}")
         if config.unpin:
             cache.unpin()
         hotkey: Hotkey = keypair.ss58_address

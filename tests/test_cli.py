@@ -320,3 +320,15 @@ def test_without_any_whole_snapshot_a_run_cannot_go_on(run: Path, worker: Miner,
     assert re.match("validator.py: --run tiny: no whole snapshot is left; .*; otherwise start another --run", line), (
         line
     )
+
+
+def test_a_run_is_not_resumed_on_another_text(run: Path, worker: Miner, place: Path, capfd: Capture) -> None:
+    text = Path(tiny_flags(place)[tiny_flags(place).index("--gpt2.text") + 1])
+    before, original = contents(run), text.read_bytes()
+    text.write_bytes(original[::-1])
+    try:
+        argv = [*tiny_flags(place), "--axons", worker.endpoint, "--runs", str(run.parent), "--rounds", "6", "--resume"]
+        assert re.search(r"--run tiny: its data were \w+, are now \w+: the text", mistake(validator.main, argv, capfd))
+    finally:
+        text.write_bytes(original)
+    assert contents(run) == before

@@ -90,3 +90,14 @@ def test_comparison_can_fail(tmp_path: Path, task: GPT2) -> None:
         return parameters(place.market)
 
     assert not equal(run(main("bf16")), run(main("fp32")))
+
+
+def test_baseline_keeps_step_with_rounds_that_had_no_good_reply(task: GPT2) -> None:
+    learner = new_learner(CONFIG, task, CPU)
+    before = {name: p.detach().clone() for name, p in learner.parameters.items()}
+    steps = iter([((), 0.1), ((Range(0, 1),), 0.1)])
+    works = train(learner, steps)
+    assert next(works) is None
+    assert equal(before, {name: p.detach() for name, p in learner.parameters.items()})
+    assert next(works) is not None
+    assert not equal(before, {name: p.detach() for name, p in learner.parameters.items()})

@@ -152,7 +152,7 @@ class MinerConfig:
     data: Path | None = None
     """Local copy of a data set that is too large to be handed over: a token file, or the text it was made from."""
     cache: Path = Path("~/.cache/pilot/miner")
-    """Folder for data received, receipts and the pinned validator."""
+    """Folder for data received, receipts and the pinned validator; in it each hotkey has its own."""
     parent: int = 0
     """Process id to end with; 0 for none. The validator's --local sets it."""
     config: Path | None = None
