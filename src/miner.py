@@ -32,7 +32,7 @@ WILDCARDS = ("0.0.0.0", "::", "")
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    print(line + "\n", end="", flush=True)  # in one piece: two threads speak
 
 
 def main(argv: Sequence[str] | None = None) -> None:
