@@ -49,7 +49,9 @@ def finish(
     }
     lines: dict[str, Curve] = {"marketplace": curve}
     if config.baseline:
-        lines["plain baseline"], summary["baseline_per_s"] = run_baseline(config, task, device, rounds, console)
+        lines["plain baseline"], summary[f"baseline_{task.unit}_per_s"] = run_baseline(
+            config, task, device, rounds, console
+        )
         summary["baseline_val_loss"] = lines["plain baseline"][-1][1]
     totals = store.totals()
     metrics.summary({**summary, "weights": {t.hotkey: t.weight for t in totals}})
