@@ -25,7 +25,7 @@ from statistics import median
 from bench import Figure
 
 TURNS = 2  # market, baseline, market, baseline
-ROUNDS = 5  # a turn, of which the first is a warm-up
+ROUNDS = 4  # a turn, of which the first is a warm-up
 COMPUTE_S = 23.0  # a round of GPT-2 124M: 20 to 25 s of computing
 NANO_ROUNDS = 150
 
