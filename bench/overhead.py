@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import sqlite3
@@ -26,7 +27,7 @@ from bench import Figure
 
 TURNS = 2  # market, baseline, market, baseline
 ROUNDS = 4  # a turn, of which the first is a warm-up
-COMPUTE_S = 23.0  # a round of GPT-2 124M: 20 to 25 s of computing
+COMPUTE_S = 20.0  # a round of GPT-2 124M: at least so much computing
 NANO_ROUNDS = 150
 
 
@@ -107,8 +108,8 @@ def main() -> None:
         fixed = 1000 * (median(nano_market) - median(nano_step))
         Figure("overhead.round_fixed_ms", fixed, "ms", "base_train, ms a step", 1000 * median(nano_step))
 
-        one = median(baseline(folder, 3, 1, "small"))
-        batches = max(1, round(COMPUTE_S / one))
+        one = min(baseline(folder, 4, 1, "small"))
+        batches = math.ceil(COMPUTE_S / one)
         print(f"rounds of {batches} micro-batches, {batches * one:.1f} s of computing", file=sys.stderr)
         rounds: list[float] = []
         steps: list[float] = []

@@ -119,6 +119,8 @@ async def serve(config: MinerConfig) -> None:
     finally:
         worker.close()
         await axon.close()
+        if axon.refused:
+            say("requests refused: " + ", ".join(f"{n} with {status}" for status, n in sorted(axon.refused.items())))
 
 
 async def parent_gone(pid: int) -> None:

@@ -71,12 +71,12 @@ class _Wandb:
     """A W&B run that is given up, with a warning, at the first failure after its start."""
 
     def __init__(self, folder: Path, mode: Literal["offline", "online"], project: str, name: str) -> None:
-        try:
-            import wandb
-            from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+        import wandb
+        from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
+        try:
             self._run = wandb.init(project=project, name=name, group=name, dir=folder, mode=mode)
-        except (ImportError, OSError, wandb.Error) as error:
+        except (OSError, wandb.Error) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"--wandb.mode {mode}: {reason}; use --wandb.mode disabled to go without") from None
         self._failures = (OSError, wandb.Error, HandleAbandonedError, MailboxClosedError)  # the last two: service gone

@@ -208,7 +208,8 @@ class Axon:
         return self._refusal(refused)
 
     def _refusal(self, refused: Refused) -> web.Response:
-        self.refused[refused.status] += 1
+        if not refused.missing:  # saying what is missing is the way of every order
+            self.refused[refused.status] += 1
         refusal = Refusal(
             reason=refused.reason[:1000],
             fault=refused.fault,
