@@ -346,6 +346,7 @@ class Refusal(Message):
     reason: Text
     fault: Fault | None = None
     missing: tuple[BlobRef, ...] = ()
+    held: dict[Digest, Count] = {}  # bytes of a missing blob that are here: send it from there on
     time_ns: Nanoseconds = 0  # the server's clock: a caller whose clock is wrong signs again with it
 
 
@@ -360,12 +361,20 @@ Blobs = Mapping[Digest, Buffer]  # what the validator can hand over
 class Refused(Exception):
     """A request is refused: the HTTP status, and what the refusal says."""
 
-    def __init__(self, status: int, reason: str, fault: Fault | None = None, missing: Iterable[BlobRef] = ()) -> None:
+    def __init__(
+        self,
+        status: int,
+        reason: str,
+        fault: Fault | None = None,
+        missing: Iterable[BlobRef] = (),
+        held: Mapping[Digest, int] | None = None,
+    ) -> None:
         super().__init__(reason)
         self.status = status
         self.reason = reason
         self.fault = fault
         self.missing = tuple(missing)
+        self.held = dict(held or {})
 
 
 class Faulted(Exception):
@@ -375,6 +384,20 @@ class Faulted(Exception):
         self.fault = fault
         self.reason = one_line(reason)
         super().__init__(f"{fault}: {self.reason}")
+
+
+@dataclass(frozen=True)
+class Link:
+    """A miner as its validator sees it at this moment: for display."""
+
+    endpoint: str
+    hotkey: Hotkey | None  # None before its first hello
+    state: str  # "away", "idle", "ordering", "sending 43 %", "working", "fetching 12 %", "done"
+    batches_done: int  # of the present order
+    batches: int  # that it has been ordered
+    latency_s: float  # of its last short request, there and back; 0 where none was answered yet
+    bytes_up: int  # miner to validator, since the start
+    bytes_down: int
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,74 @@
+"""What a peer may cost us: bytes, connections, requests, seconds. One place, shown by --help as --limits.…"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+GB, MB, KB = 1 << 30, 1 << 20, 1 << 10
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes are bytes. What exceeds one is refused before it is held; the peer is told why."""
+
+    header_bytes: int = 8 * KB
+    """A request's first line, and each of its header fields."""
+    order_bytes: int = 256 * KB
+    """An order in its envelope."""
+    receipt_bytes: int = 256 * KB
+    """A receipt in its envelope."""
+    reply_bytes: int = 256 * KB
+    """A reply in its envelope."""
+    message_bytes: int = 16 * KB
+    """Any other message: hello, status, stop, refusal."""
+    state_bytes: int = 16 * GB
+    """A model state that a miner takes into its memory."""
+    data_bytes: int = 64 * MB
+    """A token file or a vocabulary that a validator hands over."""
+    payload_bytes: int = 16 * GB
+    """An encoded gradient."""
+    spool_bytes: int = 0
+    """All payloads that a run keeps; 0 for as much as the disk holds."""
+    reserve_bytes: int = 256 * MB
+    """Left free on the disk for the ledger: no payload is taken that would leave less."""
+
+    connections: int = 256
+    """Open connections in all. When they are used up, the oldest that never sent a valid signature is closed."""
+    connections_per_address: int = 64
+    """Of them from one address."""
+    requests_per_peer: int = 8
+    """Signed requests of one hotkey at a time."""
+    strangers_per_s: float = 100.0
+    """Unsigned and refused requests answered in a second; more have to wait their turn."""
+
+    min_rate: float = 10_000.0
+    """Bytes a second under which a transfer is cut off, measured over --limits.rate-s."""
+    rate_s: float = 10.0
+    """Seconds over which the rate is measured."""
+    connect_s: float = 5.0
+    """Seconds to connect, TLS included."""
+    header_s: float = 10.0
+    """Seconds in which a connection must bring a whole request head, and may idle between two."""
+    message_s: float = 10.0
+    """Seconds for a message's body, and for the answer to one."""
+    poll_s: float = 2.0
+    """Seconds that a request for a reply waits at the miner before it is told how far the work is."""
+    away_s: float = 20.0
+    """Seconds without contact after which a miner's part in the round is given up, if its deadline is not over before."""
+
+    def check(self) -> None:
+        """Raises ValueError, naming the flag, for a limit that nothing could keep."""
+        unlimited = ("spool_bytes", "reserve_bytes")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value < 0 or (value == 0 and field.name not in unlimited):
+                raise ValueError(f"--limits.{field.name.replace('_', '-')} {value}: must be more than 0")
+
+    def blob(self, kind: str) -> int:
+        """The largest blob of this kind."""
+        return self.state_bytes if kind == "state" else self.data_bytes
+
+    def body(self, kind: str) -> int:
+        """The longest envelope around a message of this kind."""
+        sizes = {"order": self.order_bytes, "receipt": self.receipt_bytes, "reply": self.reply_bytes}
+        return sizes.get(kind, self.message_bytes)
