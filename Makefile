@@ -7,11 +7,12 @@ READY := $(VENV)/.ready
 PILOT_DATA ?= $(abspath $(wildcard ../shared/data))
 export PILOT_DATA
 
-.PHONY: help setup demo test test-slow lint format bench lock clean
+.PHONY: help setup demo test test-slow fuzz lint format bench lock clean
 
 help:
 	@echo "make demo       two miners on this machine train a GPT-2 on real text, with the plain baseline beside it"
 	@echo "make test       the tests (minutes);  make test-slow  the rest of them"
+	@echo "make fuzz       over a million hostile inputs for the parsers of untrusted bytes (minutes)"
 	@echo "make lint       ruff and mypy;        make format     let ruff lay the code out"
 	@echo "make bench      every figure of the README, into bench/results.jsonl"
 	@echo "make lock       compile requirements.txt from pyproject.toml"
@@ -34,6 +35,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzz
 
 lint: $(READY)
 	$(BIN)/ruff check

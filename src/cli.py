@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import io
 import json
-import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,8 +48,14 @@ def parse(cls: type[C], program: str, argv: Sequence[str], defaults: Sequence[st
         argv = [*defaults, *file_flags(cls, argv), *argv]
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(cls, prog=program, args=argv)
+        try:
+            with contextlib.redirect_stderr(said):
+                return tyro.cli(cls, prog=program, args=argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # --help | head -1: whoever reads it has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own last flush
+        raise SystemExit(0) from None
     except SystemExit as ended:
         if ended.code:
             fail(program, _first_paragraph(said.getvalue()))
@@ -177,6 +183,11 @@ def reuse_memory() -> None:
             mallopt(option, value)
 
 
+def check_port(flag: str, port: int) -> None:
+    if not 0 <= port < 65536:
+        raise ValueError(f"--{flag} {port}: must be 0 to 65535")
+
+
 def set_threads(threads: int) -> None:
     """Torch's CPU threads. Without a wish, torch is not even imported."""
     if threads < 0:
@@ -185,9 +196,3 @@ def set_threads(threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-
-
-def log_lines(debug: bool) -> None:
-    """Log lines on standard error: warnings, or with --logging.debug everything."""
-    level = logging.DEBUG if debug else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")

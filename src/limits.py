@@ -54,7 +54,7 @@ class Limits:
     poll_s: float = 2.0
     """Seconds that a request for a reply waits at the miner before it is told how far the work is."""
     away_s: float = 20.0
-    """Seconds without contact after which a miner's part in the round is given up, if its deadline is not over before."""
+    """Seconds without contact after which a miner's part in a round is given up, if the deadline is not over first."""
 
     def check(self) -> None:
         """Raises ValueError, naming the flag, for a limit that nothing could keep."""

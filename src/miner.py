@@ -24,26 +24,25 @@ from protocol import DataSpec, Hotkey
 if TYPE_CHECKING:
     from bittensor.sp_core import Keypair
 
+    from market.worker import Worker
     from records.cache import Cache
+    from records.console import Activity, MinerConsole
     from tasks.tokens import Tokens
 
 PROGRAM = "miner.py"
 WILDCARDS = ("0.0.0.0", "::", "")
 
 
-def say(line: str) -> None:
-    print(line + "\n", end="", flush=True)  # in one piece: two threads speak
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(MinerConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
     with cli.mistakes(PROGRAM):
         check(config)
-        cli.log_lines(config.logging.debug)
         cli.set_threads(config.threads)
         cli.reuse_memory()
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(config))
+    from records.console import MinerConsole
+
+    with contextlib.suppress(KeyboardInterrupt), MinerConsole(config.logging.debug) as console:
+        asyncio.run(serve(config, console))
 
 
 def check(config: MinerConfig) -> None:
@@ -53,8 +52,11 @@ def check(config: MinerConfig) -> None:
     for task in config.tasks:
         if task not in TASKS:
             raise ValueError(f"--tasks {task}: unknown; known: {', '.join(TASKS)}")
-    if not 0 <= config.axon.port < 65536:
-        raise ValueError(f"--axon.port {config.axon.port}: must be 0 to 65535")
+    cli.check_port("axon.port", config.axon.port)
+    config.limits.check()
+    if (config.axon.tls_cert is None) != (config.axon.tls_key is None):
+        given, other = ("cert", "key") if config.axon.tls_cert else ("key", "cert")
+        raise ValueError(f"--axon.tls-{given}: TLS needs --axon.tls-{other} too")
     if not is_loopback(config.axon.ip) and not config.allow:
         raise ValueError(
             f"--axon.ip {config.axon.ip}: off loopback anyone can call; name your validators' hotkeys with --allow"
@@ -70,15 +72,17 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-async def serve(config: MinerConfig) -> None:
+async def serve(config: MinerConfig, console: MinerConsole) -> None:
     """Wires key, cache, worker and axon; serves until it is told to end, or its work fails."""
     from market.worker import Worker
     from records.cache import Cache
     from tasks import load_task
     from transport.auth import Guard, is_bittensor_address
     from transport.axon import Axon
+    from transport.tls import server_context
     from transport.wallets import load_keypair
 
+    say = console.say
     with cli.mistakes(PROGRAM):
         for caller in config.allow:
             if not is_bittensor_address(caller):
@@ -97,7 +101,10 @@ async def serve(config: MinerConfig) -> None:
             hotkey, frozenset(config.tasks), device, cache, lambda spec: find_tokens(config, cache, spec), say
         )
         guard = Guard(frozenset(config.allow), cache.pin(), cache.set_pin)
-        axon = Axon(worker, keypair, guard, config.axon.ip, config.axon.port)
+        tls = None
+        if config.axon.tls_cert and config.axon.tls_key:
+            tls = server_context(config.axon.tls_cert.expanduser(), config.axon.tls_key.expanduser())
+        axon = Axon(worker, keypair, guard, config.axon.ip, config.axon.port, config.limits, tls)
         port = await axon.start()
     host = config.axon.external_ip or config.axon.ip
     if host in WILDCARDS:
@@ -113,7 +120,8 @@ async def serve(config: MinerConfig) -> None:
         asyncio.ensure_future(parent_gone(config.parent)),
     ]
     try:
-        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        async with console.watching(lambda: activity(worker, axon.refused.total())):
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for future in done:
             future.result()  # our own fault ends the process with its traceback
     finally:
@@ -121,6 +129,23 @@ async def serve(config: MinerConfig) -> None:
         await axon.close()
         if axon.refused:
             say("requests refused: " + ", ".join(f"{n} with {status}" for status, n in sorted(axon.refused.items())))
+
+
+def activity(worker: Worker, refused: int) -> Activity:
+    """What the worker is at, for the line at a terminal. `refused` requests are shown where there were any."""
+    from market.cursor import size
+    from records.console import Activity
+
+    figures = (*worker.figures, *([f"{refused} refused"] if refused else []))
+    arriving, job = worker.arriving, worker.job
+    if arriving is not None:
+        held, whole = arriving.held, arriving.ref.bytes
+        return Activity(f"receiving the state, {100 * held // whole} %", held, whole, figures)
+    if job is None:
+        return Activity("waiting for an order", figures=figures)
+    done, whole = job.batches_done, size(job.order.ranges)
+    at = "refused" if job.refusal else "done" if job.finished.is_set() else f"{done}/{whole} batches"
+    return Activity(f"round {job.order.round}, {at}", done, whole, figures)
 
 
 async def parent_gone(pid: int) -> None:

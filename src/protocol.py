@@ -3,9 +3,9 @@
     validator                                             miner
         │  GET  /v1/hello?nonce=…      ─────────────────▶  Hello    who are you, what do you hold and speak
         │  POST /v1/order              ─────────────────▶  Status   accepted, or 409 with the blobs it lacks
-        │  PUT  /v1/blob?kind=…        ─────────────────▶  Status   a model state, data or a vocabulary, by digest
+        │  PUT  /v1/blob?kind=…        ─────────────────▶  Status   state, data or vocabulary, by digest, from an offset
         │  GET  /v1/reply?order=…      ─────────────────▶  Reply    long poll: what was done
-        │  GET  /v1/payload?order=…    ─────────────────▶  bytes    the encoded gradient, by the reply's digest
+        │  GET  /v1/payload?order=…    ─────────────────▶  bytes    the encoded gradient, from an offset
         │  POST /v1/receipt, /v1/stop  ─────────────────▶  Status
 
 Messages are frozen and strict: an unknown field or protocol version is refused, never guessed at. Each travels in a
@@ -26,9 +26,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from typing_extensions import Buffer
 
 PROTOCOL: Final = "pilot/1"
+RELEASE: Final = "0.1.0"  # of this program, as pyproject.toml has it
 
 # Limits: what a peer may ask us to hold in memory before anything is believed.
 MAX_MESSAGE_BYTES = 1 << 20  # an envelope with its body
+MAX_MESSAGE_MARKS = 1 << 14  # commas and opening brackets in it: each can cost 3 KB; MAX_RANGES ranges have 12,288
+MAX_ERRORS = 100  # wrong fields in a message, up to which the first is named
 MAX_RANGES = 4096
 MAX_INDEX = 1 << 53  # every index is exact in a JSON number
 MAX_BLOB_BYTES = 1 << 36
@@ -128,12 +131,23 @@ Ranges = Annotated[tuple[Range, ...], Field(max_length=MAX_RANGES), AfterValidat
 M = TypeVar("M", bound=BaseModel)
 
 
+def _marks(text: str | bytes) -> int:
+    """Commas and opening brackets: fewer than the JSON values in the text by one at most. Counted, not parsed."""
+    if isinstance(text, str):
+        return sum(text.count(mark) for mark in ",[{")
+    return sum(text.count(mark) for mark in (b",", b"[", b"{"))
+
+
 def _validate(cls: type[M], text: str | bytes) -> M:
     if len(text) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"{cls.__name__}: {len(text)} bytes, at most {MAX_MESSAGE_BYTES}")
+    if (marks := _marks(text)) > MAX_MESSAGE_MARKS:
+        raise ProtocolError(f"{cls.__name__}: {marks} commas and brackets, at most {MAX_MESSAGE_MARKS}")
     try:
         return cls.model_validate_json(text)
     except ValidationError as error:
+        if error.error_count() > MAX_ERRORS:  # each would become a dictionary with what it found
+            raise ProtocolError(f"{cls.__name__}: {error.error_count()} fields are wrong") from None
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "message"
         raise ProtocolError(f"{cls.__name__}: {field}: {first['msg']}") from None
@@ -257,7 +271,7 @@ class Order(Message):
     data: DataSpec
     ranges: Ranges
     deadline_s: Seconds
-    staleness: Literal[0, 1]
+    staleness: Annotated[int, Field(ge=0, le=1)]  # and not true, which a Literal takes for 1
     codec_up: Name
     codec_down: Name
 
@@ -338,6 +352,21 @@ class Status(Message):
     time_ns: Nanoseconds
 
 
+class Health(Part):
+    """What anyone may ask of a miner or a validator, unsigned: GET /v1/status; HTTP 503 where it is not healthy."""
+
+    protocol: Literal["pilot/1"] = PROTOCOL
+    release: Text = RELEASE
+    role: Literal["miner", "validator"]
+    hotkey: Hotkey
+    healthy: bool
+    state: Text
+    run: Name | None
+    round: Count | None
+    version: Version | None  # of the model
+    time_ns: Nanoseconds
+
+
 class Refusal(Message):
     """The body of an error response. Unsigned: it is advice, and nothing is scored by it but the peer that sent it."""
 
@@ -370,11 +399,8 @@ class Refused(Exception):
         held: Mapping[Digest, int] | None = None,
     ) -> None:
         super().__init__(reason)
-        self.status = status
-        self.reason = reason
-        self.fault = fault
-        self.missing = tuple(missing)
-        self.held = dict(held or {})
+        self.status, self.reason, self.fault = status, reason, fault
+        self.missing, self.held = tuple(missing), dict(held or {})
 
 
 class Faulted(Exception):

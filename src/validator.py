@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import sys
 import time
@@ -26,18 +27,20 @@ from typing import TYPE_CHECKING
 import cli
 import runs
 from market.config import ValidatorConfig
+from protocol import Health, Hotkey, Receipt
 
 if TYPE_CHECKING:
     from market.round import Market, Network
-    from protocol import Hotkey
     from records.console import Console
     from records.metrics import Metrics
     from records.store import Store
     from tasks import Task
     from transport.auth import Keypair
     from transport.dendrite import Dendrite, Endpoint
+    from transport.health import HealthServer
 
 PROGRAM = "validator.py"
+logger = logging.getLogger("validator")
 
 
 async def train(config: ValidatorConfig, market: Market, store: Store, metrics: Metrics, console: Console) -> None:
@@ -46,14 +49,17 @@ async def train(config: ValidatorConfig, market: Market, store: Store, metrics: 
     while True:
         # Once in a while, with the miners at work on the next round already: evaluate, save a snapshot.
         if due(market.round, config.eval_every, config.rounds) and market.round not in store.evaluations():
+            logger.debug("%d rounds done: evaluating", market.round)
             store.add_evaluation(market.round, await market.evaluate())
         if due(market.round, config.snapshot_every, config.rounds) or market.out_of_patience:
+            logger.debug("%d rounds done: saving a snapshot", market.round)
             market.save_snapshot(store.save_snapshot)
         report_round(market.round, store, metrics, console)
         if market.round >= config.rounds or market.out_of_patience:
             break
 
         opened = opened or await market.open()  # plan, broadcast
+        logger.debug("round %d: open, orders to %s", opened.round, ", ".join(k[:8] for k in opened.orders) or "nobody")
         opened = await market.play(opened, last=market.round + 1 >= config.rounds)  # collect to commit; opens the next
     await market.finish()
 
@@ -68,8 +74,11 @@ def report_round(done: int, store: Store, metrics: Metrics, console: Console) ->
     head = store.head()
     if head is not None and head.round == done - 1:
         row = {**head.metrics, **store.evaluations().get(done, {})}
+        receipts = [Receipt.parse(signed.body) for signed in head.receipts]
+        verdicts = ", ".join(f"{r.hotkey[:8]} {r.verdict}" for r in receipts)
+        logger.debug("round %d: committed, version %s, %s", head.round, head.version[:12], verdicts or "no orders")
         metrics.log(row)
-        console.round(row)
+        console.round(row, receipts)
 
 
 def rewrite_metrics(store: Store, metrics: Metrics) -> None:
@@ -89,7 +98,7 @@ async def run(config: ValidatorConfig) -> None:
     with ExitStack() as stack:
         with cli.mistakes(PROGRAM):
             folder = runs.folder_of(config)
-            endpoints = [parse_endpoint(axon) for axon in config.axons]
+            endpoints = [parse_endpoint(axon, tls=config.tls_ca is not None) for axon in config.axons]
             device = cli.pick_device(config.device)
             cli.set_threads(config.threads)
             cli.reuse_memory()
@@ -105,17 +114,21 @@ async def run(config: ValidatorConfig) -> None:
             )
             tensors = stack.enter_context(ThreadPoolExecutor(1, "tensors"))
             endpoints += map(parse_endpoint, local.endpoints(console.say))
-            network = await connect(config, folder, keypair, endpoints, console)
+            status = await serve_status(config, folder, keypair, store, console)
+            network = await connect(config, folder, keypair, endpoints, store, console)
             runs.begin(config, store, task.data_digest)
         try:
             with cli.mistakes(PROGRAM):
                 market = await restored_market(config, folder, task, network, store, tensors, console)
                 rewrite_metrics(store, metrics)
             began = time.monotonic()
-            await train(config, market, store, metrics, console)
+            async with console.watching(network.links):
+                await train(config, market, store, metrics, console)
             seconds = time.monotonic() - began
         finally:
             await network.close()
+            if status is not None:
+                await status.close()
         local.stop()  # the baseline gets the whole machine
         report.finish(config, folder, task, device, store, metrics, console, seconds)
         if market.out_of_patience:
@@ -140,11 +153,44 @@ def signing_key(config: ValidatorConfig, endpoints: Sequence[Endpoint], console:
     return load_keypair(wallet.name, wallet.hotkey, str(wallet.path), create=loopback, say=console.say)
 
 
+async def serve_status(
+    config: ValidatorConfig, folder: Path, keypair: Keypair, store: Store, console: Console
+) -> HealthServer | None:
+    """GET /v1/status, where --serve.port asks for it."""
+    from transport.health import HealthServer
+
+    if config.serve.port is None:
+        return None
+
+    def health() -> Health:
+        head = store.head()
+        return Health(
+            role="validator",
+            hotkey=keypair.ss58_address,
+            healthy=True,
+            state="training" if head else "starting",
+            run=folder.name,
+            round=head.round if head else None,
+            version=head.version if head else None,
+            time_ns=time.time_ns(),
+        )
+
+    server = HealthServer(health, config.serve.ip, config.serve.port, config.limits)
+    console.say(f"status at http://{config.serve.ip}:{await server.start()}/v1/status")
+    return server
+
+
 async def connect(
-    config: ValidatorConfig, folder: Path, keypair: Keypair, endpoints: Sequence[Endpoint], console: Console
+    config: ValidatorConfig,
+    folder: Path,
+    keypair: Keypair,
+    endpoints: Sequence[Endpoint],
+    store: Store,
+    console: Console,
 ) -> Dendrite:
     """Says hello to the miners. ValueError where not one answers in time."""
     from transport.dendrite import Dendrite
+    from transport.tls import client_context
 
     pins = folder / "peers.json"  # which hotkey answers at which endpoint
     network = Dendrite(
@@ -154,6 +200,9 @@ async def connect(
         partial(save_pins, pins),
         config.task,
         console.say,
+        config.limits,
+        lambda path, size: store.make_room(path, size, config.limits),
+        client_context(config.tls_ca.expanduser()) if config.tls_ca else None,
     )
     await network.start()
     there = await network.wait_for_peers(len(endpoints), config.connect_timeout)
@@ -236,6 +285,8 @@ def check(config: ValidatorConfig) -> None:
     for flag, value in least.items():
         if flags[flag] < value:
             raise ValueError(f"--{flag.replace('_', '-')} {flags[flag]}: must be {value} or more")
+    config.limits.check()
+    cli.check_port("serve.port", config.serve.port or 0)
     if not config.axons and not config.local:
         raise ValueError("--axons: no miner named; give the ports of your miners, or --local 2 for two of this machine")
 

@@ -6,16 +6,18 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from bittensor.sp_core import Keypair
 from typing_extensions import Buffer
 
+from limits import Limits
 from protocol import (
     BlobRef,
     DataSpec,
     Digest,
-    Hasher,
+    Health,
     Hello,
     Hotkey,
     Order,
@@ -46,19 +48,23 @@ TOKENS = b"tokens" * 100
 class Writer:
     def __init__(self, service: Echo, ref: BlobRef) -> None:
         self.service, self.ref = service, ref
-        self.hasher, self.data = Hasher(ref.kind), bytearray()
+        self.data = bytearray()
+
+    @property
+    def held(self) -> int:
+        return len(self.data)
 
     def write(self, chunk: Buffer) -> None:
-        self.hasher.update(chunk)
+        if self.held + len(memoryview(chunk)) > self.ref.bytes:
+            raise ProtocolError(f"{self.ref.kind}: more than {self.ref.bytes} bytes")
         self.data += chunk
 
     def commit(self) -> None:
-        if len(self.data) != self.ref.bytes or self.hasher.hexdigest() != self.ref.digest:
+        if self.held != self.ref.bytes or digest(self.ref.kind, self.data) != self.ref.digest:
+            self.data.clear()
             raise ProtocolError(f"{self.ref.kind}: not the bytes of this digest")
         self.service.blobs[self.ref.digest] = bytes(self.data)
-
-    def abort(self) -> None:
-        self.service.aborted += 1
+        del self.service.writers[self.ref]
 
 
 class Echo:
@@ -70,7 +76,8 @@ class Echo:
         self.orders: dict[Digest, Order] = {}
         self.receipts: list[Receipt] = []
         self.stops: list[Stop] = []
-        self.aborted = 0
+        self.deliveries = 0
+        self.writers: dict[BlobRef, Writer] = {}
         self.held = asyncio.Event()
         self.held.set()
 
@@ -84,15 +91,31 @@ class Echo:
             hotkey=self.hotkey, state="idle", order=None, run=None, round=None, version=None, batches_done=0, time_ns=0
         )
 
+    def health(self) -> Health:
+        return Health(
+            role="miner",
+            hotkey=self.hotkey,
+            healthy=True,
+            state="idle",
+            run=None,
+            round=None,
+            version=None,
+            time_ns=time.time_ns(),
+        )
+
     def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
         missing = [ref for ref in (order.update.blob, order.data.tokens) if ref.digest not in self.blobs]
         if missing:
-            raise Refused(409, "send these first", missing=missing)
+            held = {ref.digest: self.writers[ref].held for ref in missing if ref in self.writers}
+            raise Refused(409, "send these first", missing=missing, held=held)
         self.orders[digest] = order
         return self.status()
 
-    def receive(self, caller: Hotkey, ref: BlobRef) -> Writer:
-        return Writer(self, ref)
+    def receive(self, caller: Hotkey, ref: BlobRef, offset: int) -> Writer:
+        writer = self.writers.setdefault(ref, Writer(self, ref))
+        if offset != writer.held:
+            raise Refused(409, "another part is held", missing=[ref], held={ref.digest: writer.held})
+        return writer
 
     async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
         if order not in self.orders:
@@ -127,6 +150,9 @@ class Echo:
         if order not in self.orders:
             raise Refused(404, "no such order")
         return self.blobs[self.orders[order].update.blob.digest]
+
+    def delivered(self, caller: Hotkey, order: Digest) -> None:
+        self.deliveries += 1
 
     def stop(self, caller: Hotkey, stop: Stop) -> Status:
         self.stops.append(stop)
@@ -192,17 +218,22 @@ async def serving(axon: Axon) -> AsyncIterator[int]:
 
 
 @asynccontextmanager
-async def served(service: Echo, keypair: Keypair = MINER, port: int = 0) -> AsyncIterator[int]:
-    async with serving(Axon(service, keypair, open_guard(), "127.0.0.1", port)) as bound:
+async def served(
+    service: Echo, keypair: Keypair = MINER, port: int = 0, limits: Limits | None = None
+) -> AsyncIterator[int]:
+    async with serving(Axon(service, keypair, open_guard(), "127.0.0.1", port, limits)) as bound:
         yield bound
 
 
 @asynccontextmanager
-async def dendrite(*ports: int, said: list[str] | None = None, grace_s: float = 5.0) -> AsyncIterator[Dendrite]:
-    """A started client; it has not waited for anybody."""
+async def dendrite(
+    *ports: int, said: list[str] | None = None, away_s: float = 5.0, limits: Limits | None = None
+) -> AsyncIterator[Dendrite]:
+    """A started client; it has not waited for anybody. `away_s` changes that one of the limits."""
     lines = [] if said is None else said
     endpoints = [Endpoint("127.0.0.1", port) for port in ports]
-    network = Dendrite(VALIDATOR, endpoints, {}, lambda _: None, "echo", lines.append, grace_s, hello_interval_s=0.05)
+    limits = limits or replace(Limits(), away_s=away_s)
+    network = Dendrite(VALIDATOR, endpoints, {}, lambda _: None, "echo", lines.append, limits, hello_interval_s=0.05)
     await network.start()
     try:
         yield network

@@ -160,7 +160,7 @@ def tiny_flags(folder: Path) -> list[str]:
         *("--gpt2.batch-size", str(task.batch_size), "--gpt2.eval-sequences", str(task.eval_sequences)),
         *("--gpt2.validation", str(task.validation), "--device", "cpu", "--threads", "1"),
         *("--wallet.name", "validator", "--wallet.path", str(folder / "wallets")),
-        *("--cache", str(folder / "cache"), "--runs", str(folder / "runs"), "--run", RUN),
+        *("--cache", str(folder / "cache"), "--runs", str(folder / "runs"), "--run", RUN, "--limits.away-s", "3"),
     ]
 
 

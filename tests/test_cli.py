@@ -6,11 +6,13 @@ The programs run inside this process through their `main`, so that torch is impo
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
 import socket
 import sqlite3
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -23,7 +25,7 @@ import runs
 import validator
 from market.config import MinerConfig, ValidatorConfig
 from records.store import Store
-from tests.processes import RUN, Miner, run_program, start_miner, tiny_flags
+from tests.processes import RUN, Miner, program, run_program, start_miner, tiny_flags
 
 ALICE = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
 Capture = pytest.CaptureFixture[str]
@@ -116,6 +118,16 @@ def test_a_program_ends_with_exit_code_2(program: str) -> None:
     ended = run_program(program, "--theads", "1")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == f"{Path(program).name}: Unrecognized options: --theads, 1; perhaps you meant --threads INT\n"
+
+
+@pytest.mark.parametrize("program_name", ["validator.py", "miner.py"])
+def test_help_that_nobody_reads_to_its_end(program_name: str) -> None:
+    """As in `--help | head -1`, with a reader that is gone from the start."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    ended = subprocess.run(program(program_name, "--help"), stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.close(theirs)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_a_busy_port(tmp_path: Path, capfd: Capture) -> None:

@@ -7,6 +7,7 @@ them cannot read the ledgers and receipts that exist: then `PROTOCOL` changes to
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from protocol import (
     MAX_MESSAGE_BYTES,
     MAX_RANGES,
     MESSAGES,
+    RELEASE,
     BlobRef,
     DatasetRef,
     DataSpec,
@@ -104,7 +106,9 @@ SAMPLES: dict[str, Message] = {
     "stop": Stop(**WHICH, order=C),
     "hello": Hello(hotkey=ALICE, nonce="0" * 32, tasks=("gpt2",), codecs=("fp32", "bf16"), version=None, time_ns=1),
     "status": Status(hotkey=ALICE, state="working", order=A, run="demo", round=7, version=B, batches_done=3, time_ns=2),
-    "refusal": Refusal(reason="busy", fault=Fault.BUSY, missing=(BlobRef(kind="state", digest=A, bytes=1),), time_ns=3),
+    "refusal": Refusal(
+        reason="busy", fault=Fault.BUSY, missing=(BlobRef(kind="state", digest=A, bytes=9),), held={A: 4}, time_ns=3
+    ),
 }
 
 
@@ -123,6 +127,11 @@ def test_text_digest_and_signing_bytes_are_golden(kind: str) -> None:
     assert type(message).parse(golden["text"]) == message
     assert digest(kind, golden["text"].encode()) == golden["digest"]
     assert signing_bytes(kind, golden["text"]).decode() == golden["signing_bytes"]
+
+
+def test_the_release_is_that_of_the_package() -> None:
+    pyproject = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert pyproject["project"]["version"] == RELEASE
 
 
 def test_golden_signature_holds() -> None:

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from records_samples import HOTKEYS, VALIDATOR, payload, receipt, received
 
-from protocol import BlobRef, ProtocolError, Received, Signed, digest
+from limits import Limits
+from protocol import BlobRef, Fault, Faulted, ProtocolError, Received, Signed, digest
 from records.cache import Cache
 from records.spool import Spool
 
@@ -55,7 +57,6 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
     "truncated payload": (".payload", truncate),
     "flipped payload": (".payload", flip),
     "missing payload": (".payload", Path.unlink),
-    "unsealed": (".reply.json", Path.unlink),
     "truncated reply": (".reply.json", truncate),
     "empty reply": (".reply.json", lambda path: write(path, b"")),
     "another's reply": (".reply.json", lambda path: write(path, path.with_name(B + ".reply.json").read_bytes())),
@@ -75,6 +76,40 @@ def test_what_is_not_whole_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureF
     assert sorted(path.name for path in (tmp_path / "00000000").iterdir()) == [B + ".payload", B + ".reply.json"]
     again = deliver(spool, 0, A)  # and can be received anew
     assert spool.received(0) == (again, whole)
+
+
+def test_the_beginning_of_a_payload_stays_and_is_not_received(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    beginning = spool.payload_path(0, A)
+    beginning.write_bytes(b"the first bytes")
+    assert spool.received(0) == ()
+    assert beginning.read_bytes() == b"the first bytes"
+
+
+def test_room_is_counted_while_payloads_arrive(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    for hotkey in (A, B):
+        deliver(spool, 0, hotkey)
+    before = sum(path.stat().st_size for path in (tmp_path / "00000000").iterdir())
+    limits = replace(Limits(), spool_bytes=before + 1000, reserve_bytes=0)
+    here, there = spool.payload_path(1, A), spool.payload_path(1, B)
+    spool.make_room(here, 600, limits)
+    here.write_bytes(b"on its way")
+    with pytest.raises(Faulted, match=r"--limits.spool-bytes; raise it") as faulted:
+        spool.make_room(there, 600, limits)
+    assert faulted.value.fault is Fault.UNVERIFIED
+    here.unlink()  # it was of no use
+    spool.make_room(there, 600, limits)
+    there.write_bytes(bytes(600))
+    spool.prune(1)
+    spool.make_room(here, 400 + before, limits)
+
+
+def test_the_reserve_on_the_disk_is_kept(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    limits = replace(Limits(), reserve_bytes=1 << 60)
+    with pytest.raises(Faulted, match="delete old runs"):
+        spool.make_room(spool.payload_path(0, A), 1, limits)
 
 
 def test_an_empty_payload_is_bytes_too(tmp_path: Path) -> None:
@@ -134,10 +169,10 @@ def test_a_blob_is_there_after_commit_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (DATA[:-1], "announced as"),
-        (DATA[:-1] + b"?", "digest"),
+        (DATA[:-1], "not the"),
+        (DATA[:-1] + b"?", "not the"),
         (DATA + b"?", "more than"),
-        (b"", "announced as"),
+        (b"", "not the"),
     ],
     ids=["short", "wrong", "long", "empty"],
 )
@@ -151,15 +186,26 @@ def test_a_blob_that_is_not_the_one_announced_leaves_nothing(tmp_path: Path, dat
 
     with pytest.raises(ProtocolError, match=reason):
         receive()
-    writer.abort()  # may be said twice
+    assert writer.held == 0
     assert cache.blob(REF) is None
+    writer.write(DATA)  # the sender may try again
+    writer.commit()
+    assert cache.blob(REF) is not None
+
+
+def test_a_blob_given_up_leaves_nothing(tmp_path: Path) -> None:
+    writer = Cache(tmp_path).store(REF)
+    writer.write(DATA[:-1])
+    assert writer.held == len(DATA) - 1
+    writer.abort()
+    writer.abort()  # may be said twice
     assert blobs(tmp_path) == []
 
 
 def test_a_blobs_kind_is_part_of_its_name(tmp_path: Path) -> None:
     writer = Cache(tmp_path).store(BlobRef(kind="data", digest=REF.digest, bytes=REF.bytes))
     writer.write(DATA)
-    with pytest.raises(ProtocolError, match="digest"):
+    with pytest.raises(ProtocolError, match="not the"):
         writer.commit()
 
 

@@ -104,7 +104,7 @@ class Desk:
             if not refused.missing:
                 raise
             for ref in refused.missing:
-                self.push(ref, self.blob(ref, state), caller)
+                self.push(ref, self.blob(ref, state), caller, refused.held.get(ref.digest, 0))
             self.worker.order(caller, order, order_digest)
         return order_digest
 
@@ -113,10 +113,10 @@ class Desk:
             return self.learner.blob if state is None else state
         return self.task.blobs()[ref.digest]
 
-    def push(self, ref: BlobRef, data: Buffer, caller: str = CALLER) -> None:
-        writer = self.worker.receive(caller, ref)
+    def push(self, ref: BlobRef, data: Buffer, caller: str = CALLER, offset: int = 0) -> None:
+        writer = self.worker.receive(caller, ref, offset)
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), 10_000):
+        for start in range(offset, len(view), 10_000):
             writer.write(view[start : start + 10_000])
         writer.commit()
 
@@ -297,6 +297,7 @@ def test_busy_for_another_validator_until_the_payload_is_fetched(desk: MakeDesk)
             assert not busy.missing
             await stage()
         d.worker.payload(CALLER, sent)
+        d.worker.delivered(CALLER, sent)
         theirs = d.send(d.order(), RIVAL)
         await d.reply(theirs, RIVAL)
         assert d.computed() == 2  # the same order of another owner is another job
@@ -317,6 +318,24 @@ def test_not_busy_once_the_order_is_over(desk: MakeDesk, ending: str) -> None:
             assert refused(lambda: d.send(d.order(), RIVAL)).fault is Fault.BUSY
             await asyncio.sleep(60.0)  # virtual
         await d.reply(d.send(d.order(), RIVAL), RIVAL)
+
+    run(main())
+
+
+def test_why_an_order_is_refused_is_said_once_until_it_changes(desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+        sent = d.send(d.order())  # what it lacked is no refusal to speak of
+        for codec_up in ("none", "none", "nine"):
+            refused(lambda codec=codec_up: d.send(d.order(codec_up=codec, round=1)))
+        await d.reply(sent)
+        d.send(d.order(round=2))
+        refused(lambda: d.send(d.order(codec_up="nine", round=3)))
+        said = [line for line in d.said if "refused" in line]
+        assert said == [
+            f"round {number}: order of {CALLER[:8]} refused, codec {codec}: this miner knows fp32, bf16"
+            for number, codec in ((1, "none"), (1, "nine"), (3, "nine"))
+        ]
 
     run(main())
 
@@ -422,7 +441,7 @@ def test_blobs_that_nobody_asked_for_are_refused(desk: MakeDesk) -> None:
     async def main() -> None:
         d = desk()
         state, tokens = d.learner.update.blob, d.task.data_spec.tokens
-        assert refused(lambda: d.worker.receive(CALLER, state)).status == 409
+        assert refused(lambda: d.worker.receive(CALLER, state, 0)).status == 409
         refused(lambda: d.worker.order(CALLER, d.order(), "0" * 64))  # now it has asked
         for other in (
             state.model_copy(update={"bytes": state.bytes + 1}),
@@ -430,9 +449,9 @@ def test_blobs_that_nobody_asked_for_are_refused(desk: MakeDesk) -> None:
             BlobRef(kind="state", digest="0" * 64, bytes=state.bytes),
             BlobRef(kind="vocabulary", digest=tokens.digest, bytes=tokens.bytes),
         ):
-            assert refused(lambda ref=other: d.worker.receive(CALLER, ref)).status == 409
+            assert refused(lambda ref=other: d.worker.receive(CALLER, ref, 0)).status == 409
         await d.reply(d.send(d.order()))
-        assert refused(lambda: d.worker.receive(CALLER, state)).status == 409  # it has what it asked for
+        assert refused(lambda: d.worker.receive(CALLER, state, 0)).status == 409  # it has what it asked for
 
     run(main())
 
@@ -449,9 +468,10 @@ def test_wrong_bytes_are_refused_and_the_right_ones_taken(desk: MakeDesk, kind: 
                 d.push(missing[kind], wrong)
             again = refused(lambda: d.worker.order(CALLER, order, "0" * 64)).missing
             assert missing[kind] in again
-        abandoned = d.worker.receive(CALLER, missing[kind])
+        abandoned = d.worker.receive(CALLER, missing[kind], 0)
         abandoned.write(right[:100])
-        abandoned.abort()
+        again = refused(lambda: d.worker.receive(CALLER, missing[kind], 50))
+        assert (again.status, again.held) == (409, {missing[kind].digest: 100})
         await d.reply(d.send(order))
 
     run(main())

@@ -19,6 +19,10 @@ class Codec(Protocol):
 
     def encode(self, tensors: Mapping[str, torch.Tensor]) -> Buffer: ...
 
+    def largest(self, specs: Specs) -> int:
+        """The most bytes that such tensors can take: more is not worth receiving."""
+        ...
+
     def decode(self, payload: Buffer, specs: Specs) -> Tensors:
         """The tensors, on the CPU, perhaps as views of `payload`. ProtocolError unless exactly those of `specs`."""
         ...

@@ -44,6 +44,9 @@ class Dense:
             offset += tensor.numel() * self.dtype.itemsize
         return payload
 
+    def largest(self, specs: Specs) -> int:
+        return len(self._header(specs)) + sum(map(math.prod, specs.values())) * self.dtype.itemsize
+
     def decode(self, payload: Buffer, specs: Specs) -> Tensors:
         data = memoryview(payload).cast("B")
         header = self._header(specs)

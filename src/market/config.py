@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from limits import Limits
 from tasks.config import AdamWConfig, GPT2Config
 
 
@@ -67,6 +68,14 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    port: int | None = None
+    """TCP port for GET /v1/status, for health checks; 0 takes a free one, None serves nothing."""
+    ip: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface."""
+
+
+@dataclass(frozen=True)
 class ValidatorConfig(TrainingConfig):
     """Owns the model and its optimizer; orders gradients from miners, checks, aggregates, steps, scores and pays."""
 
@@ -74,8 +83,12 @@ class ValidatorConfig(TrainingConfig):
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    limits: Limits = field(default_factory=Limits)
     axons: tuple[str, ...] = ()
     """Miners: a port on this machine, or host:port@ss58 elsewhere (the ss58 address of the miner's hotkey)."""
+    tls_ca: Path | None = None
+    """PEM file with the certificates that sign those of the miners: every miner of --axons is then reached by TLS."""
     local: int = 0
     """Start so many miners on this machine, as processes on free ports, for the length of the run."""
     run: str = ""
@@ -130,6 +143,10 @@ class AxonConfig:
     """Address to listen on; 0.0.0.0 for every interface, which requires --allow."""
     external_ip: str = ""
     """Address under which the validator reaches this miner, if it is another (NAT, a container)."""
+    tls_cert: Path | None = None
+    """PEM file with this miner's certificate: serve by TLS. Validators then need --tls-ca."""
+    tls_key: Path | None = None
+    """PEM file with the certificate's key."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +156,7 @@ class MinerConfig:
     wallet: WalletConfig = field(default_factory=WalletConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     axon: AxonConfig = field(default_factory=AxonConfig)
+    limits: Limits = field(default_factory=Limits)
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, mps."""
     threads: int = 0

@@ -61,7 +61,7 @@ class Network(Protocol):
     def seal(self, message: Message) -> Signed: ...
     def peers(self) -> tuple[Hotkey, ...]: ...
     async def wait_for_peer(self, timeout_s: float) -> bool: ...
-    async def exchange(self, order: Order, signed: Signed, blobs: Blobs, path: Path) -> Received: ...
+    async def exchange(self, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int) -> Received: ...
     async def tell(self, hotkey: Hotkey, signed: Signed) -> bool: ...
 
 
@@ -134,6 +134,7 @@ class Market:
         self.empty_rounds = 0
         self.cursor = Cursor()
         self.specs = {name: p.shape for name, p in task.trainable(learner.model).items()}
+        self.largest = codec.largest(self.specs)  # bytes of a payload
         self.blobs = task.blobs()
         self.before_step: asyncio.Future[object] | None = None  # a snapshot still being written from the parameters
 
@@ -170,7 +171,7 @@ class Market:
             signed={order.hotkey: signed for order, signed in orders},
         )
         _, self.cursor = self.cursor.take(sum(size(order.ranges) for order, _ in orders))
-        received = {r.reply.hotkey: r for r in self.store.received(self.round)}
+        received = {r.reply.hotkey: r for r in await asyncio.to_thread(self.store.received, self.round)}
         for hotkey in opened.orders:
             exchange = self._exchange(opened, hotkey, received.get(hotkey))
             opened.exchanges[hotkey] = asyncio.create_task(exchange)
@@ -216,9 +217,9 @@ class Market:
         order, signed = opened.orders[hotkey], opened.signed[hotkey]
         try:
             if received is None or received.reply.order != signed.digest:
-                path = self.store.payload_path(opened.round, hotkey)
+                path = await asyncio.to_thread(self.store.payload_path, opened.round, hotkey)
                 blobs = {**self.blobs, self.learner.blob_digest: self.learner.blob}
-                received = await self.network.exchange(order, signed, blobs, path)
+                received = await self.network.exchange(order, signed, blobs, path, self.largest)
                 opened.sealing.append(asyncio.ensure_future(asyncio.to_thread(self.store.seal, received)))
             contribution = await self._compute(self._verify, order, received)
             return Delivery(received, contribution)

@@ -33,6 +33,7 @@ from protocol import (
     Digest,
     Fault,
     Hasher,
+    Health,
     Hello,
     Hotkey,
     Order,
@@ -55,8 +56,10 @@ RESERVE = 0.05  # of the deadline, kept for encoding and the way back
 
 
 class BlobWriter(Protocol):
-    """Takes a blob as it arrives; `commit` raises ProtocolError where length or digest are not the promised ones."""
+    """A blob on its way in, written in a thread; `commit` raises ProtocolError where it is not what was promised."""
 
+    @property
+    def held(self) -> int: ...
     def write(self, chunk: Buffer) -> None: ...
     def commit(self) -> None: ...
     def abort(self) -> None: ...
@@ -71,28 +74,37 @@ class Cache(Protocol):
 
 
 class StateWriter:
-    """A model state on its way into memory; hashed as it comes, kept only if it is what the order named."""
+    """A model state on its way into memory, hashed as it comes; `whole` once it is what the order named."""
 
-    def __init__(self, ref: BlobRef, buffer: memoryview, keep: Callable[[BlobRef, memoryview], None]) -> None:
-        self.ref, self.buffer, self.keep = ref, buffer, keep
-        self.filled = 0
+    def __init__(self, ref: BlobRef, buffer: memoryview) -> None:
+        self.ref, self.buffer = ref, buffer
+        self.held = 0
+        self.whole = False
         self.hasher = Hasher("state")
 
     def write(self, chunk: Buffer) -> None:
         data = memoryview(chunk).cast("B")
-        if self.filled + len(data) > self.ref.bytes:
+        end = self.held + len(data)
+        if end > self.ref.bytes:
+            self._restart()
             raise ProtocolError(f"state: more than the {self.ref.bytes} bytes promised")
-        self.buffer[self.filled : self.filled + len(data)] = data
-        self.filled += len(data)
+        there = np.frombuffer(self.buffer, np.uint8)[self.held : end]
+        np.copyto(there, np.frombuffer(data, np.uint8))  # lets go of the GIL, which a slice of memoryviews does not
         self.hasher.update(data)
+        self.held = end
 
     def commit(self) -> None:
-        if self.filled != self.ref.bytes or self.hasher.hexdigest() != self.ref.digest:
-            raise ProtocolError(f"state: {self.filled} bytes that are not the {self.ref.bytes} that the order names")
-        self.keep(self.ref, self.buffer)
+        if self.held != self.ref.bytes or self.hasher.hexdigest() != self.ref.digest:
+            held = self.held
+            self._restart()
+            raise ProtocolError(f"state: {held} bytes that are not the {self.ref.bytes} that the order names")
+        self.whole = True
+
+    def _restart(self) -> None:
+        self.held, self.hasher = 0, Hasher("state")
 
     def abort(self) -> None:
-        self.buffer = memoryview(b"")
+        """Nothing to clear away: the memory goes with its last user."""
 
 
 @dataclass
@@ -132,6 +144,9 @@ class Worker:
         self.state: tuple[Digest, memoryview] | None = None  # received, not yet in the model
         self.spare: memoryview | None = None  # the memory of the state before: pages that need no clearing again
         self.wanted: dict[Digest, BlobRef] = {}  # asked for by the last refusal; nothing else is taken
+        self.writers: dict[Digest, BlobWriter] = {}  # of those wanted: what is held of them waits for the rest
+        self.figures: tuple[str, ...] = ()  # of the last gradient, for display
+        self.refusals: dict[Hotkey, str] = {}  # the reason that each caller got last, so that it is said once
         self.encode_s = 0.0
         self.failed: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._built: tuple[TaskSpec, Digest, Task, nn.Module] | None = None
@@ -169,37 +184,81 @@ class Worker:
             time_ns=time.time_ns(),
         )
 
+    def health(self) -> Health:
+        status = self.status()
+        return Health(
+            role="miner",
+            hotkey=self.hotkey,
+            healthy=not self.failed.done(),
+            state=status.state,
+            run=status.run,
+            round=status.round,
+            version=self.version,
+            time_ns=time.time_ns(),
+        )
+
     def order(self, caller: Hotkey, order: Order, order_digest: Digest) -> Status:
         """Accept at once, and work in the background. The same order again is the same job, not another.
 
         Raises Refused: BUSY, an order that contradicts itself, or `missing` blobs.
         """
+        try:
+            status = self._accept(caller, order, order_digest)
+        except Refused as refused:
+            if not refused.missing and self.refusals.get(caller) != refused.reason:
+                self.refusals[caller] = refused.reason
+                self.say(f"round {order.round}: order of {caller[:8]} refused, {refused.reason}")
+            raise
+        self.refusals.pop(caller, None)
+        return status
+
+    def _accept(self, caller: Hotkey, order: Order, order_digest: Digest) -> Status:
         job = self.job
         if job and job.digest == order_digest and job.owner == caller and job.refusal is None:
             return self.status()
         if job and job.owner != caller and self._unfinished(job):
             raise Refused(409, f"working for {job.owner[:8]} on round {job.order.round}", Fault.BUSY)
         self._check(order)
-        if missing := self._missing(order):
-            self.wanted = {ref.digest: ref for ref in missing}
-            raise Refused(409, "send the blobs that are missing, then the order again", missing=missing)
-        self.wanted = {}
+        missing = self._missing(order)
+        self.wanted = {ref.digest: ref for ref in missing}
+        self._drop_unwanted()
+        if missing:
+            held = {name: writer.held for name, writer in self.writers.items()}
+            raise Refused(409, "send the blobs that are missing, then the order again", missing=missing, held=held)
         self.job = Job(order, order_digest, caller, self.clock())
         running = asyncio.create_task(self._run(self.job, job))
         self._running.add(running)
         running.add_done_callback(self._ended)
         return self.status()
 
-    def receive(self, caller: Hotkey, ref: BlobRef) -> BlobWriter:
-        """Only blobs that the last order was refused for are taken."""
+    def receive(self, caller: Hotkey, ref: BlobRef, offset: int) -> BlobWriter:
+        """Only blobs that the last order was refused for are taken, from where they broke off."""
         if self.wanted.get(ref.digest) != ref:
             raise Refused(409, f"no order asked for this {ref.kind}")
+        writer = self.writers.get(ref.digest)
+        if offset != (writer.held if writer else 0):
+            held = {ref.digest: writer.held} if writer else {}
+            raise Refused(409, f"another part of the {ref.kind} is held", missing=[ref], held=held)
+        if writer is None:
+            writer = self.writers[ref.digest] = self._writer(ref)
+        return writer
+
+    def _writer(self, ref: BlobRef) -> BlobWriter:
         if ref.kind != "state":
             return self.cache.store(ref)
         buffer, self.spare = self.spare, None  # a second writer of the same state gets memory of its own
         if buffer is None or len(buffer) != ref.bytes:
             buffer = np.empty(ref.bytes, np.uint8).data
-        return StateWriter(ref, buffer, self._keep_state)
+        return StateWriter(ref, buffer)
+
+    def _drop_unwanted(self) -> None:
+        for name in self.writers.keys() - self.wanted.keys():
+            self.writers.pop(name).abort()
+
+    @property
+    def arriving(self) -> StateWriter | None:
+        """The state that is on its way in."""
+        return next((w for w in self.writers.values() if isinstance(w, StateWriter) and not w.whole), None)
 
     async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
         """The reply, or None while the work goes on after `wait_s` seconds."""
@@ -216,8 +275,12 @@ class Worker:
         job = self._job(caller, order)
         if job.payload is None:
             raise Refused(404, "no payload for this order yet")
-        job.delivered = True
         return job.payload
+
+    def delivered(self, caller: Hotkey, order: Digest) -> None:
+        job = self.job
+        if job is not None and (job.owner, job.digest) == (caller, order):
+            job.delivered = True
 
     def stop(self, caller: Hotkey, stop: Stop) -> Status:
         """Ends the order's work after its micro-batch; before it began, or twice, it is as good."""
@@ -252,6 +315,9 @@ class Worker:
     def _missing(self, order: Order) -> list[BlobRef]:
         missing = []
         update, tokens, vocabulary = order.update.blob, order.data.tokens, order.data.vocabulary
+        writer = self.writers.get(update.digest)
+        if isinstance(writer, StateWriter) and writer.whole:
+            self.state = (update.digest, writer.buffer)
         if self.version != order.version and (self.state is None or self.state[0] != update.digest):
             missing.append(update)
         if self.cache.blob(tokens) is None:
@@ -270,9 +336,6 @@ class Worker:
         if self.job is None or self.job.digest != order or self.job.owner != caller:
             raise Refused(404, "no such order here")
         return self.job
-
-    def _keep_state(self, ref: BlobRef, buffer: memoryview) -> None:
-        self.state = (ref.digest, buffer)
 
     async def _run(self, job: Job, previous: Job | None) -> None:
         """A new order replaces the old one: that ends after its micro-batch, then this begins."""
@@ -320,6 +383,8 @@ class Worker:
         computed = self.clock()
         self._encode(job, work, computed - began)
         self.encode_s = self.clock() - computed
+        per_s = work.count / max(computed - prepared, 1e-9)
+        self.figures = (f"loss {work.loss:.3f}", f"{per_s:,.0f} {task.unit}/s")
         self.say(
             f"round {order.round}: loss {work.loss:.4f} over {work.count} {task.unit}; "
             f"load {prepared - began:.3f} s, compute {computed - prepared:.3f} s, encode {self.encode_s:.3f} s"

@@ -24,45 +24,54 @@ _HOTKEY: TypeAdapter[str] = TypeAdapter(Hotkey)
 
 
 class BlobWriter:
-    """A blob on its way in. Ends with `commit` or `abort`; a failing `write` or `commit` has aborted it."""
+    """A blob on its way in, `held` bytes of it in a temporary file until `commit` or `abort`."""
 
     def __init__(self, ref: BlobRef, path: Path) -> None:
         self._ref = ref
         self._path = path
         self._hasher = Hasher(ref.kind)
-        self._written = 0
+        self.held = 0
         descriptor, name = tempfile.mkstemp(suffix=TEMPORARY, dir=path.parent)
         self._temporary = Path(name)
-        self._file = os.fdopen(descriptor, "wb")
+        self._file = os.fdopen(descriptor, "wb", buffering=0)
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells a live writer's file from one that a killed process left
 
     def write(self, chunk: Buffer) -> None:
-        """Raises ProtocolError beyond the length that the reference names."""
-        with memoryview(chunk) as view:
-            self._written += view.nbytes
-        if self._written > self._ref.bytes:
-            self.abort()
+        """Raises ProtocolError beyond the length that the reference names, and OSError: then nothing is held."""
+        data = memoryview(chunk).cast("B")
+        if self.held + len(data) > self._ref.bytes:
+            self._restart()
             raise ProtocolError(f"blob: more than the {self._ref.bytes} bytes announced")
-        self._hasher.update(chunk)
-        self._file.write(chunk)
+        try:
+            while data:
+                count = self._file.write(data)
+                self._hasher.update(data[:count])
+                self.held += count
+                data = data[count:]
+        except OSError:
+            self._restart()
+            raise
 
     def commit(self) -> None:
-        """The blob is durable in the cache. Raises ProtocolError where length or digest differ."""
-        if self._written != self._ref.bytes:
-            self.abort()
-            raise ProtocolError(f"blob: {self._written} bytes, announced as {self._ref.bytes}")
-        if self._hasher.hexdigest() != self._ref.digest:
-            self.abort()
-            raise ProtocolError("blob: its bytes do not have the digest announced")
+        """The blob is durable in the cache. Raises ProtocolError for another length or digest: then nothing is held."""
+        if self.held != self._ref.bytes or self._hasher.hexdigest() != self._ref.digest:
+            held = self.held
+            self._restart()
+            raise ProtocolError(f"blob: {held} bytes that are not the {self._ref.bytes} announced")
         with self._file:
-            self._file.flush()
             os.fsync(self._file.fileno())
             os.replace(self._temporary, self._path)
         sync_file(self._path.parent)
 
     def abort(self) -> None:
+        """Forget what is held. After a `commit` nothing happens."""
         self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+    def _restart(self) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self.held, self._hasher = 0, Hasher(self._ref.kind)
 
 
 class Cache:

@@ -12,12 +12,15 @@ import logging
 import mmap
 import os
 import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import TypeAdapter
 from typing_extensions import Buffer
 
-from protocol import Count, Hasher, Hotkey, Part, Received, Reply, Signed
+from limits import Limits
+from protocol import Count, Fault, Faulted, Hasher, Hotkey, Part, Received, Reply, Signed
 from records.durable import hash_rest, make_folder, replacing, sync_file
 
 logger = logging.getLogger(__name__)
@@ -40,10 +43,32 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self._folder = make_folder(folder)
+        self._sizes: dict[Path, int] = {}  # bytes of each round, when the last one began
+        self._expected: dict[Path, int] = {}  # bytes of the payloads of the last round, also where they still arrive
 
     def payload_path(self, round: int, hotkey: Hotkey) -> Path:
         """Where the payload of this miner's reply goes; its folder exists."""
         return make_folder(self._round(round)) / (_HOTKEY.validate_python(hotkey) + _PAYLOAD)
+
+    def make_room(self, path: Path, size: int, limits: Limits) -> None:
+        """Before a payload of `size` bytes is written to its `payload_path`. Raises Faulted where it does not fit.
+
+        Only the last round that was asked about is looked at file by file: the rounds before it change no more.
+        """
+        folder = path.parent
+        if folder not in self._sizes:
+            self._sizes = {f: _size(f, self._expected)[0] for f in self._folder.iterdir() if f.is_dir()}
+            self._expected = {}
+        spooled, missing = _size(folder, self._expected)
+        spooled += sum(total for other, total in self._sizes.items() if other != folder)
+        free = shutil.disk_usage(folder).free - missing
+        if limits.spool_bytes and spooled + size > limits.spool_bytes:
+            keeps = f"the spool keeps {spooled >> 20} MB of the {limits.spool_bytes >> 20} MB of --limits.spool-bytes"
+            raise Faulted(Fault.UNVERIFIED, f"no room for {size >> 20} MB: {keeps}; raise it, or save snapshots sooner")
+        if free - size < limits.reserve_bytes:
+            left = f"{free >> 20} MB are free on the validator's disk, {limits.reserve_bytes >> 20} MB are kept free"
+            raise Faulted(Fault.UNVERIFIED, f"no room for {size >> 20} MB: {left}; delete old runs or other files")
+        self._expected[path] = size
 
     def payload(self, round: int, hotkey: Hotkey) -> Buffer:
         """A payload as it lies in its file: a private map, so that views of it cost no memory and outlive the file."""
@@ -64,7 +89,8 @@ class Spool:
     def received(self, round: int) -> tuple[Received, ...]:
         """The received replies of a round whose payloads are whole, in the order of the hotkeys.
 
-        For a restart, while nothing arrives: what is unsealed or damaged is deleted, and has to be sent again.
+        For a restart, while nothing arrives: what is damaged is deleted, and has to be sent again. A payload without
+        its reply may be the beginning of one: it stays, for the transport to go on from.
         """
         folder = self._round(round)
         whole: dict[str, Received] = {}
@@ -75,7 +101,8 @@ class Spool:
             except ValueError as error:
                 logger.warning("round %d: the reply of %s is dropped: %s", round, hotkey, str(error).splitlines()[0])
         for path in sorted(folder.glob("*")):
-            if path.name.split(".")[0] not in whole:
+            beginning = path.suffix == _PAYLOAD and not path.with_name(path.stem + _REPLY).exists()
+            if path.name.split(".")[0] not in whole and not beginning:
                 logger.warning("round %d: %s is deleted: not part of a whole reply", round, path.name)
                 path.unlink()
         return tuple(whole[hotkey] for hotkey in sorted(whole))
@@ -85,9 +112,20 @@ class Spool:
         for folder in self._folder.iterdir():
             if folder.name.isdecimal() and int(folder.name) < before:
                 shutil.rmtree(folder)
+                self._sizes.pop(folder, None)
 
     def _round(self, round: int) -> Path:
         return self._folder / f"{round:08d}"
+
+
+def _size(folder: Path, expected: Mapping[Path, int]) -> tuple[int, int]:
+    """Bytes that the files of a folder have or will have, and how many of them are not there yet."""
+    there: dict[Path, int] = {}
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # another thread seals a reply: its temporary file has just got its name
+            there[path] = path.stat().st_size
+    whole = {path: max(size, expected.get(path, 0)) for path, size in there.items()}
+    return sum(whole.values()), sum(whole.values()) - sum(there.values())
 
 
 def _open(round: int, hotkey: str, path: Path) -> Received:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer
 
+from limits import Limits
 from protocol import Hotkey, Received, RoundRecord, Signed
 from records.durable import FileLock, make_folder
 from records.ledger import Ledger, Total
@@ -90,6 +91,10 @@ class Store:
     def payload_path(self, round: int, hotkey: Hotkey) -> Path:
         """Where a reply's payload is to be written."""
         return self._spool.payload_path(round, hotkey)
+
+    def make_room(self, path: Path, size: int, limits: Limits) -> None:
+        """Before a payload of `size` bytes is written to its `payload_path`. Raises Faulted where it does not fit."""
+        self._spool.make_room(path, size, limits)
 
     def payload(self, round: int, hotkey: Hotkey) -> Buffer:
         """The payload in its `payload_path`, mapped."""

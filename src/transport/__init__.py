@@ -1,11 +1,16 @@
 """The wire: the only place that knows HTTP and signatures. What crosses its border inwards is typed and verified.
 
 auth      envelopes and signed requests (btauth/1), who may call
+door      the HTTP server's outside: connections, patience and answers are rationed
 axon      a miner's server: bytes → typed messages → `Service` → signed envelopes
+health    GET /v1/status, by itself: a validator's
 peer      one miner as its caller sees it: an endpoint, signed requests, its clock
-dendrite  the validator's client: hello, pinned hotkeys, an order's whole exchange
+exchange  one order's whole way to a miner and back, whatever breaks on it
+dendrite  the validator's client: hello, pinned hotkeys, the miners that are there
+pump      bulk off the event loop, and a floor under its speed
 loopback  the same network inside one process, under a virtual clock
 wallets   key files
+tls       certificates
 """
 
 from __future__ import annotations
@@ -14,19 +19,21 @@ from typing import Protocol
 
 from typing_extensions import Buffer
 
-from protocol import BlobRef, Digest, Hello, Hotkey, Order, Receipt, Reply, Signed, Status, Stop
+from protocol import BlobRef, Digest, Health, Hello, Hotkey, Order, Receipt, Reply, Signed, Status, Stop
 
 
 class BlobWriter(Protocol):
-    """Takes a blob's bytes as they arrive, in order. Nothing is kept before `commit`."""
+    """Takes a blob's bytes in order, in a thread. The sender may go at any time: what is held waits for its return."""
 
-    def write(self, chunk: Buffer) -> None: ...
+    @property
+    def held(self) -> int:
+        """Bytes that are here, from the blob's start."""
+
+    def write(self, chunk: Buffer) -> None:
+        """Raises ProtocolError beyond the blob's length, OSError."""
 
     def commit(self) -> None:
-        """All bytes are written: check length and digest, keep the blob. Raises ProtocolError where they differ."""
-
-    def abort(self) -> None:
-        """Forget what was written. Comes at most once, instead of a commit or after one that raised."""
+        """All is written: keep the blob. Raises ProtocolError for another length or digest: then none is held."""
 
 
 class Service(Protocol):
@@ -41,11 +48,16 @@ class Service(Protocol):
 
     def status(self) -> Status: ...
 
+    def health(self) -> Health: ...
+
     def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
         """Accepts at once and works in the background. Raises Refused: 409 BUSY, WRONG_DATA or `missing`; 400."""
 
-    def receive(self, caller: Hotkey, ref: BlobRef) -> BlobWriter:
-        """Where to put a blob that is about to arrive. Raises Refused for one that nobody asked for."""
+    def receive(self, caller: Hotkey, ref: BlobRef, offset: int) -> BlobWriter:
+        """Where to put a blob that is about to arrive from `offset` on; only one writer at a time.
+
+        Raises Refused for one that nobody asked for, and 409 with `held` where another offset is due.
+        """
 
     async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
         """The reply, or None while the work still goes on after `wait_s` seconds. Raises Refused 404: no such order."""
@@ -53,6 +65,10 @@ class Service(Protocol):
     def payload(self, caller: Hotkey, order: Digest) -> Buffer:
         """The bytes that the reply's `payload_digest` names. Raises Refused 404."""
 
+    def delivered(self, caller: Hotkey, order: Digest) -> None:
+        """The payload's last byte has left."""
+
     def stop(self, caller: Hotkey, stop: Stop) -> Status: ...
 
-    def receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status: ...
+    def receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status:
+        """Returns when the receipt is durable; called in a thread."""

@@ -12,11 +12,23 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from bittensor import http_auth
-from bittensor.http_auth import AuthError, StaleRequest, WrongReceiver
+from bittensor.http_auth import AuthError, MalformedAuth, StaleRequest, WrongReceiver
 from bittensor.sp_core import CRYPTO_SR25519, Keypair, verify
 from bittensor.wallets import is_bittensor_address
 
-from protocol import Digest, Fault, Hotkey, Message, Order, ProtocolError, Refused, Reply, Signed, signing_bytes
+from protocol import (
+    Digest,
+    Fault,
+    Hotkey,
+    Message,
+    Order,
+    ProtocolError,
+    Refused,
+    Reply,
+    Signed,
+    one_line,
+    signing_bytes,
+)
 
 __all__ = [
     "AuthError",
@@ -105,6 +117,14 @@ class Verifier:
         self._started_ns = clock_ns()
         self._seen = http_auth.InMemoryNonceStore()
 
+    @staticmethod
+    def claimed(headers: Mapping[str, str]) -> Hotkey:
+        """Who the caller says it is, before anything is verified. Raises MalformedAuth."""
+        hotkey = headers.get(http_auth.HEADER_HOTKEY)
+        if not hotkey:
+            raise MalformedAuth(f"missing {http_auth.HEADER_HOTKEY}")
+        return hotkey
+
     def verify(self, headers: Mapping[str, str], method: str, path_qs: str, body: bytes) -> Hotkey:
         """The caller. Raises AuthError: MalformedAuth, WrongReceiver, StaleRequest, BadSignature, ReplayedRequest."""
         caller = http_auth.verify(
@@ -131,14 +151,17 @@ class Guard:
         self._pinned = pinned
         self._pin = pin  # keeps the pin beyond this process
 
-    def admit(self, caller: Hotkey) -> None:
-        """Raises Refused 403."""
+    def check(self, caller: Hotkey) -> None:
+        """Raises Refused 403 for one that may not call."""
         if self._allow:
             if caller not in self._allow:
-                raise Refused(403, f"{caller} is not among those that --allow names")
-            return
-        if self._pinned is None:
+                raise Refused(403, f"{one_line(caller)} is not among those that --allow names")
+        elif self._pinned is not None and caller != self._pinned:
+            raise Refused(403, f"this miner is pinned to {self._pinned}; --unpin frees it for another validator")
+
+    def admit(self, caller: Hotkey) -> None:
+        """One whose signature holds. Raises Refused 403."""
+        self.check(caller)
+        if not self._allow and self._pinned is None:
             self._pin(caller)
             self._pinned = caller
-        if caller != self._pinned:
-            raise Refused(403, f"this miner is pinned to {self._pinned}; --unpin frees it for another validator")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from protocol import (
+    MAX_BLOB_BYTES,
     Blobs,
     Fault,
     Faulted,
@@ -140,11 +141,13 @@ class Loopback:
             return False
         return True
 
-    async def exchange(self, order: Order, signed: Signed, blobs: Blobs, path: Path) -> Received:
+    async def exchange(
+        self, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int = MAX_BLOB_BYTES
+    ) -> Received:
         """As the dendrite's: raises Faulted SILENT, LATE, or what the miner refused with."""
         if order.hotkey not in self.peers():
             raise Faulted(Fault.SILENT, "away")
-        work = asyncio.create_task(self._exchange(order, signed, blobs, path))
+        work = asyncio.create_task(self._exchange(order, signed, blobs, path, largest))
         gone = asyncio.create_task(self._until_gone(order.hotkey))
         try:
             await asyncio.wait({work, gone}, timeout=order.deadline_s, return_when=asyncio.FIRST_COMPLETED)
@@ -182,7 +185,7 @@ class Loopback:
         while hotkey not in self._away:
             await self._change.wait()
 
-    async def _exchange(self, order: Order, signed: Signed, blobs: Blobs, path: Path) -> Received:
+    async def _exchange(self, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int) -> Received:
         service = self._services[order.hotkey]
         bytes_down = await self._offer(service, signed, blobs)
         reply = None
@@ -191,12 +194,15 @@ class Loopback:
             reply = await service.reply(self._caller, signed.digest, POLL_S)
         answer = seal(self._keypairs[order.hotkey], reply)
         open_reply(answer, order, signed.digest)
+        if reply.payload_bytes > largest:
+            raise ProtocolError(f"payload: {reply.payload_bytes} bytes, at most {largest}")
         payload = service.payload(self._caller, signed.digest)
         if (memoryview(payload).nbytes, digest("payload", payload)) != (reply.payload_bytes, reply.payload_digest):
             raise ProtocolError("payload: not the bytes that the reply's digest names")
         bytes_up = len(answer.body) + reply.payload_bytes
         await self._travel(bytes_up)
         path.write_bytes(payload)
+        service.delivered(self._caller, signed.digest)
         return Received(reply, answer, bytes_up, bytes_down)
 
     async def _offer(self, service: Service, signed: Signed, blobs: Blobs) -> int:
@@ -220,7 +226,7 @@ class Loopback:
                 data = memoryview(blobs[ref.digest]).cast("B")
                 await self._travel(len(data))
                 bytes_down += len(data)
-                writer = service.receive(self._caller, ref)
+                writer = service.receive(self._caller, ref, 0)
                 for start in range(0, len(data), CHUNK):
                     writer.write(data[start : start + CHUNK])
                 writer.commit()

@@ -1,9 +1,10 @@
-"""One miner as the validator sees it over HTTP: its endpoint, signed requests to it, and its clock."""
+"""One miner as the validator sees it over HTTP: its endpoint, signed requests to it, its clock, what it is doing."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
+import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,15 +14,14 @@ import aiohttp
 from typing_extensions import Buffer
 from yarl import URL
 
-from protocol import MAX_MESSAGE_BYTES, Hotkey, ProtocolError, Refusal, Refused
+from limits import Limits
+from protocol import Hotkey, Link, ProtocolError, Refusal, Refused
 from transport.auth import Keypair, is_bittensor_address, sign_request
-
-CHUNK = 1 << 20
-READ_BUFFER = 4 << 20
+from transport.pump import CHUNK, Pace
 
 
 class Lost(Exception):
-    """The connection failed, or the peer failed inside: the same request may work in a moment."""
+    """The connection failed, was too slow, or the peer failed inside: the same request may work in a moment."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Endpoint:
     host: str  # an IPv6 address in brackets
     port: int
     hotkey: Hotkey | None = None
+    tls: bool = False
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
@@ -43,7 +44,7 @@ class Endpoint:
             return False
 
 
-def parse_endpoint(text: str) -> Endpoint:
+def parse_endpoint(text: str, tls: bool = False) -> Endpoint:
     """What --axons takes: 8091 (on this machine), host:8091, or host:8091@ss58, which is needed off loopback.
 
     Raises ValueError.
@@ -57,7 +58,7 @@ def parse_endpoint(text: str) -> Endpoint:
         raise ValueError(f"--axons {text}: {host!r} is no host; write host:8091, or [address]:8091 for IPv6")
     if at and not is_bittensor_address(hotkey):
         raise ValueError(f"--axons {text}: {hotkey!r} is no ss58 address; the miner prints its own when it starts")
-    endpoint = Endpoint(host, int(port), hotkey if at else None)
+    endpoint = Endpoint(host, int(port), hotkey if at else None, tls)
     if not at and not endpoint.is_loopback:
         raise ValueError(f"--axons {text}: not on this machine; write {endpoint}@<the miner's ss58 address>")
     return endpoint
@@ -66,48 +67,80 @@ def parse_endpoint(text: str) -> Endpoint:
 class Peer:
     """Requests to one miner. Connection failures become Lost, error statuses Refused."""
 
-    def __init__(self, endpoint: Endpoint, hotkey: Hotkey | None, keypair: Keypair, session: aiohttp.ClientSession):
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        hotkey: Hotkey | None,
+        keypair: Keypair,
+        session: aiohttp.ClientSession,
+        limits: Limits,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.endpoint = endpoint
         self.hotkey = hotkey  # None until the first hello
         self.reachable = False  # answered hello, and not lost since
         self.complaint = ""  # what was last said about it, so that it is said once
+        self.doing = "idle"  # this and what follows is for display
+        self.moving = self.moved = 0  # bytes of the transfer under way, and how many of them went
+        self.batches_done = self.batches = 0
+        self.latency_s = 0.0
+        self.bytes_up = self.bytes_down = 0
         self._clock_offset_ns = 0
-        self._keypair = keypair
-        self._session = session
+        self._keypair, self._session, self._limits = keypair, session, limits
+        self._tls: ssl.SSLContext | bool = tls or True
+        self._base = f"http{'s' if endpoint.tls else ''}://{endpoint}"
 
-    async def hello(self, nonce: str, timeout_s: float) -> bytes:
+    def link(self) -> Link:
+        state = self.doing if self.reachable else "away"
+        if self.reachable and self.moving:
+            state += f" {100 * self.moved // self.moving} %"
+        return Link(
+            str(self.endpoint), self.hotkey, state, self.batches_done, self.batches, self.latency_s, self.bytes_up,
+            self.bytes_down,
+        )  # fmt: skip
+
+    async def hello(self, nonce: str) -> bytes:
         """The answer to an unsigned hello. Raises Lost, Refused, ProtocolError."""
-        response = await self._send("GET", f"/v1/hello?nonce={nonce}", {}, None, timeout_s)
+        began = time.monotonic()
+        response = await self._send("GET", f"/v1/hello?nonce={nonce}", {}, b"", self._limits.message_s)
         try:
             if response.status != 200:
-                raise await _refused(response)
-            return await _whole(response)
+                raise await self._refused(response)
+            answer = await self._whole(response, self._limits.body("hello"))
         finally:
             response.release()
+        self.latency_s = time.monotonic() - began
+        return answer
 
     async def call(
-        self, method: str, target: str, timeout_s: float | None, *, body: bytes = b"", blob: Buffer | None = None
+        self, method: str, target: str, answer: str, *, body: bytes = b"", blob: Buffer | None = None, wait_s: float = 0
     ) -> tuple[int, bytes]:
         """A signed request with a message's body, or with a blob streamed from its buffer: (200 or 202, the answer).
 
-        Raises Lost, Refused, ProtocolError.
+        `answer` is its kind, and bounds its length; the peer may keep us waiting for `wait_s`. Raises Lost, Refused,
+        ProtocolError.
         """
-        async with self.open(method, target, timeout_s, body=body, blob=blob) as response:
-            return response.status, await _whole(response)
+        began = time.monotonic()
+        async with self.open(method, target, body=body, blob=blob, wait_s=wait_s) as response:
+            text = await self._whole(response, self._limits.body(answer))
+        if blob is None and not wait_s:
+            self.latency_s = time.monotonic() - began
+        return response.status, text
 
     @asynccontextmanager
     async def open(
-        self, method: str, target: str, timeout_s: float | None, *, body: bytes = b"", blob: Buffer | None = None
+        self, method: str, target: str, *, body: bytes = b"", blob: Buffer | None = None, wait_s: float = 0
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """The same, with the answer still to be read by `receive`. A wrong clock is corrected, once a request."""
+        """The same, with the answer still to be read. A wrong clock is corrected, once a request."""
         for last in (False, True):
             data = body if blob is None else memoryview(blob).cast("B")
-            response = await self._send(method, target, self._sign(method, target, body), data, timeout_s)
+            headers = self._sign(method, target, body)
+            response = await self._send(method, target, headers, data, self._limits.message_s + wait_s)
             try:
                 if response.status in (200, 202):
                     yield response
                     return
-                refused = await _refused(response)
+                refused = await self._refused(response)
             finally:
                 response.release()
             if response.status != 401 or last or not refused.time_ns:
@@ -120,78 +153,84 @@ class Peer:
         return sign_request(self._keypair, method, target, self.hotkey, body, self._clock_offset_ns)
 
     async def _send(
-        self,
-        method: str,
-        target: str,
-        headers: dict[str, str],
-        data: bytes | memoryview | None,
-        timeout_s: float | None,
+        self, method: str, target: str, headers: dict[str, str], data: bytes | memoryview, answer_s: float
     ) -> aiohttp.ClientResponse:
-        stream = _pieces(data) if isinstance(data, memoryview) else (data or None)
+        """Up to the answer's head, for which the peer has `answer_s` from the last byte on. Raises Lost."""
         if data:
             headers = {**headers, "Content-Length": str(len(data)), "Content-Type": "application/octet-stream"}
         try:
-            return await self._session.request(
-                method,
-                URL(f"http://{self.endpoint}{target}", encoded=True),  # the very bytes that are signed
-                data=stream,
-                headers=headers,
-                allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=5),
-            )
+            async with Pace(self._limits) as pace:
+                pace.restart(self._limits.connect_s + answer_s)
+                self.bytes_down += 0 if isinstance(data, memoryview) else len(data)
+                return await self._session.request(
+                    method,
+                    URL(self._base + target, encoded=True),  # the very bytes that are signed
+                    data=self._pieces(data, pace, answer_s) if isinstance(data, memoryview) else data or None,
+                    headers=headers,
+                    allow_redirects=False,
+                    expect100=isinstance(data, memoryview),  # a refusal comes before the first byte has left
+                    ssl=self._tls,
+                )
+        except TimeoutError:
+            raise Lost(f"{self.endpoint}: no answer, or slower than {self._limits.min_rate:g} bytes a second") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise _lost(self.endpoint, error) from error
+            raise self._lost(error) from error
+
+    async def _pieces(self, data: memoryview, pace: Pace, answer_s: float) -> AsyncIterator[memoryview]:
+        pace.restart()
+        for start in range(0, len(data), CHUNK):
+            piece = data[start : start + CHUNK]
+            yield piece
+            self.bytes_down += len(piece)
+            self.moved += len(piece)
+            pace.passed(len(piece))
+        pace.restart(answer_s)
+
+    async def _whole(self, response: aiohttp.ClientResponse, largest: int) -> bytes:
+        """An answer's body. Raises Lost, ProtocolError."""
+        body = bytearray()
+        try:
+            async with Pace(self._limits) as pace:
+                pace.restart(self._limits.message_s)
+                while piece := await response.content.readany():
+                    body += piece
+                    self.bytes_up += len(piece)
+                    if len(body) > largest:
+                        raise ProtocolError(f"an answer of more than {largest} bytes")
+        except TimeoutError:
+            raise Lost(f"{self.endpoint}: its answer did not end in {self._limits.message_s:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._lost(error) from error
+        return bytes(body)
+
+    async def _refused(self, response: aiohttp.ClientResponse) -> RefusedAt:
+        """What an error response says. Raises Lost for what may be otherwise in a moment: slowness, failures inside."""
+        body = await self._whole(response, self._limits.body("refusal"))
+        if response.status in (408, 429) or (response.status >= 500 and response.status != 507):  # 507: a full disk
+            raise Lost(f"{self.endpoint}: HTTP {response.status}")
+        return RefusedAt(response.status, Refusal.parse(body))
+
+    def _lost(self, error: Exception) -> Lost:
+        return Lost(f"{self.endpoint}: {str(error) or type(error).__name__}")
 
 
 class RefusedAt(Refused):
     """A refusal as received: `time_ns` is the refusing server's clock, 0 if it told none."""
 
     def __init__(self, status: int, refusal: Refusal) -> None:
-        super().__init__(status, refusal.reason, refusal.fault, refusal.missing)
+        super().__init__(status, refusal.reason, refusal.fault, refusal.missing, refusal.held)
         self.time_ns = refusal.time_ns
 
 
-async def receive(response: aiohttp.ClientResponse) -> bytes:
-    """The body's next piece, empty at its end. Raises Lost."""
-    try:
-        return await response.content.readany()
-    except (aiohttp.ClientError, OSError) as error:
-        raise _lost(str(response.url.authority), error) from error
-
-
-def open_session() -> aiohttp.ClientSession:
+def open_session(limits: Limits) -> aiohttp.ClientSession:
     """No proxies, cookies, compression or limits but one on connections to a single miner."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, limit_per_host=4),
+        connector=aiohttp.TCPConnector(limit=0, limit_per_host=4, keepalive_timeout=limits.header_s / 2),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"Accept-Encoding": "identity"},
         auto_decompress=False,
-        read_bufsize=READ_BUFFER,
+        max_line_size=limits.header_bytes,
+        max_field_size=limits.header_bytes,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_s),
         trust_env=False,
     )
-
-
-async def _pieces(data: memoryview) -> AsyncIterator[memoryview]:
-    for start in range(0, len(data), CHUNK):
-        yield data[start : start + CHUNK]
-
-
-async def _whole(response: aiohttp.ClientResponse) -> bytes:
-    body = bytearray()
-    while piece := await receive(response):
-        body += piece
-        if len(body) > MAX_MESSAGE_BYTES:
-            raise ProtocolError(f"an answer of more than {MAX_MESSAGE_BYTES} bytes")
-    return bytes(body)
-
-
-async def _refused(response: aiohttp.ClientResponse) -> RefusedAt:
-    """What an error response says. Raises Lost for a failure inside the server."""
-    body = await _whole(response)
-    if response.status >= 500:
-        raise Lost(f"{response.url.authority}: HTTP {response.status}")
-    return RefusedAt(response.status, Refusal.parse(body))
-
-
-def _lost(where: Endpoint | str, error: Exception) -> Lost:
-    return Lost(f"{where}: {str(error) or type(error).__name__}")

@@ -94,7 +94,12 @@ def shaped(name: str, *shape: int) -> bytes:
     return bytes(load_codec("fp32").encode({**GRADIENT, name: GRADIENT[name].view(shape)}))
 
 
+def shift(entry: Header, by: int) -> None:
+    entry["data_offsets"] = [offset + by for offset in entry["data_offsets"]]
+
+
 DATA = split(encoded())[1]
+HEADER = json.dumps(split(encoded())[0], separators=(",", ":"))
 DEEP = 10_000
 ATTACKS: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "no such header"),
@@ -122,21 +127,41 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "a flat shape": (shaped("w", 6), "w: shape [6], expected [2, 3]"),
     "a shape for a scalar": (shaped("scale", 1), "scale: shape [1], expected []"),
     "a huge shape": (with_entry("w", shape=[1 << 40, 1 << 40]), "w: shape"),
+    "a shape whose product overflows to the right one": (with_entry("w", shape=[2, 3, 1 << 32, 1 << 32]), "w: shape"),
+    "a shape of nothing": (with_entry("w", shape=[0, 1 << 63]), "w: shape"),
+    "a shape of floats": (with_entry("w", shape=[2.0, 3.0]), "not laid out"),
     "a negative shape": (with_entry("w", shape=[-2, -3]), "w: shape [-2, -3]"),
     "a shape that is text": (with_entry("w", shape="\ud800\n"), "w: shape ??"),
     "no shape": (with_header(lambda header: header["w"].pop("shape")), "w: shape None"),
     "another dtype, said": (with_entry("w", dtype="F64"), "w: dtype F64, expected F32"),
     "another dtype, meant": (encoded("bf16"), "b: dtype BF16, expected F32"),
+    "a dtype that takes fewer bytes": (with_entry("w", dtype="U8"), "w: dtype U8, expected F32"),
     "a dtype that is none": (with_entry("b", dtype=["\x00"]), "b: dtype"),
     "an entry that is none": (with_header(lambda header: header.update(b=None)), "b: dtype None"),
     "overlapping offsets": (with_entry("w", data_offsets=[0, 24]), "not laid out"),
     "offsets with a gap": (with_entry("w", data_offsets=[20, 44]), "not laid out"),
     "negative offsets": (with_entry("w", data_offsets=[-24, 0]), "not laid out"),
     "offsets that overflow": (with_entry("w", data_offsets=[1 << 63, (1 << 64) + 24]), "not laid out"),
+    "offsets beyond 2^53": (with_entry("w", data_offsets=[1 << 53, (1 << 53) + 24]), "not laid out"),
+    "offsets that wrap around": (with_entry("w", data_offsets=[(1 << 64) - 24, 0]), "not laid out"),
+    "offsets that run backwards": (with_entry("w", data_offsets=[40, 16]), "not laid out"),
+    "offsets beyond the data": (with_entry("w", data_offsets=[16, 4096]), "not laid out"),
+    "offsets as floats": (with_entry("w", data_offsets=[16.0, 40.0]), "not laid out"),
+    "offsets of 400 digits": (with_entry("w", data_offsets=[0, 10**400]), "not laid out"),
+    "two tensors in one place": (with_entry("b", data_offsets=[12, 16]), "not laid out"),
+    "a hole at the start": (
+        with_header(lambda header: [shift(entry, 4) for entry in header.values()], b"\0" * 4),
+        "laid",
+    ),
     "offsets that are text": (with_entry("w", data_offsets="all"), "not laid out"),
     "another order": (reordered(), "not laid out"),
     "other white space": (spaced(), "not laid out"),
     "a duplicate name": (duplicated(), "not laid out"),
+    "a duplicate field": (
+        joined(HEADER.replace('"dtype":"F32"', '"dtype":"I8","dtype":"F32"', 1), DATA),
+        "not laid out",
+    ),
+    "every name twice": (joined(HEADER[:-1] + "," + HEADER[1:], DATA), "not laid out"),
     "metadata": (with_header(lambda header: header.update(__metadata__={"a": "b"})), "__metadata__ was not asked for"),
     "another field": (with_entry("w", hook="os.system"), "not laid out"),
     "a header that is a list": (joined("[1,2,3]", DATA), "not an object"),
@@ -144,11 +169,29 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "a header of too many digits": (joined("1" * 1200, DATA), "header"),
     "a header that is no JSON": (joined("{b:", DATA), "not JSON"),
     "a header that is no text": (joined(b"\xff" * 64, DATA), "not JSON"),
+    "a header with a byte order mark": (joined(b"\xef\xbb\xbf" + HEADER.encode(), DATA), "not laid out"),
+    "a header in UTF-16": (joined(HEADER.encode("utf-16"), DATA), "not JSON"),
+    "a header with a NUL": (joined(HEADER + "\0", DATA), "not JSON"),
+    "a header with bytes that are no UTF-8": (
+        joined(HEADER.encode().replace(b"scale", b"sc\xff\xfee"), DATA),
+        "not JSON",
+    ),
+    "a header of lists as objects": (joined('{"b":' * 200, DATA), "not JSON"),
     "a deep header": (joined("[" * 1200, DATA), "not JSON"),
     "a deep shape": (with_entry("w", shape=[[[[[[[[1]]]]]]]]), "w: shape"),
     "a very deep header": (joined("[" * DEEP + "]" * DEEP, DATA), "no such header"),
     "a header longer than the payload": (joined(split(encoded())[0], DATA, length=1 << 20), "no such header"),
-    "a header of 2^64 - 1": (joined(split(encoded())[0], DATA, length=(1 << 64) - 1), "no such header"),
+    **{
+        f"a header of {name}": (joined(split(encoded())[0], DATA, length=length), "no such header")
+        for name, length in {
+            "4 gigabytes": 4 << 30,
+            "2^53": 1 << 53,
+            "2^63 - 8, which overflows with the length itself": (1 << 63) - 8,
+            "2^63": 1 << 63,
+            "2^64 - 8, which is 0 with the length itself": (1 << 64) - 8,
+            "2^64 - 1": (1 << 64) - 1,
+        }.items()
+    },
     "a header of length 0": (joined("", DATA), "not JSON"),
     "a pickle": (b"\x80\x04cos\nsystem\n(S'true'\ntR." + b"\0" * 200, "no such header"),
 }
@@ -169,6 +212,15 @@ def refusal(codec: str, payload: bytes) -> str:
     assert reason.isprintable()
     assert Refusal(reason=reason).reason == reason
     return reason
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0xFFFFFFFF, 0x7F800000, 0x80000000, 0x00000001])
+def test_any_bits_are_a_value_here(bits: int) -> None:
+    """NaN with any payload, infinity, -0, denormals: handed on as they are; whether they count is judged later."""
+    payload = bytearray(encoded())
+    payload[-24:-20] = bits.to_bytes(4, "little")
+    decoded = load_codec("fp32").decode(payload, SPECS)
+    assert decoded["w"].view(torch.int32)[0, 0].item() & 0xFFFFFFFF == bits
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -125,9 +125,9 @@ def refuses(tmp_path: Path, status: int, send: Callable[[Caller], Awaitable[tupl
         ("POST", "/v1/order"),
         ("POST", "/v1/stop"),
         ("POST", "/v1/receipt"),
-        ("PUT", f"/v1/blob?kind=state&digest={'0' * 64}&bytes=4"),
+        ("PUT", f"/v1/blob?kind=state&digest={'0' * 64}&bytes=4&offset=0"),
         ("GET", f"/v1/reply?order={'0' * 64}&wait=1"),
-        ("GET", f"/v1/payload?order={'0' * 64}"),
+        ("GET", f"/v1/payload?order={'0' * 64}&offset=0"),
     ],
 )
 def test_unsigned(tmp_path: Path, method: str, target: str) -> None:
@@ -293,14 +293,14 @@ def test_a_second_validator_meets_a_pinned_miner(tmp_path: Path) -> None:
         ("GET", f"/v1/reply?order={'0' * 64}&wait=-1", 400),
         ("GET", f"/v1/reply?order={'0' * 64}&wait=1e9", 400),
         ("GET", f"/v1/reply?order={'0' * 64}&wait=1", 404),
-        ("GET", f"/v1/payload?order={'0' * 64}", 404),
+        ("GET", f"/v1/payload?order={'0' * 64}&offset=0", 404),
         ("GET", "/v1/order", 405),
         ("GET", "/v2/hello", 404),
         ("GET", "/v1/../../etc/passwd", 404),
-        ("PUT", f"/v1/blob?kind=pickle&digest={'0' * 64}&bytes=4", 400),
-        ("PUT", "/v1/blob?kind=state&digest=..%2f..%2fetc&bytes=4", 400),
-        ("PUT", f"/v1/blob?kind=state&digest={'0' * 64}&bytes=0", 400),
-        ("PUT", f"/v1/blob?kind=state&digest={'0' * 64}&bytes=999999999999999", 400),
+        ("PUT", f"/v1/blob?kind=pickle&digest={'0' * 64}&bytes=4&offset=0", 400),
+        ("PUT", "/v1/blob?kind=state&digest=..%2f..%2fetc&bytes=4&offset=0", 400),
+        ("PUT", f"/v1/blob?kind=state&digest={'0' * 64}&bytes=0&offset=0", 416),
+        ("PUT", f"/v1/blob?kind=state&digest={'0' * 64}&bytes=999999999999999&offset=0", 400),
     ],
 )
 def test_odd_targets(tmp_path: Path, method: str, target: str, status: int) -> None:
@@ -311,7 +311,7 @@ def test_odd_targets(tmp_path: Path, method: str, target: str, status: int) -> N
 
 
 def blob_target(data: bytes, size: int | None = None) -> str:
-    return f"/v1/blob?kind=state&digest={digest('state', data)}&bytes={size or len(data)}"
+    return f"/v1/blob?kind=state&digest={digest('state', data)}&bytes={size or len(data)}&offset=0"
 
 
 def head(target: str, *lines: str) -> bytes:
@@ -353,7 +353,7 @@ def test_blob_whose_sender_hangs_up(tmp_path: Path) -> None:
         await writer.drain()
         writer.close()
         async with asyncio.timeout(10):
-            while not miner.aborted:
+            while [writer.held for writer in miner.writers.values()] != [len(STATE) - 1]:
                 await asyncio.sleep(0.01)
         assert not miner.blobs
 

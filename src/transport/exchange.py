@@ -1,0 +1,283 @@
+"""One order's whole way to one miner and back. Connections may fail at any point of it.
+
+Every step can be repeated. What was sent or fetched is not sent or fetched again: a blob goes on from where the miner
+says that it holds it, a payload from where the file ends, and both are verified as a whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import aiohttp
+from typing_extensions import Buffer
+
+from limits import Limits
+from protocol import (
+    BlobRef,
+    Blobs,
+    Digest,
+    Fault,
+    Faulted,
+    Hasher,
+    Order,
+    ProtocolError,
+    Received,
+    Refused,
+    Reply,
+    Signed,
+    Status,
+)
+from transport.auth import open_reply, unseal
+from transport.peer import Lost, Peer
+from transport.pump import CHUNK, pump
+
+T = TypeVar("T")
+
+Room = Callable[[Path, int], None]  # raises Faulted where a file of so many bytes may not be written
+
+
+class Download:
+    """A payload on its way into a file, hashed as it comes. `held` bytes of it are there."""
+
+    def __init__(self, path: Path, digest: Digest, size: int) -> None:
+        self.path, self.digest, self.size = path, digest, size
+        self.held = 0
+        self.found = False  # some of it in a file that an earlier process has left
+        self._hasher = Hasher("payload")
+        self._file = path.open("r+b" if path.is_file() else "wb", buffering=0)
+
+    def resume(self) -> None:
+        """Take what an earlier process has left in the file, if it can be the beginning of this payload."""
+        length = os.fstat(self._file.fileno()).st_size
+        if length > self.size:
+            self.restart()
+        elif length:
+            buffer = memoryview(bytearray(CHUNK))
+            while count := self._file.readinto(buffer):
+                self._hasher.update(buffer[:count])
+                self.held += count
+            self.found = True
+
+    def restart(self) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self.held, self.found, self._hasher = 0, False, Hasher("payload")
+
+    def write(self, chunk: Buffer) -> None:
+        data = memoryview(chunk)
+        if self.held + len(data) > self.size:
+            raise ProtocolError(f"payload: more than the {self.size} bytes signed")
+        self._hasher.update(data)
+        self.held += len(data)
+        while data:
+            data = data[self._file.write(data) :]
+
+    def is_right(self) -> bool:
+        return self.held == self.size and self._hasher.hexdigest() == self.digest
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Exchange:
+    """Cancelled by its caller at the deadline; `accepted` tells how far it came."""
+
+    def __init__(
+        self, peer: Peer, order: Order, signed: Signed, blobs: Blobs, path: Path, limits: Limits, room: Room
+    ) -> None:
+        self.peer, self.order, self.signed, self.blobs, self.path = peer, order, signed, blobs, path
+        self.limits, self.room = limits, room
+        self.accepted = False
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self.download: Download | None = None
+        peer.batches, peer.batches_done = sum(stop - start for start, stop in order.ranges), 0
+
+    async def run(self) -> Received:
+        """Raises Faulted, ProtocolError."""
+        restarts = 0
+        try:
+            while True:
+                self.peer.doing = "ordering"
+                await self._offer()
+                self.accepted = True
+                self.peer.doing = "working"
+                try:
+                    signed, reply = await self._await_reply()
+                    await self._fetch(reply)
+                    self.peer.doing, self.peer.batches_done = "done", self.peer.batches
+                    return Received(reply, signed, self.bytes_up, self.bytes_down)
+                except Refused as refused:
+                    if refused.status != 404 and not refused.missing:
+                        raise _faulted(refused) from None
+                await asyncio.sleep(_pause(restarts))  # it was restarted and knows nothing: it gets the order again
+                restarts += 1
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise Faulted(Fault.UNVERIFIED, "the validator's disk is full") from error
+        finally:
+            if self.peer.doing != "done":
+                self.peer.doing = "idle"
+            if self.download is not None:
+                self.download.close()
+
+    # --- out ----------------------------------------------------------------------------------------------------------
+
+    async def _offer(self) -> None:
+        """Until the order is accepted, with the blobs that the miner lacks, each taken once."""
+        taken: set[BlobRef] = set()
+        while not await self._persist(partial(self._offer_once, taken)):
+            pass
+
+    async def _offer_once(self, taken: set[BlobRef]) -> bool:
+        """True where the order is accepted; else the miner has got some of what it lacks."""
+        body = self.signed.model_dump_json().encode()
+        try:
+            await self._call("POST", "/v1/order", "status", body=body)
+            return True
+        except Refused as refused:
+            if not refused.missing:
+                raise _faulted(refused) from None
+            missing, held = refused.missing, refused.held
+        for ref in missing:
+            if ref in taken:
+                raise Faulted(Fault.MALFORMED, f"asks again for the {ref.kind} that it has taken")
+            if await self._push(ref, held.get(ref.digest, 0)):
+                taken.add(ref)
+        return False
+
+    async def _push(self, ref: BlobRef, offset: int) -> bool:
+        """The rest of a blob. False where the miner says that it holds another part of it."""
+        blob = self.blobs.get(ref.digest)
+        if blob is None or memoryview(blob).nbytes != ref.bytes:
+            raise Faulted(Fault.MALFORMED, f"asks for a {ref.kind} that is not of this order")
+        if offset >= ref.bytes:
+            raise Faulted(
+                Fault.MALFORMED, f"holds {offset} of the {ref.bytes} bytes of the {ref.kind}, and asks for it"
+            )
+        target = f"/v1/blob?kind={ref.kind}&digest={ref.digest}&bytes={ref.bytes}&offset={offset}"
+        self.peer.doing, self.peer.moving, self.peer.moved = f"sending {ref.kind}", ref.bytes, offset
+        before = self.peer.bytes_down
+        try:
+            await self._call("PUT", target, "status", blob=memoryview(blob).cast("B")[offset:])
+        except Refused as refused:
+            if not refused.missing:
+                raise _faulted(refused) from None
+            await asyncio.sleep(_pause(0))
+            return False
+        finally:
+            self.bytes_down += self.peer.bytes_down - before
+            self.peer.doing, self.peer.moving = "ordering", 0
+        return True
+
+    # --- back ---------------------------------------------------------------------------------------------------------
+
+    async def _await_reply(self) -> tuple[Signed, Reply]:
+        wait_s = self.limits.poll_s
+        target = f"/v1/reply?order={self.signed.digest}&wait={max(1, round(wait_s))}"
+        while True:
+            status, body = await self._persist(partial(self._call, "GET", target, "reply", wait_s=wait_s))
+            signed = Signed.parse(body)
+            if status == 200:
+                return signed, open_reply(signed, self.order, self.signed.digest)
+            self.peer.batches_done = unseal(signed, Status, self.order.hotkey).batches_done
+            await asyncio.sleep(0.05)  # it is still working; one that does not wait shall not keep us busy
+
+    async def _fetch(self, reply: Reply) -> None:
+        """The payload into the file; anything but the signed length and digest is MALFORMED."""
+        if reply.payload_bytes > self.limits.payload_bytes:
+            raise ProtocolError(f"payload: {reply.payload_bytes} bytes, at most {self.limits.payload_bytes}")
+        self.room(self.path, reply.payload_bytes)
+        download = self.download
+        if download is None or (download.digest, download.size) != (reply.payload_digest, reply.payload_bytes):
+            if download is not None:  # of this order, before the miner was restarted
+                download.close()
+            download = self.download = Download(self.path, reply.payload_digest, reply.payload_bytes)
+            await asyncio.to_thread(download.resume)
+        await self._persist(partial(self._fetch_rest, download))
+        if not download.is_right() and download.found:
+            download.restart()
+            await self._persist(partial(self._fetch_rest, download))
+        if not download.is_right():
+            download.restart()
+            raise ProtocolError("payload: not the bytes that the reply's digest names")
+
+    async def _fetch_rest(self, download: Download) -> None:
+        left = download.size - download.held
+        target = f"/v1/payload?order={self.signed.digest}&offset={download.held}"
+        before = download.held
+
+        def take(chunk: bytes) -> None:
+            download.write(chunk)
+            self.peer.moved = download.held
+
+        try:
+            async with self.peer.open("GET", target) as response:
+                if response.content_length != left:
+                    raise ProtocolError(f"payload: {response.content_length} bytes, {left} of those signed are left")
+                self.peer.doing, self.peer.moving = "fetching", download.size
+                await pump(response.content, take, self.limits)
+        except TimeoutError:
+            raise Lost(f"{self.peer.endpoint}: fewer than {self.limits.min_rate:g} bytes a second") from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise Lost(f"{self.peer.endpoint}: {str(error) or type(error).__name__}") from error
+        finally:
+            self.bytes_up += download.held - before
+            self.peer.bytes_up += download.held - before
+            self.peer.doing, self.peer.moving = "working", 0
+        if download.held != download.size:
+            raise Lost(f"{self.peer.endpoint}: the payload broke off")
+
+    # --- both ---------------------------------------------------------------------------------------------------------
+
+    async def _call(
+        self, method: str, target: str, answer: str, body: bytes = b"", blob: Buffer | None = None, wait_s: float = 0
+    ) -> tuple[int, bytes]:
+        status, text = await self.peer.call(method, target, answer, body=body, blob=blob, wait_s=wait_s)
+        self.bytes_down += len(body)
+        self.bytes_up += len(text)
+        return status, text
+
+    async def _persist(self, step: Callable[[], Awaitable[T]]) -> T:
+        """Repeats a step until the miner has been away for `away_s`, or came and moved nothing in that time.
+
+        Raises Faulted SILENT. The deadline is the caller's.
+        """
+        quota = self.limits.min_rate * self.limits.rate_s
+        attempt, lost_since, moved = 0, float("inf"), self._moved
+        while True:
+            try:
+                return await step()
+            except Lost as lost:
+                if self._moved - moved >= quota:
+                    attempt, lost_since, moved = 0, float("inf"), self._moved
+                lost_since = min(lost_since, time.monotonic())
+                away = time.monotonic() - lost_since >= self.limits.away_s
+                if attempt or away:  # the first failure may be an idle connection that was closed under us
+                    self.peer.reachable = False
+                if away:
+                    raise Faulted(Fault.SILENT, str(lost)) from None
+            await asyncio.sleep(_pause(attempt))
+            attempt += 1
+
+    @property
+    def _moved(self) -> int:
+        return self.bytes_up + self.bytes_down
+
+
+def _pause(attempt: int) -> float:
+    """Seconds before another attempt: doubling from 0.05 to 1, with jitter so that many do not come at once."""
+    return min(1.0, 0.05 * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1.5)
+
+
+def _faulted(refused: Refused) -> Faulted:
+    return Faulted(refused.fault or Fault.SILENT, f"refused with {refused.status}: {refused.reason}")

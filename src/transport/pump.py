@@ -1,0 +1,85 @@
+"""Bulk from a socket to wherever it goes, with hashing and disk off the event loop, and a floor under its speed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+
+from limits import Limits
+
+CHUNK = 1 << 20  # bytes given to a socket at a time
+BATCH = 4 << 20  # bytes given to the thread at a time: under two hand-overs for each piece that a socket brings
+BEHIND = 2  # batches that the thread may be behind: with the one being gathered, all that is held of a transfer
+
+
+class Pace:
+    """`async with` around a transfer: TimeoutError where `min_rate * rate_s` bytes do not pass in `rate_s` seconds."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._window_s = limits.rate_s
+        self._quota = self._due = limits.min_rate * limits.rate_s
+
+    async def __aenter__(self) -> Self:
+        self._timeout = await asyncio.timeout(self._window_s).__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._timeout.__aexit__(kind, error, traceback)
+
+    def passed(self, size: int) -> None:
+        self._due -= size
+        if self._due <= 0:
+            self.restart()
+
+    def restart(self, window_s: float | None = None) -> None:
+        """Measure anew from now: what went by until now was not the peer's time."""
+        self._due = self._quota
+        self._timeout.reschedule(asyncio.get_running_loop().time() + (window_s or self._window_s))
+
+
+async def pump(content: aiohttp.StreamReader, write: Callable[[bytes], object], limits: Limits) -> None:
+    """Every byte of `content`, in order, to `write`, which runs in a thread. It is done with all when this returns.
+
+    Raises TimeoutError for a peer that is too slow, what `write` raised, and what the stream raises.
+    """
+    loop = asyncio.get_running_loop()
+    pending: deque[asyncio.Future[None]] = deque()
+    batch: list[bytes] = []
+    size = 0
+    broken = False
+
+    def take(pieces: Sequence[bytes]) -> None:
+        nonlocal broken
+        if not broken:  # what follows a gap is of no use
+            broken = True
+            for piece in pieces:
+                write(piece)
+            broken = False
+
+    with ThreadPoolExecutor(1, "pump") as thread:  # of its own: so the batches stay in order
+        try:
+            async with Pace(limits) as pace:
+                while chunk := (await content.readchunk())[0]:
+                    pace.passed(len(chunk))
+                    batch.append(chunk)
+                    size += len(chunk)
+                    if size >= BATCH:
+                        if len(pending) == BEHIND:
+                            await pending.popleft()
+                            pace.restart()
+                        pending.append(loop.run_in_executor(thread, take, batch))
+                        batch, size = [], 0
+        finally:  # also where the peer is gone: what did come is kept, and the thread lets go of its buffers
+            pending.append(loop.run_in_executor(thread, take, batch))
+            outcomes = await asyncio.gather(*pending, return_exceptions=True)
+    for outcome in outcomes:
+        if outcome is not None:
+            raise outcome
