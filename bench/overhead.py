@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -45,10 +46,14 @@ def market(folder: Path, name: str, rounds: int, batches: int, model: str) -> li
     command = [sys.executable, "src/validator.py", "--local", "1", "--run", name, "--runs", str(folder)]
     command += ["--rounds", str(rounds), "--batches", str(batches), "--wallet.path", str(folder / "wallets")]
     run([*command, *flags(folder, model)])
-    with sqlite3.connect(folder / name / "ledger.sqlite") as db:
+    return [after - before for before, after in itertools.pairwise(commits(folder / name))]
+
+
+def commits(run: Path) -> list[float]:
+    """When each round of a run was committed, in seconds since 1970; a validator may be at work on it."""
+    with closing(sqlite3.connect(f"file:{run}/ledger.sqlite?mode=ro", uri=True)) as db:
         committed = db.execute("SELECT committed_at FROM rounds ORDER BY round").fetchall()
-    times = [datetime.fromisoformat(text).timestamp() for (text,) in committed]
-    return [after - before for before, after in itertools.pairwise(times)]
+    return [datetime.fromisoformat(text).timestamp() for (text,) in committed]
 
 
 def baseline(folder: Path, rounds: int, batches: int, model: str) -> list[float]:

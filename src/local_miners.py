@@ -6,12 +6,26 @@ import os
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from protocol import Health
+
 READY = "serving "  # miner.py's line when its axon listens: serving HOST:PORT@SS58
 START_S = 120.0
+
+
+def ask_status(endpoint: str) -> Health:
+    """What GET /v1/status says at host:port@ss58."""
+    url = f"http://{endpoint.partition('@')[0]}/v1/status"
+    try:
+        with urllib.request.urlopen(url, timeout=START_S) as answer:
+            return Health.model_validate_json(answer.read())
+    except urllib.error.HTTPError as unhealthy:
+        return Health.model_validate_json(unhealthy.read())
 
 
 class LocalMiners:
@@ -43,8 +57,12 @@ class LocalMiners:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"the local miner of {log} did not start: {log.read_text()[-500:]}")
                 time.sleep(0.05)
-            found.append(ready[-1].removeprefix(READY).strip())
-            tell(f"{log.stem} serves {found[-1]}, process {process.pid}, log {log}")
+            endpoint = ready[-1].removeprefix(READY).strip()
+            health = ask_status(endpoint)
+            if not health.healthy:
+                raise RuntimeError(f"the local miner of {log} is not healthy: {log.read_text()[-500:]}")
+            found.append(endpoint)
+            tell(f"{log.stem} serves {endpoint}, {health.state}, process {process.pid}, log {log}")
         return tuple(found)
 
     def stop(self) -> None:

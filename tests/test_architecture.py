@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "market": BELOW | {"codec", "aggregation", "ranking"},
     **dict.fromkeys(EDGES, BELOW | {"codec"}),
     "cli": frozenset(),
-    "local_miners": frozenset(),
+    "local_miners": frozenset({"protocol"}),
     # The roots: only here do cores meet edges.
     "runs": BELOW | CORES | EDGES | {"cli"},
     "report": BELOW | CORES | EDGES | {"cli"},

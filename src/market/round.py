@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class Network(Protocol):
@@ -192,6 +195,7 @@ class Market:
             ranges, cursor = cursor.take(self.terms.batches)
             order = self._order(hotkey, ranges)
             planned.append((order, self.network.seal(order)))
+            logger.debug("round %d: %s gets %s on %s", self.round, hotkey[:8], list(ranges), order.version[:12])
         await asyncio.to_thread(self.store.open_round, self.round, [signed for _, signed in planned])
         return planned
 
@@ -221,7 +225,13 @@ class Market:
                 blobs = {**self.blobs, self.learner.blob_digest: self.learner.blob}
                 received = await self.network.exchange(order, signed, blobs, path, self.largest)
                 opened.sealing.append(asyncio.ensure_future(asyncio.to_thread(self.store.seal, received)))
+            arrived = self.network.now()
             contribution = await self._compute(self._verify, order, received)
+            logger.debug(
+                "round %d: %s sent %d bytes after %.3f s, norm %.4g, verified in %.3f s",
+                *(opened.round, hotkey[:8], received.reply.payload_bytes, arrived - opened.started),
+                *(contribution.norm, self.network.now() - arrived),
+            )
             return Delivery(received, contribution)
         except ProtocolError as error:
             return Faulted(error.fault, str(error))
@@ -246,6 +256,7 @@ class Market:
     def _apply(self, accepted: Sequence[Contribution], lr: float) -> None:
         self.learner.step(self.aggregate(accepted), lr)
         self.learner.advance()
+        logger.debug("%d contributions make version %s at lr %.4g", len(accepted), self.learner.version[:12], lr)
 
     def _score(
         self, opened: Opened, outcomes: Mapping[Hotkey, Delivery | Faulted], metrics: Mapping[str, float]

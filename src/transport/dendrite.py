@@ -199,7 +199,9 @@ class Dendrite:
         try:
             signed = Signed.parse(await peer.hello(nonce))
             hello = unseal(signed, Hello, signed.signer)
-        except Lost:
+        except Lost as lost:
+            if lost.hint:
+                self._complain(peer, f"{one_line(lost.hint)}; not used")
             return
         except (Refused, ProtocolError) as error:
             self._complain(peer, f"no valid hello ({one_line(str(error))}); not used")

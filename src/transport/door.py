@@ -42,12 +42,21 @@ logger = logging.getLogger(__name__)
 @dataclass(eq=False)
 class _Connection:
     address: str
+    socket: socket.socket
     transport: asyncio.Transport | None = None  # None during the TLS handshake
+    connecting: asyncio.Task[None] | None = None
     known: bool = False
 
     @property
     def closed(self) -> bool:
-        return self.transport is not None and self.transport.is_closing()
+        """Really: one that waits for its peer to read or to say goodbye still costs a file descriptor."""
+        return self.socket.fileno() < 0
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+        elif self.connecting is not None:
+            self.connecting.cancel()
 
 
 class Turns:
@@ -152,9 +161,9 @@ class Door:
             if not self._make_room(address):
                 accepted.close()
                 continue
-            connection = _Connection(address)
+            connection = _Connection(address, accepted)
             self._connections.append(connection)
-            task = asyncio.create_task(self._connect(accepted, connection))
+            connection.connecting = task = asyncio.create_task(self._connect(connection))
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
             await self._accepts.wait()
@@ -168,24 +177,24 @@ class Door:
             (self._connections, self._limits.connections),
         ):
             if len(present) >= limit:
-                stranger = next((c for c in present if c.transport and not c.known), None)
-                if stranger is None or stranger.transport is None:
+                stranger = next((c for c in present if not c.known), None)
+                if stranger is None:
                     return False
-                stranger.transport.abort()
+                stranger.abort()
                 self._connections.remove(stranger)
         return True
 
-    async def _connect(self, accepted: socket.socket, connection: _Connection) -> None:
-        handshake = {"ssl_handshake_timeout": self._limits.connect_s} if self._tls else {}
+    async def _connect(self, connection: _Connection) -> None:
+        patience = {"ssl_handshake_timeout": self._limits.connect_s, "ssl_shutdown_timeout": LINGER_S}
         try:
             connection.transport, _ = await asyncio.get_running_loop().connect_accepted_socket(
-                self._server, accepted, ssl=self._tls, **handshake
+                self._server, connection.socket, ssl=self._tls, **(patience if self._tls else {})
             )
         except (OSError, ssl.SSLError) as error:  # no TLS, too slow, gone
             logger.debug("%s: no connection: %s", connection.address, error)
         finally:
             if connection.transport is None:
-                accepted.close()
+                connection.socket.close()
                 with contextlib.suppress(ValueError):
                     self._connections.remove(connection)
 

@@ -21,7 +21,14 @@ from transport.pump import CHUNK, Pace
 
 
 class Lost(Exception):
-    """The connection failed, was too slow, or the peer failed inside: the same request may work in a moment."""
+    """The connection failed, was too slow, or the peer failed inside: the same request may work in a moment.
+
+    `hint` is for the user, where it looks as if that moment would not come by itself.
+    """
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -211,7 +218,14 @@ class Peer:
         return RefusedAt(response.status, Refusal.parse(body))
 
     def _lost(self, error: Exception) -> Lost:
-        return Lost(f"{self.endpoint}: {str(error) or type(error).__name__}")
+        hint, cause = "", error.__cause__
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            hint = f"--tls-ca does not make its certificate trusted: {cause.verify_message}"
+        elif isinstance(cause, ssl.SSLError):
+            hint = f"no TLS that we could speak ({cause.reason}); a miner that serves without TLS needs no --tls-ca"
+        elif isinstance(error, aiohttp.ServerDisconnectedError) and not self.endpoint.tls:
+            hint = "hangs up without an answer; a miner that serves TLS needs --tls-ca here"
+        return Lost(f"{self.endpoint}: {str(error) or type(error).__name__}", hint)
 
 
 class RefusedAt(Refused):

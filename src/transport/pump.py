@@ -64,6 +64,7 @@ async def pump(content: aiohttp.StreamReader, write: Callable[[bytes], object], 
                 write(piece)
             broken = False
 
+    content.set_read_chunk_size(CHUNK)  # only now is more than a little held of what the peer sends
     with ThreadPoolExecutor(1, "pump") as thread:  # of its own: so the batches stay in order
         try:
             async with Pace(limits) as pace:
