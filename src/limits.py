@@ -61,7 +61,8 @@ class Limits:
         unlimited = ("spool_bytes", "reserve_bytes")
         for field in fields(self):
             value = getattr(self, field.name)
-            if value < 0 or (value == 0 and field.name not in unlimited):
+            fine = 0 < value < float("inf") or (value == 0 and field.name in unlimited)  # and no NaN
+            if not fine:
                 raise ValueError(f"--limits.{field.name.replace('_', '-')} {value}: must be more than 0")
 
     def blob(self, kind: str) -> int:

@@ -48,6 +48,8 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        for p in self.parameters.values():
+            p.grad = None  # its memory is the next gradient's
 
     def advance(self) -> None:
         """The parameters as they are now become the next version."""
@@ -56,6 +58,7 @@ class Learner:
 
     def encode(self) -> None:
         state = {**self.parameters, **self.task.buffers(self.model)}
+        self.blob = b""  # its memory is the next one's
         self.blob = self.codec.encode(state)
         self.blob_digest: Digest = digest("state", self.blob)
 

@@ -112,6 +112,7 @@ class Opened:
     signed: dict[Hotkey, Signed]
     exchanges: dict[Hotkey, asyncio.Task[Delivery | Faulted]] = field(default_factory=dict)
     sealing: list[asyncio.Future[None]] = field(default_factory=list)
+    last: Received | None = None  # the reply that came when no other was awaited: sealed when nobody waits for the disk
 
 
 class Market:
@@ -224,7 +225,10 @@ class Market:
                 path = await asyncio.to_thread(self.store.payload_path, opened.round, hotkey)
                 blobs = {**self.blobs, self.learner.blob_digest: self.learner.blob}
                 received = await self.network.exchange(order, signed, blobs, path, self.largest)
-                opened.sealing.append(asyncio.ensure_future(asyncio.to_thread(self.store.seal, received)))
+                if all(task.done() for other, task in opened.exchanges.items() if other != hotkey):
+                    opened.last = received
+                else:
+                    opened.sealing.append(self._seal(received))
             arrived = self.network.now()
             contribution = await self._compute(self._verify, order, received)
             logger.debug(
@@ -327,8 +331,13 @@ class Market:
 
     async def _commit(self, opened: Opened, record: RoundRecord) -> None:
         """8. What the transaction names is durable before it."""
+        if opened.last is not None:
+            opened.sealing.append(self._seal(opened.last))
         await asyncio.gather(*opened.sealing)
         await asyncio.to_thread(self.store.commit, record)
+
+    def _seal(self, received: Received) -> asyncio.Future[None]:
+        return asyncio.ensure_future(asyncio.to_thread(self.store.seal, received))
 
     async def _announce(self, record: RoundRecord) -> None:
         """Receipts, once committed; who was late also stops. For a miner that is away the ledger keeps its copy."""

@@ -83,6 +83,11 @@ class Axon:
         """Requests refused, by HTTP status."""
         return self._door.refused
 
+    @property
+    def connections(self) -> int:
+        """Open ones."""
+        return self._door.connections
+
     async def start(self) -> int:
         """Returns the bound port (port 0 takes a free one). Raises ValueError where it cannot be bound."""
         return await self._door.start()
@@ -186,7 +191,7 @@ class Axon:
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                raise Refused(507, "this miner's disk is full") from None
+                raise Refused(507, "this miner's disk is full; delete old files, in its --cache for example") from None
         return self._sealed(self._service.status())
 
     # --- what they share ----------------------------------------------------------------------------------------------

@@ -10,12 +10,11 @@ import logging
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from limits import Limits
 from protocol import (
-    MAX_BLOB_BYTES,
     Blobs,
     Fault,
     Faulted,
@@ -82,6 +81,7 @@ class Dendrite:
     async def start(self) -> None:
         """Opens the session, and says hello to whoever is not there yet from now on."""
         self._session = open_session(self._limits)
+        self._background = ThreadPoolExecutor(1, "room")
         self._peers = tuple(
             Peer(e, e.hotkey or self._pins.get(str(e)), self._keypair, self._session, self._limits, self._tls)
             for e in self._endpoints
@@ -94,6 +94,7 @@ class Dendrite:
         self._tending.cancel()
         await asyncio.gather(self._tending, return_exceptions=True)
         await self._session.close()
+        self._background.shutdown()
 
     # --- Network ------------------------------------------------------------------------------------------------------
 
@@ -125,7 +126,7 @@ class Dendrite:
             await asyncio.wait({self._change}, timeout=left_s)
 
     async def exchange(
-        self, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int = MAX_BLOB_BYTES
+        self, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int | None = None
     ) -> Received:
         """Order out; reply in; its payload, with the right digest, of at most `largest` bytes, in the file `path`.
 
@@ -135,8 +136,7 @@ class Dendrite:
         peer = self._find(order.hotkey)
         if peer is None:
             raise Faulted(Fault.SILENT, "no endpoint has answered with this hotkey")
-        limits = replace(self._limits, payload_bytes=min(largest, self._limits.payload_bytes))
-        exchange = Exchange(peer, order, signed, blobs, path, limits, self._room)
+        exchange = Exchange(peer, order, signed, blobs, path, largest, self._limits, self._room, self._background)
         try:
             async with asyncio.timeout(order.deadline_s) as deadline:
                 return await exchange.run()

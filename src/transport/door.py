@@ -128,6 +128,11 @@ class Door:
         self._server.pre_shutdown()
         await self._server.shutdown(0.5)
 
+    @property
+    def connections(self) -> int:
+        """Those that cost a file descriptor."""
+        return sum(not connection.closed for connection in self._connections)
+
     def welcome(self, request: web.BaseRequest) -> None:
         """The connection has brought a valid signature of somebody who may call: it is not closed to make room."""
         request[KNOWN] = True
@@ -242,9 +247,9 @@ class Door:
         def keep(record: logging.LogRecord) -> bool:
             junk = record.exc_info is not None and isinstance(record.exc_info[1], HttpProcessingError)
             self.refused[400] += junk
-            return not junk
+            return not junk and record.levelno >= logger.getEffectiveLevel()
 
-        own = logging.Logger(f"{__name__}.http")
+        own = logging.Logger(f"{__name__}.http", logging.DEBUG)  # on which it tells of some of the junk
         own.parent = logger
         own.addFilter(keep)
         return own

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
+import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor, Future
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -21,12 +23,12 @@ from typing_extensions import Buffer
 
 from limits import Limits
 from protocol import (
+    MAX_BLOB_BYTES,
     BlobRef,
     Blobs,
     Digest,
     Fault,
     Faulted,
-    Hasher,
     Order,
     ProtocolError,
     Received,
@@ -36,83 +38,60 @@ from protocol import (
     Status,
 )
 from transport.auth import open_reply, unseal
+from transport.download import Download
 from transport.peer import Lost, Peer
 from transport.pump import CHUNK, pump
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
+RESENT = 8  # times its size that a blob is sent at most: who lacks it then has no use for it
+
 Room = Callable[[Path, int], None]  # raises Faulted where a file of so many bytes may not be written
-
-
-class Download:
-    """A payload on its way into a file, hashed as it comes. `held` bytes of it are there."""
-
-    def __init__(self, path: Path, digest: Digest, size: int) -> None:
-        self.path, self.digest, self.size = path, digest, size
-        self.held = 0
-        self.found = False  # some of it in a file that an earlier process has left
-        self._hasher = Hasher("payload")
-        self._file = path.open("r+b" if path.is_file() else "wb", buffering=0)
-
-    def resume(self) -> None:
-        """Take what an earlier process has left in the file, if it can be the beginning of this payload."""
-        length = os.fstat(self._file.fileno()).st_size
-        if length > self.size:
-            self.restart()
-        elif length:
-            buffer = memoryview(bytearray(CHUNK))
-            while count := self._file.readinto(buffer):
-                self._hasher.update(buffer[:count])
-                self.held += count
-            self.found = True
-
-    def restart(self) -> None:
-        self._file.seek(0)
-        self._file.truncate()
-        self.held, self.found, self._hasher = 0, False, Hasher("payload")
-
-    def write(self, chunk: Buffer) -> None:
-        data = memoryview(chunk)
-        if self.held + len(data) > self.size:
-            raise ProtocolError(f"payload: more than the {self.size} bytes signed")
-        self._hasher.update(data)
-        self.held += len(data)
-        while data:
-            data = data[self._file.write(data) :]
-
-    def is_right(self) -> bool:
-        return self.held == self.size and self._hasher.hexdigest() == self.digest
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class Exchange:
     """Cancelled by its caller at the deadline; `accepted` tells how far it came."""
 
     def __init__(
-        self, peer: Peer, order: Order, signed: Signed, blobs: Blobs, path: Path, limits: Limits, room: Room
+        self,
+        peer: Peer,
+        order: Order,
+        signed: Signed,
+        blobs: Blobs,
+        path: Path,
+        largest: int | None,  # bytes of the payload, where that is known
+        limits: Limits,
+        room: Room,
+        background: Executor,  # where there is time
     ) -> None:
         self.peer, self.order, self.signed, self.blobs, self.path = peer, order, signed, blobs, path
-        self.limits, self.room = limits, room
+        self.largest, self.limits, self.room, self.background = largest, limits, room, background
         self.accepted = False
         self.bytes_up = 0
         self.bytes_down = 0
-        self.download: Download | None = None
+        self.sent: Counter[Digest] = Counter()  # bytes of each blob; an attempt counts as a CHUNK at least
         peer.batches, peer.batches_done = sum(stop - start for start, stop in order.ranges), 0
 
     async def run(self) -> Received:
         """Raises Faulted, ProtocolError."""
         restarts = 0
+        download: Download | None = None
+        job: Future[None] | None = None
         try:
+            self.room(self.path, self.largest or 0)
+            download = Download(self.path)
             while True:
                 self.peer.doing = "ordering"
                 await self._offer()
                 self.accepted = True
                 self.peer.doing = "working"
+                job = job or self.background.submit(download.prepare, self.largest or 0)
                 try:
                     signed, reply = await self._await_reply()
-                    await self._fetch(reply)
+                    await asyncio.wrap_future(job)
+                    await self._fetch(download, reply)
                     self.peer.doing, self.peer.batches_done = "done", self.peer.batches
                     return Received(reply, signed, self.bytes_up, self.bytes_down)
                 except Refused as refused:
@@ -123,12 +102,14 @@ class Exchange:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            raise Faulted(Fault.UNVERIFIED, "the validator's disk is full") from error
+            raise Faulted(Fault.UNVERIFIED, "the validator's disk is full; delete old runs or other files") from error
         finally:
             if self.peer.doing != "done":
                 self.peer.doing = "idle"
-            if self.download is not None:
-                self.download.close()
+            if job is not None and not job.cancel():
+                await asyncio.wait({asyncio.wrap_future(job)})
+            if download is not None:
+                download.close()
 
     # --- out ----------------------------------------------------------------------------------------------------------
 
@@ -164,9 +145,11 @@ class Exchange:
             raise Faulted(
                 Fault.MALFORMED, f"holds {offset} of the {ref.bytes} bytes of the {ref.kind}, and asks for it"
             )
+        if self.sent[ref.digest] > RESENT * (ref.bytes + 4 * CHUNK):
+            raise Faulted(Fault.SILENT, f"was sent the {ref.kind} {RESENT} times over, and still lacks it")
         target = f"/v1/blob?kind={ref.kind}&digest={ref.digest}&bytes={ref.bytes}&offset={offset}"
         self.peer.doing, self.peer.moving, self.peer.moved = f"sending {ref.kind}", ref.bytes, offset
-        before = self.peer.bytes_down
+        before, began = self.peer.bytes_down, time.monotonic()
         try:
             await self._call("PUT", target, "status", blob=memoryview(blob).cast("B")[offset:])
         except Refused as refused:
@@ -175,8 +158,11 @@ class Exchange:
             await asyncio.sleep(_pause(0))
             return False
         finally:
-            self.bytes_down += self.peer.bytes_down - before
+            sent = self.peer.bytes_down - before
+            self.bytes_down += sent
+            self.sent[ref.digest] += max(sent, CHUNK)
             self.peer.doing, self.peer.moving = "ordering", 0
+        self._log(f"{ref.kind} sent", ref.bytes - offset, began)
         return True
 
     # --- back ---------------------------------------------------------------------------------------------------------
@@ -192,29 +178,23 @@ class Exchange:
             self.peer.batches_done = unseal(signed, Status, self.order.hotkey).batches_done
             await asyncio.sleep(0.05)  # it is still working; one that does not wait shall not keep us busy
 
-    async def _fetch(self, reply: Reply) -> None:
+    async def _fetch(self, download: Download, reply: Reply) -> None:
         """The payload into the file; anything but the signed length and digest is MALFORMED."""
-        if reply.payload_bytes > self.limits.payload_bytes:
-            raise ProtocolError(f"payload: {reply.payload_bytes} bytes, at most {self.limits.payload_bytes}")
-        self.room(self.path, reply.payload_bytes)
-        download = self.download
-        if download is None or (download.digest, download.size) != (reply.payload_digest, reply.payload_bytes):
-            if download is not None:  # of this order, before the miner was restarted
-                download.close()
-            download = self.download = Download(self.path, reply.payload_digest, reply.payload_bytes)
-            await asyncio.to_thread(download.resume)
-        await self._persist(partial(self._fetch_rest, download))
-        if not download.is_right() and download.found:
+        size, most = reply.payload_bytes, min(self.largest or MAX_BLOB_BYTES, self.limits.payload_bytes)
+        if size > most:
+            raise ProtocolError(f"payload: {size} bytes, at most {most}")
+        download.expect(reply.payload_digest, size)
+        await self._persist(partial(self._fetch_rest, download, size))
+        if not download.finish() and download.found:
             download.restart()
-            await self._persist(partial(self._fetch_rest, download))
-        if not download.is_right():
-            download.restart()
+            await self._persist(partial(self._fetch_rest, download, size))
+        if not download.finish():
             raise ProtocolError("payload: not the bytes that the reply's digest names")
 
-    async def _fetch_rest(self, download: Download) -> None:
-        left = download.size - download.held
+    async def _fetch_rest(self, download: Download, size: int) -> None:
+        left = size - download.held
         target = f"/v1/payload?order={self.signed.digest}&offset={download.held}"
-        before = download.held
+        before, began = download.held, time.monotonic()
 
         def take(chunk: bytes) -> None:
             download.write(chunk)
@@ -224,7 +204,7 @@ class Exchange:
             async with self.peer.open("GET", target) as response:
                 if response.content_length != left:
                     raise ProtocolError(f"payload: {response.content_length} bytes, {left} of those signed are left")
-                self.peer.doing, self.peer.moving = "fetching", download.size
+                self.peer.doing, self.peer.moving = "fetching", size
                 await pump(response.content, take, self.limits)
         except TimeoutError:
             raise Lost(f"{self.peer.endpoint}: fewer than {self.limits.min_rate:g} bytes a second") from None
@@ -234,8 +214,13 @@ class Exchange:
             self.bytes_up += download.held - before
             self.peer.bytes_up += download.held - before
             self.peer.doing, self.peer.moving = "working", 0
-        if download.held != download.size:
+        if download.held != size:
             raise Lost(f"{self.peer.endpoint}: the payload broke off")
+        self._log("payload fetched", download.held - before, began)
+
+    def _log(self, what: str, size: int, began: float) -> None:
+        seconds = time.monotonic() - began
+        logger.debug("round %d: %s: %s, %d bytes, %.3f s", self.order.round, self.peer.endpoint, what, size, seconds)
 
     # --- both ---------------------------------------------------------------------------------------------------------
 
@@ -245,6 +230,8 @@ class Exchange:
         status, text = await self.peer.call(method, target, answer, body=body, blob=blob, wait_s=wait_s)
         self.bytes_down += len(body)
         self.bytes_up += len(text)
+        if answer == "status":
+            unseal(Signed.parse(text), Status, self.order.hotkey)
         return status, text
 
     async def _persist(self, step: Callable[[], Awaitable[T]]) -> T:

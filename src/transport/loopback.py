@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from protocol import (
-    MAX_BLOB_BYTES,
     Blobs,
     Fault,
     Faulted,
@@ -142,7 +141,7 @@ class Loopback:
         return True
 
     async def exchange(
-        self, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int = MAX_BLOB_BYTES
+        self, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int | None = None
     ) -> Received:
         """As the dendrite's: raises Faulted SILENT, LATE, or what the miner refused with."""
         if order.hotkey not in self.peers():
@@ -185,7 +184,7 @@ class Loopback:
         while hotkey not in self._away:
             await self._change.wait()
 
-    async def _exchange(self, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int) -> Received:
+    async def _exchange(self, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int | None) -> Received:
         service = self._services[order.hotkey]
         bytes_down = await self._offer(service, signed, blobs)
         reply = None
@@ -194,7 +193,7 @@ class Loopback:
             reply = await service.reply(self._caller, signed.digest, POLL_S)
         answer = seal(self._keypairs[order.hotkey], reply)
         open_reply(answer, order, signed.digest)
-        if reply.payload_bytes > largest:
+        if largest is not None and reply.payload_bytes > largest:
             raise ProtocolError(f"payload: {reply.payload_bytes} bytes, at most {largest}")
         payload = service.payload(self._caller, signed.digest)
         if (memoryview(payload).nbytes, digest("payload", payload)) != (reply.payload_bytes, reply.payload_digest):

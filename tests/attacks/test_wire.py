@@ -1,33 +1,27 @@
-"""What a hostile peer may put on the wire. Each is refused with the right status or Fault, and honest work goes on."""
+"""What a hostile caller may send to a miner. Each is refused with the right status, and honest work goes on."""
 
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import web
-from yarl import URL
 
-from protocol import (
-    MAX_MESSAGE_BYTES,
-    Digest,
-    Fault,
-    Faulted,
-    Hotkey,
-    Message,
-    Order,
-    Receipt,
-    Refusal,
-    Reply,
-    Status,
-    digest,
+from protocol import MAX_MESSAGE_BYTES, Fault, Message, Order, Receipt, Refusal
+from tests.attacks.caller import (
+    BODY,
+    ORDER,
+    ORDER_DIGEST,
+    Caller,
+    Headers,
+    attack,
+    blob_target,
+    head,
+    refuses,
+    signed,
 )
 from tests.echo import (
     MALLORY,
@@ -35,86 +29,14 @@ from tests.echo import (
     STATE,
     VALIDATOR,
     Echo,
-    blobs_of,
-    dendrite,
     honest_exchange,
     make_order,
     make_receipt,
     open_guard,
     serving,
 )
-from transport.auth import Keypair, seal, sign_request
+from transport.auth import seal, sign_request
 from transport.axon import Axon
-
-ORDER = make_order()
-BODY = seal(VALIDATOR, ORDER).model_dump_json().encode()
-ORDER_DIGEST = seal(VALIDATOR, ORDER).digest
-Headers = dict[str, str]
-
-
-class Caller:
-    """Sends whatever it likes to the axon at `port`."""
-
-    def __init__(self, session: aiohttp.ClientSession, port: int) -> None:
-        self.session, self.port = session, port
-
-    async def send(
-        self, method: str, target: str, headers: Headers | None = None, body: bytes | None = None
-    ) -> tuple[int, Refusal]:
-        url = URL(f"http://127.0.0.1:{self.port}{target}", encoded=True)
-        async with self.session.request(method, url, headers=headers, data=body and io.BytesIO(body)) as response:
-            text = await response.read()
-            return response.status, Refusal.parse(text) if response.status >= 400 else Refusal(reason="")
-
-    async def order(self, body: bytes = BODY, signer: Keypair = VALIDATOR) -> tuple[int, Refusal]:
-        """A correctly signed request with this body."""
-        return await self.send("POST", "/v1/order", signed("POST", "/v1/order", body, signer), body)
-
-    async def raw(self, request: bytes) -> bytes:
-        """The answer's first line; the connection is closed by us once the request is out and answered."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        try:
-            writer.write(request)
-            await writer.drain()
-            return await asyncio.wait_for(reader.readline(), 5)
-        finally:
-            writer.close()
-
-
-def signed(method: str, target: str, body: bytes = b"", signer: Keypair = VALIDATOR, offset_s: float = 0) -> Headers:
-    return sign_request(signer, method, target, MINER.ss58_address, body, int(offset_s * 1e9))
-
-
-def attack(tmp_path: Path, play: Callable[[Caller, Axon, Echo], Awaitable[None]]) -> Axon:
-    """Plays it against an axon of MINER; afterwards an honest exchange must work. Returns the axon, for its counts."""
-
-    async def main() -> Axon:
-        axon = Axon(miner := Echo(), MINER, open_guard(), "127.0.0.1", 0)
-        async with serving(axon) as port, aiohttp.ClientSession() as session:
-            await play(Caller(session, port), axon, miner)
-            await honest_exchange(port, tmp_path)
-        return axon
-
-    return asyncio.run(main())
-
-
-def refuses(tmp_path: Path, status: int, send: Callable[[Caller], Awaitable[tuple[int, Refusal]]]) -> Refusal:
-    """One request, refused with `status`, counted, and without effect."""
-    refusals: list[Refusal] = []
-
-    async def play(caller: Caller, axon: Axon, miner: Echo) -> None:
-        got, refusal = await send(caller)
-        assert (got, dict(axon.refused)) == (status, {status: 1})
-        assert refusal.reason
-        assert "Traceback" not in refusal.reason
-        assert not miner.orders
-        assert not miner.blobs
-        assert not miner.receipts
-        refusals.append(refusal)
-
-    attack(tmp_path, play)
-    return refusals[0]
-
 
 # --- requests ---------------------------------------------------------------------------------------------------------
 
@@ -178,6 +100,26 @@ def test_from_before_the_process_started(tmp_path: Path) -> None:
     """What an earlier process of this miner has taken is not new to the next one."""
     headers = signed("POST", "/v1/order", BODY)
     refuses(tmp_path, 401, lambda c: c.send("POST", "/v1/order", headers, BODY))
+
+
+@pytest.mark.parametrize("offset_s", [0, 3600, -3600], ids=["the same", "an hour ahead", "an hour behind"])
+def test_replayed_after_a_restart(tmp_path: Path, offset_s: int) -> None:
+    """The next process refuses what this one has taken, whatever its clock says by then."""
+    body = seal(VALIDATOR, make_receipt(ORDER, ORDER_DIGEST)).model_dump_json().encode()
+
+    async def main() -> None:
+        miner, headers = Echo(), {}
+        async with aiohttp.ClientSession() as session:
+            async with serving(Axon(miner, MINER, open_guard(), "127.0.0.1", 0)) as port:
+                headers = signed("POST", "/v1/receipt", body)
+                assert (await Caller(session, port).send("POST", "/v1/receipt", headers, body))[0] == 200
+            again = Axon(miner, MINER, open_guard(), "127.0.0.1", 0, clock_ns=lambda: time.time_ns() + offset_s * 10**9)
+            async with serving(again) as port:
+                assert (await Caller(session, port).send("POST", "/v1/receipt", headers, body))[0] == 401
+                await honest_exchange(port, tmp_path)
+        assert len(miner.receipts) == 1
+
+    asyncio.run(main())
 
 
 def test_misdirected(tmp_path: Path) -> None:
@@ -310,15 +252,6 @@ def test_odd_targets(tmp_path: Path, method: str, target: str, status: int) -> N
 # --- blobs ------------------------------------------------------------------------------------------------------------
 
 
-def blob_target(data: bytes, size: int | None = None) -> str:
-    return f"/v1/blob?kind=state&digest={digest('state', data)}&bytes={size or len(data)}&offset=0"
-
-
-def head(target: str, *lines: str) -> bytes:
-    headers = [f"{k}: {v}" for k, v in signed("PUT", target).items()]
-    return "\r\n".join([f"PUT {target} HTTP/1.1", "Host: x", *headers, *lines, "", ""]).encode()
-
-
 @pytest.mark.parametrize("sent", [b"x" * len(STATE), STATE[:-1] + b"?"])
 def test_blob_with_a_wrong_digest(tmp_path: Path, sent: bytes) -> None:
     target = blob_target(STATE)
@@ -339,7 +272,9 @@ def test_blob_shorter_or_longer_than_signed(tmp_path: Path) -> None:
 
 def test_blob_without_a_length(tmp_path: Path) -> None:
     async def play(caller: Caller, axon: Axon, miner: Echo) -> None:
-        line = await caller.raw(head(blob_target(STATE), "Transfer-Encoding: chunked") + b"4\r\nabcd\r\n0\r\n\r\n")
+        line = await caller.raw(
+            head("PUT", blob_target(STATE), "Transfer-Encoding: chunked") + b"4\r\nabcd\r\n0\r\n\r\n"
+        )
         assert line.startswith(b"HTTP/1.1 411")
         assert not miner.blobs
 
@@ -349,7 +284,7 @@ def test_blob_without_a_length(tmp_path: Path) -> None:
 def test_blob_whose_sender_hangs_up(tmp_path: Path) -> None:
     async def play(caller: Caller, axon: Axon, miner: Echo) -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", caller.port)
-        writer.write(head(blob_target(STATE), f"Content-Length: {len(STATE)}") + STATE[:-1])
+        writer.write(head("PUT", blob_target(STATE), f"Content-Length: {len(STATE)}") + STATE[:-1])
         await writer.drain()
         writer.close()
         async with asyncio.timeout(10):
@@ -364,142 +299,8 @@ def test_blob_is_verified_before_a_byte_of_it_is_read(tmp_path: Path) -> None:
     """The refusal comes though the body never does."""
 
     async def play(caller: Caller, axon: Axon, miner: Echo) -> None:
-        request = head(blob_target(STATE), f"Content-Length: {len(STATE)}")
+        request = head("PUT", blob_target(STATE), f"Content-Length: {len(STATE)}")
         line = await caller.raw(request.replace(b"kind=state", b"kind=data"))
         assert line.startswith(b"HTTP/1.1 401")
 
     attack(tmp_path, play)
-
-
-# --- a hostile miner --------------------------------------------------------------------------------------------------
-
-
-class Liar(Axon):
-    """An axon that signs its replies with another key."""
-
-    def _sealed(self, message: Message, status: int = 200) -> web.Response:
-        if isinstance(message, Reply):
-            text = seal(MALLORY, message).model_dump_json()
-            return web.Response(text=text, content_type="application/json")
-        return super()._sealed(message, status)
-
-
-class Twisted(Echo):
-    """Replies with these fields changed, and sends this payload."""
-
-    def __init__(self, payload: bytes | None = None, **changed: Any) -> None:
-        super().__init__()
-        self.sent, self.changed = payload, changed
-
-    def answer(self, digest_: Digest) -> Reply:
-        return super().answer(digest_).model_copy(update=self.changed)
-
-    def payload(self, caller: Hotkey, order: Digest) -> bytes:
-        return STATE if self.sent is None else self.sent
-
-
-def verdict(tmp_path: Path, miner: Echo, axon: type[Axon] = Axon) -> Fault:
-    """The fault of an exchange with this miner; the same client still works with an honest one."""
-
-    async def main() -> Fault:
-        bad = axon(miner, MINER, open_guard(), "127.0.0.1", 0)
-        good = Axon(Echo(MALLORY.ss58_address), MALLORY, open_guard(), "127.0.0.1", 0)
-        async with serving(bad) as a, serving(good) as b, dendrite(a, b) as network:
-            assert await network.wait_for_peers(2, 5) == 2
-            with pytest.raises(Faulted) as caught:
-                await network.exchange(ORDER, network.seal(ORDER), blobs_of(ORDER), tmp_path / "bad")
-            order = make_order(hotkey=MALLORY.ss58_address)
-            await network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "good")
-            assert (tmp_path / "good").read_bytes() == STATE
-        return caught.value.fault
-
-    return asyncio.run(main())
-
-
-def test_reply_signed_by_another_key(tmp_path: Path) -> None:
-    assert verdict(tmp_path, Echo(), Liar) is Fault.FORGED
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [{"order": "0" * 64}, {"round": 5}, {"run": "other"}, {"hotkey": MALLORY.ss58_address}, {"loss": float("nan")}],
-    ids=lambda changed: next(iter(changed)),
-)
-def test_reply_to_something_else(tmp_path: Path, changed: dict[str, Any]) -> None:
-    assert verdict(tmp_path, Twisted(**changed)) is Fault.MALFORMED
-
-
-@pytest.mark.parametrize(
-    "payload", [b"", STATE[:-1], STATE + b"x", STATE[:-1] + b"?"], ids=["none", "short", "long", "other"]
-)
-def test_payload_of_other_bytes(tmp_path: Path, payload: bytes) -> None:
-    assert verdict(tmp_path, Twisted(payload)) is Fault.MALFORMED
-
-
-def test_payload_larger_than_any(tmp_path: Path) -> None:
-    assert verdict(tmp_path, Twisted(payload_bytes=1 << 50)) is Fault.MALFORMED
-
-
-def test_a_miner_that_asks_for_what_is_not_the_order_s(tmp_path: Path) -> None:
-    class Greedy(Echo):
-        def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
-            other = make_order(b"secret" * 10)
-            return super().order(caller, other, digest)
-
-    assert verdict(tmp_path, Greedy()) is Fault.MALFORMED
-
-
-def test_a_miner_that_asks_for_the_same_for_ever(tmp_path: Path) -> None:
-    class Forgetful(Echo):
-        def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
-            self.blobs.clear()
-            return super().order(caller, order, digest)
-
-    assert verdict(tmp_path, Forgetful()) is Fault.MALFORMED
-
-
-def wild(answer: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> type[Axon]:
-    """An axon whose order route answers like this."""
-
-    class Wild(Axon):
-        async def _order(self, request: web.Request) -> web.StreamResponse:
-            return await answer(request)
-
-    return Wild
-
-
-def test_an_error_that_is_no_refusal(tmp_path: Path) -> None:
-    async def answer(_: web.Request) -> web.StreamResponse:
-        return web.Response(status=418, text="<html>")
-
-    assert verdict(tmp_path, Echo(), wild(answer)) is Fault.MALFORMED
-
-
-def test_an_endless_answer(tmp_path: Path) -> None:
-    async def answer(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
-        while True:
-            await response.write(b" " * (1 << 16))
-
-    assert verdict(tmp_path, Echo(), wild(answer)) is Fault.MALFORMED
-
-
-def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
-    async def answer(_: web.Request) -> web.StreamResponse:
-        return web.Response(status=307, headers={"Location": "http://127.0.0.1:1/"})
-
-    assert verdict(tmp_path, Echo(), wild(answer)) is Fault.MALFORMED
-
-
-def test_a_miner_that_keeps_refusing_for_the_time(tmp_path: Path) -> None:
-    """One correction of the clock a request, however often it is told another time."""
-    asked: list[str] = []
-
-    async def answer(request: web.Request) -> web.StreamResponse:
-        asked.append(request.headers["X-Bittensor-Nonce"])
-        refusal = Refusal(reason="stale", time_ns=1 << 60)
-        return web.Response(status=401, text=refusal.text())
-
-    assert verdict(tmp_path, Echo(), wild(answer)) is Fault.SILENT
-    assert len(asked) == 2
