@@ -8,7 +8,6 @@ byte of the blob is read. What is refused gets a `Refusal` in JSON, and is count
 from __future__ import annotations
 
 import asyncio
-import errno
 import re
 import ssl
 import time
@@ -188,10 +187,6 @@ class Axon:
                 await asyncio.to_thread(writer.commit)
             except TimeoutError:
                 raise Refused(408, f"fewer than {self._limits.min_rate:g} bytes a second") from None
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise Refused(507, "this miner's disk is full; delete old files, in its --cache for example") from None
         return self._sealed(self._service.status())
 
     # --- what they share ----------------------------------------------------------------------------------------------

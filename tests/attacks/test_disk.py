@@ -5,15 +5,16 @@ The file systems are real and small, in a mount namespace that ends with its pro
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from protocol import BlobRef, Fault, Faulted, Hotkey
+from protocol import BlobRef, Fault, Faulted, Hotkey, Receipt, Signed, Status
 from records.cache import BlobWriter, Cache
-from tests.echo import Echo, blobs_of, dendrite, make_order, served
+from tests.echo import Echo, blobs_of, dendrite, make_order, make_receipt, served
 from tests.processes import Process, program, start_miner, tiny_flags
 from tests.test_transport import free_port
 
@@ -79,6 +80,29 @@ class Keeping(Echo):
 
     def receive(self, caller: Hotkey, ref: BlobRef, offset: int) -> BlobWriter:  # type: ignore[override]
         return self.cache.store(ref)
+
+    def receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status:
+        self.cache.add_receipt(signed)
+        return super().receipt(caller, receipt, signed)
+
+
+def test_a_receipt_that_finds_no_room_is_refused_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = Cache(tmp_path / "cache")
+    (tmp_path / "cache" / "receipts.jsonl").symlink_to("/dev/full")
+    order = make_order()
+
+    async def main() -> None:
+        async with served(miner := Keeping(cache)) as port, dendrite(port) as network:
+            assert await network.wait_for_peer(20)
+            signed = network.seal(make_receipt(order, network.seal(order).digest))
+            assert not await network.tell(order.hotkey, signed)
+            assert not miner.receipts
+            assert "/v1/receipt: this miner's disk is full" in caplog.text
+            (tmp_path / "cache" / "receipts.jsonl").unlink()
+            assert await network.tell(order.hotkey, signed)
+            assert len(miner.receipts) == 1
+
+    asyncio.run(main())
 
 
 async def cache_is_full(small: Path) -> None:

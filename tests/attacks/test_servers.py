@@ -15,7 +15,6 @@ from aiohttp import web
 
 from limits import Limits
 from protocol import (
-    MAX_BLOB_BYTES,
     BlobRef,
     Digest,
     Fault,
@@ -69,7 +68,7 @@ async def judge(
     folder: Path,
     miner: Echo,
     axon: type[Axon] = Axon,
-    largest: int = MAX_BLOB_BYTES,
+    largest: int | None = None,
     limits: Limits | None = None,
     deadline_s: float = 600.0,
 ) -> Fault:
