@@ -9,33 +9,33 @@ GB, MB, KB = 1 << 30, 1 << 20, 1 << 10
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes are bytes. What exceeds one is refused before it is held; the peer is told why."""
+    """What exceeds one is refused before it is held; the peer is told why."""
 
     header_bytes: int = 8 * KB
-    """A request's first line, and each of its header fields."""
+    """Bytes of a request's first line, and of each of its header fields."""
     order_bytes: int = 256 * KB
-    """An order in its envelope."""
+    """Bytes of an order in its envelope."""
     receipt_bytes: int = 256 * KB
-    """A receipt in its envelope."""
+    """Bytes of a receipt in its envelope."""
     reply_bytes: int = 256 * KB
-    """A reply in its envelope."""
+    """Bytes of a reply in its envelope."""
     message_bytes: int = 16 * KB
-    """Any other message: hello, status, stop, refusal."""
+    """Bytes of any other message: hello, status, stop, refusal."""
     state_bytes: int = 16 * GB
-    """A model state that a miner takes into its memory."""
+    """Bytes of a model state that a miner takes into its memory."""
     data_bytes: int = 64 * MB
-    """A token file or a vocabulary that a validator hands over."""
+    """Bytes of a token file or a vocabulary that a validator hands over."""
     payload_bytes: int = 16 * GB
-    """An encoded gradient."""
+    """Bytes of an encoded gradient."""
     spool_bytes: int = 0
-    """All payloads that a run keeps; 0 for as much as the disk holds."""
+    """Bytes of all payloads that a run keeps; 0 for as much as the disk holds."""
     reserve_bytes: int = 256 * MB
-    """Left free on the disk for the ledger: no payload is taken that would leave less."""
+    """Bytes left free on the disk for the ledger: no payload is taken that would leave less."""
 
     connections: int = 256
     """Open connections in all. When they are used up, the oldest that never sent a valid signature is closed."""
     connections_per_address: int = 64
-    """Of them from one address."""
+    """Open connections from one address."""
     requests_per_peer: int = 8
     """Signed requests of one hotkey at a time."""
     strangers_per_s: float = 100.0

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cli
 from market.config import MinerConfig
@@ -114,8 +114,9 @@ async def serve(config: MinerConfig, console: MinerConsole) -> None:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    waits: list[asyncio.Future[object]] = [
+    waits: list[asyncio.Future[Any]] = [
         worker.failed,
+        axon.accepting,
         asyncio.ensure_future(ended.wait()),
         asyncio.ensure_future(parent_gone(config.parent)),
     ]

@@ -12,6 +12,7 @@ import logging
 import mmap
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 _HOTKEY: TypeAdapter[str] = TypeAdapter(Hotkey)
 _REPLY = ".reply.json"
 _PAYLOAD = ".payload"
+_POPULATE_READ = 22  # maps all pages at once: 500 MB in 0.03 s, one by one in 0.2
 
 
 class _Seal(Part):
@@ -75,7 +77,11 @@ class Spool:
         with open(self.payload_path(round, hotkey), "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:  # which no map can be
                 return b""
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if sys.platform == "linux":
+            with suppress(OSError):  # before Linux 5.14
+                view.madvise(_POPULATE_READ)
+        return view
 
     def seal(self, received: Received) -> None:
         """Make a reply durable, and its payload, which lies whole in its `payload_path`. Now it is received."""

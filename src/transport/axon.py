@@ -83,6 +83,11 @@ class Axon:
         return self._door.refused
 
     @property
+    def accepting(self) -> asyncio.Task[None]:
+        """Never ends by itself; its failure is our own."""
+        return self._door.accepting
+
+    @property
     def connections(self) -> int:
         """Open ones."""
         return self._door.connections

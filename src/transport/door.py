@@ -115,15 +115,16 @@ class Door:
             self._listener = await _listen(self._host, self._port, limits.connections)
         except OSError as error:
             raise ValueError(self._unbound(error)) from None
-        self._accepting = asyncio.create_task(self._accept())
+        self.accepting = asyncio.create_task(self._accept())
+        self.accepting.add_done_callback(_said)
         port: int = self._listener.getsockname()[1]
         return port
 
     async def close(self) -> None:
-        self._accepting.cancel()
+        self.accepting.cancel()
         for task in self._connecting:
             task.cancel()
-        await asyncio.gather(self._accepting, *self._connecting, return_exceptions=True)
+        await asyncio.gather(self.accepting, *self._connecting, return_exceptions=True)
         self._listener.close()
         self._server.pre_shutdown()
         await self._server.shutdown(0.5)
@@ -259,6 +260,12 @@ class Door:
         own.parent = logger
         own.addFilter(keep)
         return own
+
+
+def _said(accepting: asyncio.Task[None]) -> None:
+    """It never ends by itself: its failure is ours, and whoever waits on `accepting` ends with it."""
+    if not accepting.cancelled() and (error := accepting.exception()):
+        logger.error("no more connections are accepted", exc_info=error)
 
 
 async def _listen(host: str, port: int, backlog: int) -> socket.socket:
