@@ -66,11 +66,13 @@ class Turns:
         self._gap_s = 1 / per_s
         self._ahead_s = burst * self._gap_s
         self._next = 0.0  # when all turns given so far are over
+        self._queue = asyncio.Lock()  # who goes away while it waits leaves no gap behind
 
     async def wait(self) -> None:
-        now = asyncio.get_running_loop().time()
-        self._next = max(self._next, now - self._ahead_s) + self._gap_s
-        await asyncio.sleep(self._next - now)
+        async with self._queue:
+            now = asyncio.get_running_loop().time()
+            self._next = max(self._next, now - self._ahead_s) + self._gap_s
+            await asyncio.sleep(self._next - now)
 
 
 class Door:

@@ -93,6 +93,7 @@ class Exchange:
                     await asyncio.wrap_future(job)
                     await self._fetch(download, reply)
                     self.peer.doing, self.peer.batches_done = "done", self.peer.batches
+                    self.peer.reachable = True  # whatever broke on the way
                     return Received(reply, signed, self.bytes_up, self.bytes_down)
                 except Refused as refused:
                     if refused.status != 404 and not refused.missing:

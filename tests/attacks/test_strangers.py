@@ -21,6 +21,7 @@ from tests.echo import MINER, STATE, VALIDATOR, Echo, blobs_of, dendrite, make_o
 from tests.test_tls import Files, issue
 from transport.axon import Axon
 from transport.dendrite import Dendrite, Endpoint
+from transport.door import Turns
 from transport.tls import client_context
 
 SHORT = replace(Limits(), header_s=0.3, message_s=0.3, connect_s=0.3, rate_s=0.3)
@@ -353,3 +354,19 @@ def test_who_never_says_goodbye_is_cut_off(files: Files) -> None:
         plain.close()
 
     under_tls(Limits(), files, play)
+
+
+def test_strangers_who_leave_the_queue_hold_nobody_up() -> None:
+    """Who asks and hangs up, again and again, may not fill the queue for those that wait."""
+
+    async def main() -> float:
+        turns = Turns(per_s=20, burst=1)
+        leaving = [asyncio.create_task(turns.wait()) for _ in range(1000)]
+        await asyncio.sleep(0.01)
+        for task in leaving:
+            task.cancel()
+        began = asyncio.get_running_loop().time()
+        await turns.wait()
+        return asyncio.get_running_loop().time() - began
+
+    assert asyncio.run(main()) < 5  # not the 50 s of a thousand turns
