@@ -1,11 +1,18 @@
 # Two commands do all the set-up on a machine with Python 3.11 to 3.13, git and make: `make demo` and `make test`.
+# The tokenizer rustbpe is built where there is Rust's cargo; without it all but the tokenizer works.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+INSTALLED := $(VENV)/.ready
+READY := $(VENV)/.rustbpe
+CARGO := $(firstword $(shell command -v cargo 2>/dev/null) $(wildcard $(HOME)/.cargo/bin/cargo))
+CRATE := $(wildcard rustbpe/Cargo.* rustbpe/pyproject.toml rustbpe/rustbpe.pyi rustbpe/src/*.rs rustbpe/src/*/*.rs)
 PILOT_DATA ?= $(abspath $(wildcard ../shared/data))
 export PILOT_DATA
+
+# Cargo in the crate, where there is cargo.
+cargo = $(if $(CARGO),cd rustbpe && PATH="$(dir $(CARGO)):$$PATH" PYO3_PYTHON="$(CURDIR)/$(BIN)/python" $(CARGO) $(1),@true)
 
 .PHONY: help setup demo test test-slow fuzz lint format bench lock clean
 
@@ -19,18 +26,32 @@ help:
 
 setup: $(READY)
 
-$(READY): requirements.txt
+$(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"make: {sys.executable} is Python {v[0]}.{v[1]}; Pilot needs 3.11 to 3.13: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --requirement requirements.txt
 	@$(BIN)/python -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "pilot.pth").write_text(str(pathlib.Path("src").resolve()) + "\n")'
-	@touch $(READY)
+	@touch $(INSTALLED)
+
+# Not built, it is tried again by the next make.
+$(READY): $(INSTALLED) $(CRATE)
+ifdef CARGO
+	@echo "make: building rustbpe, the tokenizer (a minute)"
+	@rm -rf build/wheels
+	@if PATH="$(dir $(CARGO)):$$PATH" $(BIN)/maturin build --quiet --release --locked --manifest-path rustbpe/Cargo.toml \
+			--interpreter $(BIN)/python --out build/wheels \
+		&& $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-index --reinstall build/wheels/*.whl; \
+	then touch $(READY); else echo "make: rustbpe was not built; all but the tokenizer works"; fi
+else
+	@echo "make: no cargo, so the tokenizer is not built; with Rust from https://rustup.rs, make setup builds it"
+endif
 
 demo: $(READY)
 	$(BIN)/python src/validator.py --config experiments/demo.json
 
 test: $(READY)
+	$(call cargo,test --quiet --locked)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(READY)
@@ -43,10 +64,13 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(call cargo,fmt --check)
+	$(call cargo,clippy --quiet --locked --all-targets --all-features -- -D warnings)
 
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(call cargo,fmt)
 
 bench: $(READY)
 	$(BIN)/python -m bench
@@ -56,4 +80,4 @@ lock:
 		--no-emit-index-url --quiet --output-file requirements.txt
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build rustbpe/target src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHES = ("startup", "transport", "roundtrip", "junk", "overhead")
+BENCHES = ("startup", "tokenizer", "transport", "roundtrip", "junk", "overhead")
 RESULTS = Path(__file__).with_name("results.jsonl")
 
 

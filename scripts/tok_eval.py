@@ -1,0 +1,133 @@
+"""Check a tokenizer on a text: every document comes back, bytes a token on each kind of text, speed.
+
+    python scripts/tok_eval.py --tokenizer tokenizer.json --data books_val.parquet
+
+Exit code 1 where a document does not come back as it was.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+import cli
+from tasks.config import TokEvalConfig
+
+if TYPE_CHECKING:
+    from rustbpe import Tokenizer
+    from tasks.compression import Encode
+
+PROGRAM = "tok_eval.py"
+BATCH = 4 << 20  # characters encoded at a time
+
+
+@dataclass
+class Totals:
+    texts: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    broken: list[int] = field(default_factory=list)  # the numbers of the texts that did not come back, from 1
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = cli.parse(TokEvalConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
+    from tasks.compression import Samples, comparison, encode_with, of_data, read_texts
+    from tasks.documents import TextError
+
+    with cli.mistakes(PROGRAM):
+        tokenizer = load(config.tokenizer)
+        others = peers(config)
+        totals, samples = Totals(), Samples()
+        try:
+            for batch in batches(read_texts(config.data, config.column, config.doc_cap, config.max_chars)):
+                check(tokenizer, batch, totals)
+                for text in batch:
+                    samples.add(text)
+        except TextError as error:
+            raise of_data(config.data, error) from None
+        if not totals.texts:
+            raise ValueError(f"--data {config.data}: holds no text")
+    print(f"{config.tokenizer}: {tokenizer.vocab_size:,} tokens, {len(tokenizer.special_tokens())} of them special")
+    per_token = totals.bytes / totals.tokens
+    print(f"{config.data}: {totals.bytes:,} bytes, {totals.tokens:,} tokens, {per_token:.3f} bytes a token")
+    encode, decode = (totals.bytes / 1e6 / seconds for seconds in (totals.encode_s, totals.decode_s))
+    print(f"encoded at {encode:.1f} MB/s with all threads, decoded at {decode:.1f} MB/s with one")
+    for line in comparison(samples, encode_with(tokenizer), others):
+        print(line)
+    if "GPT-2" not in others:
+        print("GPT-2's tokenizer is not here to compare with; give --gpt2-vocabulary")
+    if totals.broken:
+        first = ", ".join(map(str, totals.broken[:5]))
+        cli.fail(PROGRAM, f"{len(totals.broken)} of {totals.texts} texts do not come back as they were: {first}", 1)
+    print(f"all {totals.texts:,} texts come back as they were")
+
+
+def load(path: Path) -> Tokenizer:
+    """Raises ValueError where there is no such file, or it is damaged."""
+    from tasks.compression import tokenizer_class
+
+    cls = tokenizer_class()
+    try:
+        return cls.load(path)
+    except OSError as error:
+        raise ValueError(f"--tokenizer {path}: {error.strerror or error}; tok_train.py makes one") from None
+    except ValueError as error:
+        raise ValueError(f"--tokenizer {path}: {error}") from None
+
+
+def peers(config: TokEvalConfig) -> dict[str, Encode]:
+    """The tokenizers to compare with, by name."""
+    from tasks.compression import encode_with, gpt2_encode, tokenizer_class
+
+    gpt2 = gpt2_encode(config.gpt2_vocabulary)
+    found = {} if gpt2 is None else {"GPT-2": gpt2}
+    if config.tiktoken is not None:
+        cls = tokenizer_class()
+        from rustbpe import CL100K_PATTERN
+
+        try:
+            found["cl100k"] = encode_with(cls.from_tiktoken(config.tiktoken, CL100K_PATTERN))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--tiktoken {config.tiktoken}: {error}") from None
+    return found
+
+
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def check(tokenizer: Tokenizer, texts: list[str], totals: Totals) -> None:
+    """Encodes and decodes the texts, and adds what was seen."""
+    began = time.perf_counter()
+    ids = tokenizer.encode_batch(texts, disallowed_special=())
+    encoded = time.perf_counter()
+    back = [tokenizer.decode(text_ids) for text_ids in ids]
+    totals.encode_s += encoded - began
+    totals.decode_s += time.perf_counter() - encoded
+    for text, text_ids, again in zip(texts, ids, back, strict=True):
+        totals.texts += 1
+        totals.bytes += len(text.encode())
+        totals.tokens += len(text_ids)
+        if again != text:
+            totals.broken.append(totals.texts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Train a tokenizer: a byte-pair vocabulary of a text, compared with GPT-2's on what the text holds.
+
+python scripts/tok_train.py --data books/ --vocab_size 32768 --out tokenizer.json
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+import cli
+from tasks.config import TokTrainConfig
+
+if TYPE_CHECKING:
+    from rustbpe import Tokenizer
+    from tasks.compression import Encode, Samples
+
+PROGRAM = "tok_train.py"
+REDRAW_S = 0.1
+LINE_S = 5.0  # between two lines where there is no terminal
+LONGEST = 10  # tokens shown
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = cli.parse(TokTrainConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
+    from tasks.compression import gpt2_encode, tokenizer_class
+
+    with cli.mistakes(PROGRAM):
+        tokenizer = tokenizer_class()()
+        if config.out.is_dir() or not config.out.absolute().parent.is_dir():
+            raise ValueError(f"--out {config.out}: must be a file in a folder that is there")
+        gpt2 = gpt2_encode(config.gpt2_vocabulary)
+        try:
+            with Progress(config.max_chars) as progress:
+                texts = train(tokenizer, config, progress)
+            tokenizer.save(config.out)
+        except OSError as error:
+            raise ValueError(f"--out {config.out}: cannot write it ({error.strerror or error})") from None
+        except KeyboardInterrupt:
+            cli.fail(PROGRAM, "stopped; nothing was written", code=130)
+    report(tokenizer, config, texts, gpt2)
+
+
+class Texts:
+    """Texts on their way into the training, counted, with samples of each kind kept."""
+
+    def __init__(self, texts: Iterator[str], progress: Progress, samples: Samples) -> None:
+        self.chars = 0
+        self.ended = False
+        self.seconds = 0.0
+        self.samples = samples
+        self._texts = texts
+        self._progress = progress
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            self.chars += len(text)
+            self.samples.add(text)
+            self._progress.read(self.chars)
+            yield text
+        self.ended = True
+        self._progress.read(self.chars, last=True)
+
+
+def train(tokenizer: Tokenizer, config: TokTrainConfig, progress: Progress) -> Texts:
+    """Raises ValueError, naming the flag, for a text or a pattern that will not do."""
+    from tasks.compression import Samples, of_data, pattern_of, read_texts
+    from tasks.documents import TextError
+
+    texts = Texts(read_texts(config.data, config.column, config.doc_cap, config.max_chars), progress, Samples())
+    size, pattern = config.vocab_size - len(config.special), pattern_of(config.pattern)
+    began = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a text too small for the vocabulary: the report says it
+            tokenizer.train_from_iterator(iter(texts), size, pattern=pattern, progress=progress.merged)
+    except TextError as error:
+        raise of_data(config.data, error) from None
+    except ValueError as error:
+        if texts.ended and not texts.chars:
+            raise ValueError(f"--data {config.data}: holds no text") from None
+        raise ValueError(f"--pattern: {error}") from None
+    texts.seconds = time.perf_counter() - began
+    tokenizer.add_special_tokens(config.special)
+    return texts
+
+
+def report(tokenizer: Tokenizer, config: TokTrainConfig, texts: Texts, gpt2: Encode | None) -> None:
+    from tasks.compression import comparison, encode_with
+
+    took = f"{texts.seconds:.1f} s, {texts.chars / 1e6 / texts.seconds:.1f} million a second"
+    print(f"trained on {texts.chars:,} characters of {config.data} in {took}")
+    reached, special = tokenizer.vocab_size, len(config.special)
+    print(f"vocabulary: {reached:,} tokens: 256 bytes, {reached - special - 256:,} merges, {special} special")
+    if reached < config.vocab_size:
+        print(f"the text has no more to merge: that is {config.vocab_size - reached:,} tokens fewer than asked for")
+    print("on the text that it was trained on, which flatters it; tok_eval.py compares on another:")
+    for line in comparison(texts.samples, encode_with(tokenizer), {} if gpt2 is None else {"GPT-2": gpt2}):
+        print(line)
+    if gpt2 is None:
+        print("GPT-2's tokenizer is not here to compare with; give --gpt2-vocabulary")
+    longest = sorted(tokenizer.get_mergeable_ranks(), key=lambda item: (-len(item[0]), item[1]))[:LONGEST]
+    print("longest tokens:")
+    for token, rank in longest:
+        text = repr(token.decode(errors="backslashreplace"))
+        print(f"  {len(token):4} bytes, id {rank}: {text if len(text) <= 80 else text[:77] + '...'}")
+    print(f"tokenizer in {config.out}")
+
+
+class Progress:
+    """Characters read, then merges made: bars on a terminal, now and then a line elsewhere. A context manager."""
+
+    def __init__(self, max_chars: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        console = Console(highlight=False)
+        self._live = console.is_terminal and console.file.isatty()
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
+        self._bars = Bars(*columns, TimeRemainingColumn(), console=console, disable=not self._live)
+        self._limit = max_chars
+        self._next = time.monotonic() + (0 if self._live else LINE_S)
+
+    def read(self, chars: int, last: bool = False) -> None:
+        if self._due() or (self._live and last):
+            limit = f" of at most {self._limit / 1e6:,.1f}" if self._limit and not last else ""
+            self._show("read", f"{chars / 1e6:,.1f}{limit} million characters", None, None)
+
+    def merged(self, done: int, wanted: int) -> None:
+        if self._due() or (self._live and done == wanted):
+            self._show("merge", f"{done:,} of {wanted:,} merges", done, wanted)
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + (REDRAW_S if self._live else LINE_S)
+        return True
+
+    def _show(self, step: str, line: str, done: int | None, total: int | None) -> None:
+        if not self._live:
+            print(f"{step}: {line}", flush=True)
+            return
+        task = next((task.id for task in self._bars.tasks if task.description == step), None)
+        if task is None:
+            for earlier in self._bars.tasks:
+                self._bars.update(earlier.id, total=1, completed=1)
+            task = self._bars.add_task(step, total=total, done="")
+        self._bars.update(task, completed=done, total=total, done=line)
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Texts to train a vocabulary on, and how many bytes of each kind of text a token of it stands for, beside others'."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.documents import PIECE, Document, TextError, local_documents, local_files, standard_library
+from tasks.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from rustbpe import Tokenizer
+
+PROSE, CODE, LANGUAGES, NUMBERS = KINDS = ("prose", "code", "other languages", "numbers, whitespace")
+LOOK = 2000  # characters of a text that tell its kind
+SHORT = 20  # characters: fewer do not tell
+SAMPLE = 1 << 20  # characters of each kind that are compared
+TEXTS = 10_000  # looked at for samples: a second's work
+
+LETTERS = re.compile(r"[^\W\d_]+")
+OTHER_LETTERS = re.compile(r"[^\W\d_\x00-\x7f]+")
+SYMBOLS = re.compile(r"[(){}\[\]<>=+/\\|$@&%^~`]+|(?<=[a-z])_(?=[a-z])")  # what prose does without, also Markdown's
+
+Encode = Callable[[list[str]], int]  # texts to the number of tokens that they take
+
+
+def tokenizer_class() -> type[Tokenizer]:
+    """rustbpe's. Raises ValueError where it is not built: its folder then imports as an empty package."""
+    try:
+        from rustbpe import Tokenizer
+    except ImportError:
+        raise ValueError("rustbpe is not built: install Rust from https://rustup.rs, then `make setup` again") from None
+    return Tokenizer
+
+
+def pattern_of(name: str) -> str:
+    """A known pattern by its name, or the name itself, which then is one."""
+    from rustbpe import DEFAULT_PATTERN, GPT2_PATTERN, NANOCHAT_PATTERN
+
+    return {"nanochat": NANOCHAT_PATTERN, "gpt4": DEFAULT_PATTERN, "gpt2": GPT2_PATTERN}.get(name, name)
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def read_texts(data: str, column: str, doc_cap: int = 0, max_chars: int = 0) -> Iterator[str]:
+    """The first `max_chars` characters of `data`, of each document at most `doc_cap`, in texts of up to two megabytes.
+
+    0 is no limit. Raises TextError for a text that is not there, cannot be read, or has no such column.
+    """
+    left = max_chars or sys.maxsize
+    for document in _documents(data, column):
+        for text in _texts(document, doc_cap or sys.maxsize):
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                return
+
+
+def _documents(data: str, column: str) -> Iterable[Document]:
+    return standard_library() if data == "stdlib" else local_documents(local_files(Path(data).expanduser()), column)
+
+
+def _texts(document: Document, left: int) -> Iterator[str]:
+    text = ""
+    for piece in document.pieces:
+        text = (text + piece)[:left]
+        if len(text) >= PIECE:
+            yield text
+            left -= len(text)
+            text = ""
+        if len(text) == left:
+            break
+    if text:
+        yield text
+
+
+def of_data(data: str, error: TextError) -> ValueError:
+    """The same behind the flags that these programs know a text by."""
+    return ValueError(f"--data {data}: {error}".replace("--gpt2.", "--"))
+
+
+def gpt2_encode(prefix: Path | None) -> Encode | None:
+    """GPT-2's own tokenizer; without a prefix that of PILOT_DATA, or None.
+
+    Raises ValueError where its two files are not there, or not what they should be.
+    """
+    data = os.environ.get("PILOT_DATA")
+    if prefix is None and data and Path(data, "gpt2_encoder.json").is_file():
+        prefix = Path(data, "gpt2_")
+    if prefix is None:
+        return None
+    try:
+        tokenizer = load_tokenizer("gpt2", prefix)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--gpt2.", "--gpt2-")) from None
+    return lambda texts: sum(map(len, tokenizer.encode([text.encode() for text in texts])))
+
+
+# --- kinds ------------------------------------------------------------------------------------------------------------
+
+
+def kind_of(text: str) -> str:
+    """One of KINDS, by the characters that the text begins with."""
+    head = text[:LOOK]
+    letters = _count(LETTERS, head)
+    if letters < 0.4 * len(head):
+        return NUMBERS
+    if _count(OTHER_LETTERS, head) > 0.015 * letters:  # French has 4 of a hundred, German 2
+        return LANGUAGES
+    return CODE if _count(SYMBOLS, head) > 0.015 * len(head) else PROSE
+
+
+def _count(characters: re.Pattern[str], text: str) -> int:
+    return sum(map(len, characters.findall(text)))
+
+
+class Samples:
+    """The first texts of each kind among those that pass by."""
+
+    def __init__(self) -> None:
+        self.by_kind: dict[str, list[str]] = {}
+        self._left = dict.fromkeys(KINDS, SAMPLE)
+        self._texts_left = TEXTS
+
+    def add(self, text: str) -> None:
+        if len(text) < SHORT or not self._texts_left or not any(self._left.values()):
+            return
+        self._texts_left -= 1
+        kind = kind_of(text)
+        if part := text[: self._left[kind]]:
+            self.by_kind.setdefault(kind, []).append(part)
+            self._left[kind] -= len(part)
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def encode_with(tokenizer: Tokenizer) -> Encode:
+    return lambda texts: sum(map(len, tokenizer.encode_batch(texts, disallowed_special=())))
+
+
+def comparison(samples: Samples, ours: Encode, peers: Mapping[str, Encode]) -> list[str]:
+    """A line for each kind: bytes a token, ours and each peer's with ours beside it."""
+    rows = [["text", "bytes", "bytes a token", *peers]]
+    for kind in KINDS:
+        if texts := samples.by_kind.get(kind):
+            size = sum(len(text.encode()) for text in texts)
+            rate = size / ours(texts)
+            theirs = [size / encode(texts) for encode in peers.values()]
+            rows.append([kind, f"{size:,}", f"{rate:.3f}", *(f"{x:.3f} (ours {rate / x - 1:+.1%})" for x in theirs)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.rjust, row, widths)) for row in rows]
