@@ -1,5 +1,5 @@
 # Two commands do all the set-up on a machine with Python 3.11 to 3.13, git and make: `make demo` and `make test`.
-# The tokenizer rustbpe is built where there is Rust's cargo; without it all but the tokenizer works.
+# The tokenizer rustbpe is built where there is cargo of Rust 1.88 or newer; without it all but the tokenizer works.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.ready
 READY := $(VENV)/.rustbpe
 CARGO := $(firstword $(shell command -v cargo 2>/dev/null) $(wildcard $(HOME)/.cargo/bin/cargo))
+RUST := $(if $(CARGO),$(shell PATH="$(dir $(CARGO)):$$PATH" $(CARGO) --version 2>/dev/null | awk '{split($$2, v, "."); print (v[1] > 1 || v[2] >= 88)}'))
+ifneq ($(RUST),1)
+CARGO :=
+endif
 CRATE := $(wildcard rustbpe/Cargo.* rustbpe/pyproject.toml rustbpe/rustbpe.pyi rustbpe/src/*.rs rustbpe/src/*/*.rs)
 PILOT_DATA ?= $(abspath $(wildcard ../shared/data))
 export PILOT_DATA
@@ -44,7 +48,7 @@ ifdef CARGO
 		&& $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-index --reinstall build/wheels/*.whl; \
 	then touch $(READY); else echo "make: rustbpe was not built; all but the tokenizer works"; fi
 else
-	@echo "make: no cargo, so the tokenizer is not built; with Rust from https://rustup.rs, make setup builds it"
+	@echo "make: no cargo of 1.88 or newer, so the tokenizer is not built; with Rust from https://rustup.rs, make setup builds it"
 endif
 
 demo: $(READY)

@@ -93,6 +93,13 @@ def junk(port: int) -> Counter[str]:
     return Counter(found)
 
 
+def still(process: subprocess.Popen[bytes], said: str) -> None:
+    """A moment, in which the process has not ended."""
+    time.sleep(0.1)
+    if process.poll() is not None:
+        sys.exit(said)
+
+
 def resident_mb(pid: int) -> float:
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(found[1]) / 1024 if found else 0.0
@@ -132,14 +139,14 @@ def main() -> None:
         log = folder / "miner.log"
         with log.open("w") as out, subprocess.Popen(command, stdout=out) as miner:
             while not (found := re.search(r"^serving (\S+)$", log.read_text(), re.MULTILINE)):
-                time.sleep(0.1)
+                still(miner, log.read_text())
             endpoint = found[1]
             command = [sys.executable, "src/validator.py", "--axons", endpoint, "--run", "junk", "--runs", str(folder)]
             command += ["--rounds", "100000", "--batches", "4", "--eval-every", "0", "--cache", str(folder / "cache")]
             with subprocess.Popen([*command, *common], stdout=subprocess.DEVNULL) as validator:
                 try:
                     while not (folder / "junk" / "ledger.sqlite").exists() or len(commits(folder / "junk")) < 10:
-                        time.sleep(0.2)
+                        still(validator, "the validator ended")
                     measure(folder, miner, int(endpoint.partition("@")[0].rpartition(":")[2]))
                 finally:
                     validator.kill()

@@ -58,15 +58,7 @@ class Tokenizer:
         disallowed_special: Collection[str] | Literal["all"] = "all",
     ) -> list[list[int]]:
         """As `encode`, of many texts on `num_threads` threads (by default all cores)."""
-    def batch_encode(
-        self,
-        texts: Iterable[str],
-        *,
-        num_threads: int | None = None,
-        allowed_special: Collection[str] | Literal["all"] = ...,
-        disallowed_special: Collection[str] | Literal["all"] = "all",
-    ) -> list[list[int]]:
-        """`encode_batch` under the published package's name."""
+    batch_encode = encode_batch  # under the published package's name
     def encode_to_numpy(
         self,
         text: str,

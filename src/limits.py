@@ -52,7 +52,7 @@ class Limits:
     message_s: float = 10.0
     """Seconds for a message's body, and for the answer to one."""
     poll_s: float = 2.0
-    """Seconds that a request for a reply waits at the miner before it is told how far the work is."""
+    """Seconds that a request for a reply waits at the miner, at most, before it is told how far the work is."""
     away_s: float = 20.0
     """Seconds without contact after which a miner's part in a round is given up, if the deadline is not over first."""
 

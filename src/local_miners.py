@@ -19,10 +19,11 @@ START_S = 120.0
 
 
 def ask_status(endpoint: str) -> Health:
-    """What GET /v1/status says at host:port@ss58."""
+    """What GET /v1/status says at host:port@ss58, whatever proxy the environment names."""
     url = f"http://{endpoint.partition('@')[0]}/v1/status"
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(url, timeout=START_S) as answer:
+        with direct.open(url, timeout=START_S) as answer:
             return Health.model_validate_json(answer.read())
     except urllib.error.HTTPError as unhealthy:
         return Health.model_validate_json(unhealthy.read())

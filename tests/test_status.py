@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from local_miners import ask_status
 from market.worker import Worker
 from protocol import Health, Hotkey
 from records.cache import Cache
@@ -161,3 +162,14 @@ def test_asking_pins_nobody() -> None:
 
     assert asyncio.run(main())[0] == 200
     assert not pinned
+
+
+def test_a_local_miner_is_asked_whatever_proxy_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.delenv("no_proxy", raising=False)
+
+    async def main() -> Health:
+        async with serving(Axon(Echo(), MINER, open_guard(), "127.0.0.1", 0)) as port:
+            return await asyncio.to_thread(ask_status, f"127.0.0.1:{port}@{MINER.ss58_address}")
+
+    assert asyncio.run(main()).healthy

@@ -219,6 +219,9 @@ class Worker:
         if job and job.owner != caller and self._unfinished(job):
             raise Refused(409, f"working for {job.owner[:8]} on round {job.order.round}", Fault.BUSY)
         self._check(order)
+        writer = self.writers.get(order.update.blob.digest)
+        if isinstance(writer, StateWriter) and writer.whole:
+            self.state = (writer.ref.digest, writer.buffer)
         missing = self._missing(order)
         self.wanted = {ref.digest: ref for ref in missing}
         self._drop_unwanted()
@@ -315,9 +318,6 @@ class Worker:
     def _missing(self, order: Order) -> list[BlobRef]:
         missing = []
         update, tokens, vocabulary = order.update.blob, order.data.tokens, order.data.vocabulary
-        writer = self.writers.get(update.digest)
-        if isinstance(writer, StateWriter) and writer.whole:
-            self.state = (update.digest, writer.buffer)
         if self.version != order.version and (self.state is None or self.state[0] != update.digest):
             missing.append(update)
         if self.cache.blob(tokens) is None:

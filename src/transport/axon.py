@@ -8,6 +8,8 @@ byte of the blob is read. What is refused gets a `Refusal` in JSON, and is count
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import re
 import ssl
 import time
@@ -38,10 +40,11 @@ from transport.door import Door
 from transport.health import health_response
 from transport.pump import CHUNK, Pace, pump
 
-MAX_WAIT_S = 20  # of a long poll
 CALLER = web.RequestKey("caller", str)  # of a signed request
 
 M = TypeVar("M", Order, Stop, Receipt)
+
+logger = logging.getLogger(__name__)
 
 
 class Axon:
@@ -107,6 +110,12 @@ class Axon:
             raise Refused(405, f"{method} {request.path}")
         try:
             return await handler(request)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            reason = "this miner's disk is full; delete old files, in its --cache for example"
+            logger.warning("%s: %s", request.path, reason)
+            raise Refused(507, reason) from None
         finally:
             if caller := request.get(CALLER):
                 self._requests[caller] -= 1
@@ -141,7 +150,7 @@ class Axon:
     async def _reply(self, request: web.BaseRequest) -> web.StreamResponse:
         caller = self._caller(request, b"")
         order, wait = _query(request, "order", "wait")
-        wait_s = min(_count("wait", wait), MAX_WAIT_S)
+        wait_s = min(_count("wait", wait), self._limits.poll_s)
         reply = await self._service.reply(caller, _digest(order), wait_s)
         return self._sealed(self._service.status(), 202) if reply is None else self._sealed(reply)
 

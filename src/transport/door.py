@@ -223,12 +223,6 @@ class Door:
             response = await self._refuse(request, Refused(status, str(error), error.fault))
         except Refused as refused:
             response = await self._refuse(request, refused)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            reason = "this miner's disk is full; delete old files, in its --cache for example"
-            logger.warning("%s: %s", request.path, reason)
-            response = await self._refuse(request, Refused(507, reason))
         elapsed_s = time.monotonic() - began
         logger.debug("%s %s %s: %d, %.4f s", request.remote, request.method, request.path, response.status, elapsed_s)
         return response
