@@ -1,5 +1,5 @@
 # Two commands do all the set-up on a machine with Python 3.11 to 3.13, git and make: `make demo` and `make test`.
-# The tokenizer rustbpe is built where there is cargo of Rust 1.88 or newer; without it all but the tokenizer works.
+# The tokenizer rustbpe is built where there is cargo of Rust 1.88 or newer; without it all but the tokenizer, and so nanochat, works.
 
 PYTHON ?= python3
 VENV := .venv
@@ -46,9 +46,9 @@ ifdef CARGO
 	@if PATH="$(dir $(CARGO)):$$PATH" $(BIN)/maturin build --quiet --release --locked --manifest-path rustbpe/Cargo.toml \
 			--interpreter $(BIN)/python --out build/wheels \
 		&& $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-index --reinstall build/wheels/*.whl; \
-	then touch $(READY); else echo "make: rustbpe was not built; all but the tokenizer works"; fi
+	then touch $(READY); else echo "make: rustbpe was not built; all but the tokenizer, and so nanochat, works"; fi
 else
-	@echo "make: no cargo of 1.88 or newer, so the tokenizer is not built; with Rust from https://rustup.rs, make setup builds it"
+	@echo "make: no cargo of 1.88 or newer, so the tokenizer, which nanochat needs, is not built; with Rust from https://rustup.rs, make setup builds it"
 endif
 
 demo: $(READY)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHES = ("startup", "tokenizer", "transport", "roundtrip", "junk", "overhead")
+BENCHES = ("startup", "tokenizer", "transport", "roundtrip", "junk", "model", "nanochat", "overhead")
 RESULTS = Path(__file__).with_name("results.jsonl")
 
 

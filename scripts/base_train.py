@@ -1,6 +1,8 @@
-"""The baseline: the same task, optimizer, schedule and batches as a marketplace, in one process.
+"""The baseline: the same task, optimizer, schedule and batches as a marketplace, in one process or one a GPU.
 
     python scripts/base_train.py --task gpt2 --rounds 20 --batches 8 --out final.safetensors
+    python scripts/base_train.py --depth 4 --max-seq-len 512 --num-iterations 20
+    torchrun --standalone --nproc_per_node=2 scripts/base_train.py --depth 4 --num-iterations 20
 
 A marketplace of N miners with --batches B walks the same indices as this with --batches N*B.
 """
@@ -8,57 +10,386 @@ A marketplace of N miners with --batches B walks the same indices as this with -
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import cli
 from market.config import BaselineConfig
+from ranks import RankLost, Ranks
+
+if TYPE_CHECKING:
+    import torch
+
+    from market.learner import Learner
+    from protocol import Range
+    from records.console import Console
+    from records.metrics import Metrics
+    from tasks import Batch, Task
+    from tasks.optimizer import Settings
 
 PROGRAM = "base_train.py"
 
+OPTIMIZER = "--nanochat.optimizer."
+SHORT = {  # nanochat's names, and those of nanochat_train.py
+    **{f"--{name}": f"--nanochat.{name}" for name in ("depth", "preset", "aspect-ratio", "head-dim", "window-pattern")},
+    **{f"--{name}": f"--nanochat.{name}" for name in ("dtype", "text", "tokenizer", "crop", "kv-ratio")},
+    **{f"--{name}": OPTIMIZER + name for name in ("matrix-lr", "embedding-lr", "unembedding-lr", "scalar-lr")},
+    **{f"--{name}": OPTIMIZER + name for name in ("weight-decay", "warmup-steps", "warmdown-ratio", "final-lr-frac")},
+    **dict.fromkeys(("--max-seq-len", "--max-length"), "--nanochat.seq-len"),
+    **dict.fromkeys(("--device-batch-size", "--batch-size"), "--nanochat.batch-size"),
+    **dict.fromkeys(("--num-iterations", "--num-steps"), "--rounds"),
+    "--data": "--nanochat.text",
+    "--device-type": "--device",
+    "--model-tag": "--run",
+    "--wandb-project": "--wandb.project",
+}
 
-def main(argv: Sequence[str] | None = None) -> None:
-    config = cli.parse(BaselineConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
-    from market.baseline import learning_rate, new_learner, train
-    from protocol import Range
-    from records.console import Console
-    from tasks import load_task
 
-    with cli.mistakes(PROGRAM):
-        if config.batches < 1 or config.rounds < 1:
-            raise ValueError(f"--rounds {config.rounds}, --batches {config.batches}: must be 1 or more")
-        for flag, path in (("out", config.out), ("log", config.log)):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise ValueError(f"--{flag} {path}: there is no folder {path.absolute().parent}; make it first")
-        device = cli.pick_device(config.device)
-        cli.set_threads(config.threads)
-        cli.reuse_memory()
-        task = load_task(config.task).prepare(
-            getattr(config, config.task), seed=config.seed, cache=config.cache.expanduser(), progress=print
+FLEETING = ("resume", "config", "run", "checkpoints", "out", "log")  # of one command, not of the run
+
+
+def parse(argv: Sequence[str], program: str) -> BaselineConfig:
+    """With --resume the flags that the run was started with are the defaults."""
+    first, flags = long_names(argv)
+    config = cli.parse(BaselineConfig, program, flags, first)
+    if not config.resume:
+        return config
+    from nanochat import checkpoint_manager
+
+    with cli.mistakes(program):
+        folder = folder_of(config)
+        assert folder is not None  # --resume needs one
+        try:
+            values = checkpoint_manager.load(folder, parts=()).meta.get("flags", {})
+        except ValueError as error:
+            raise ValueError(f"--resume: --checkpoints {error}") from None
+        return cli.parse(BaselineConfig, program, flags, [*first, *cli.kept_flags(values, BaselineConfig, FLEETING)])
+
+
+def long_names(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What the names imply, and nanochat's own names as ours.
+
+    One that only nanochat has asks for that task, unless another is asked for; a W&B project asks for W&B.
+    """
+    flags: list[str] = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        long = SHORT.get(name.replace("_", "-"))
+        flags.append(long + equals + value if long else argument)
+    first = []
+    if any(flag.startswith("--nanochat.") for flag in flags):
+        first += ["--task", "nanochat"]
+    if cli.flag_value(argv, "--wandb-project") or cli.flag_value(argv, "--wandb_project"):
+        first += ["--wandb.mode", "online"]
+    return first, flags
+
+
+@dataclass
+class Run:
+    """What is wired for a run; `steps_done` is the loop's only state besides the learner's."""
+
+    config: BaselineConfig
+    rounds: int
+    batches: int
+    task: Task
+    learner: Learner
+    device: torch.device
+    folder: Path | None  # of the checkpoints
+    steps_done: int = 0
+
+    def steps(self, ranks: Ranks) -> Iterator[tuple[tuple[Range, ...], Settings]]:
+        units = self.task.count(0) * self.batches
+        for step in range(self.steps_done, self.rounds):
+            settings = self.task.settings(self.config.optimizer_flags, step, self.rounds, units)
+            yield ranks.share(step * self.batches, (step + 1) * self.batches), settings
+
+    def loader(self, ranks: Ranks, stack: ExitStack) -> Callable[[int], Batch]:
+        """This rank's micro-batches, each called for in its turn: nanochat's are made ahead."""
+        if self.config.task != "nanochat":
+            return self.task.batch
+        from tasks.nanochat import Nanochat
+
+        assert isinstance(self.task, Nanochat)
+        loader = stack.enter_context(self.task.loader(self.device, ranks.rank, ranks.world))
+        loader.load_state_dict({**loader.state_dict(), "position": self.steps_done * self.batches})
+        return lambda index: next(loader)
+
+    def due(self, every: int) -> bool:
+        return self.steps_done == self.rounds or (every > 0 and self.steps_done % every == 0)
+
+
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> None:
+    config = parse(sys.argv[1:] if argv is None else argv, program)
+    ranks = Ranks.of_environment()
+    try:
+        with ranks:
+            train(config, ranks, program)
+    except KeyboardInterrupt:
+        cli.fail(program, "stopped; a checkpoint, where there is one, is as it was", code=130)
+    except RankLost as lost:
+        cli.fail(program, f"{lost}; --resume goes on from the newest checkpoint, where there is one", code=1)
+    except OSError as error:  # a folder that cannot be written, a disk that is full
+        cli.fail(
+            program, f"{error.filename or 'a file'}: {error.strerror or error}; a checkpoint is whole or not there", 1
         )
-    learner = new_learner(config, task, device)
-    b = config.batches
-    steps = (((Range(i * b, (i + 1) * b),), learning_rate(config, i)) for i in range(config.rounds))
-    with Console(config.rounds, debug=False) as console, open(config.log or os.devnull, "w") as log:
-        began = time.monotonic()
-        for done, work in enumerate(filter(None, train(learner, steps)), 1):
-            seconds = time.monotonic() - began
-            row = {"round": done - 1, "loss": work.loss, "seconds": seconds, f"{task.unit}_per_s": work.count / seconds}
-            if done == config.rounds or (config.eval_every and done % config.eval_every == 0):
-                row |= task.evaluate(learner.model)
-            console.round(row)
-            print(json.dumps(row), file=log, flush=True)
-            began = time.monotonic()
-    if config.out is not None:
+
+
+def train(config: BaselineConfig, ranks: Ranks, program: str) -> None:
+    from records.console import Console
+
+    with ExitStack() as stack:
+        with cli.mistakes(program):
+            check(config)
+            device = cli.pick_device(ranks.device(config.device))
+            cli.set_threads(config.threads)
+            cli.reuse_memory()
+            ranks.start(device)
+            say = print if ranks.first else _silent
+            with ranks.first_before_others():
+                task = prepare(config, device, say)
+            run = wire(config, task, device, ranks)
+            if run.steps_done:
+                say(f"resumed after step {run.steps_done} of {run.rounds}")
+            console = stack.enter_context(Console(run.rounds, debug=False)) if ranks.first else None
+            figures = config.log if ranks.first and config.log else Path(os.devnull)
+            earlier = rows_before(figures, run.steps_done)
+            log = stack.enter_context(open(figures, "w"))
+            log.writelines(f"{row}\n" for row in earlier)
+            metrics = stack.enter_context(closing(open_metrics(run))) if ranks.first and run.folder else None
+        batch = run.loader(ranks, stack)
+        with ranks.stops():
+            loop(run, ranks, batch, console, metrics, log)
+            ranks.wait()  # for the first one's last checkpoint: torchrun ends all where one ends
+        if run.steps_done < run.rounds:
+            ended = f"stopped after step {run.steps_done}" + ("; --resume goes on from there" if run.folder else "")
+            cli.fail(program, ended if ranks.first else "stopped", code=130)
+    if ranks.first and config.out is not None:
         from safetensors.torch import save_file
 
-        save_file({name: p.detach().cpu() for name, p in learner.parameters.items()}, config.out)
+        save_file({name: p.detach().cpu() for name, p in run.learner.parameters.items()}, config.out)
         print(f"parameters in {config.out}")
+
+
+def _silent(line: str) -> None:
+    """The first rank speaks for all."""
+
+
+def loop(
+    run: Run,
+    ranks: Ranks,
+    batch: Callable[[int], Batch],
+    console: Console | None,
+    metrics: Metrics | None,
+    log: TextIO,
+) -> None:
+    """A step; once in a while an evaluation and a checkpoint."""
+    from market.baseline import train as trained
+    from nanochat.common import peak_flops
+
+    peak = peak_flops(run.device)
+    flops = run.task.flops(run.learner.model)
+    if console and peak is None and flops:
+        console.say(f"no MFU: the peak of {run.device} is not known")
+    began = time.monotonic()
+    for work in filter(None, trained(run.learner, run.steps(ranks), ranks.combine, batch)):
+        seconds = time.monotonic() - began
+        per_s = work.count / seconds
+        row: dict[str, Any] = {"round": run.steps_done, "loss": work.loss, "seconds": seconds}
+        row[f"{run.task.unit}_per_s"] = per_s
+        if peak and flops:
+            row["mfu"] = per_s * flops / (peak * ranks.world)
+        run.steps_done += 1
+        if run.due(run.config.eval_every):
+            with ranks.watched():
+                row |= run.task.evaluate(run.learner.model)
+        if console:
+            console.round(row)
+        if metrics:
+            metrics.log(row)
+        print(json.dumps(row), file=log, flush=True)
+        if ranks.first and run.folder and (ranks.stopping or run.due(run.config.save_every)):
+            save(run)
+        if ranks.stopping:
+            break
+        began = time.monotonic()
+
+
+# --- set-up -----------------------------------------------------------------------------------------------------------
+
+
+def check(config: BaselineConfig) -> None:
+    """Mistakes that can be seen before anything is read."""
+    from nanochat.checkpoint_manager import steps
+
+    for flag, least in (("rounds", 1), ("batches", 1), ("eval_every", 0), ("save_every", 0), ("save_keep", 1)):
+        if getattr(config, flag) < least:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(config, flag)}: must be {least} or more")
+    for name, path in (("out", config.out), ("log", config.log)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ValueError(f"--{name} {path}: must be a file in a folder that is there")
+    if config.wandb.mode != "disabled" and folder_of(config) is None:
+        raise ValueError(f"--wandb.mode {config.wandb.mode}: needs --checkpoints, a folder for W&B's files")
+    ratio = config.target_param_data_ratio
+    if not 0 <= ratio < math.inf:
+        raise ValueError(f"--target-param-data-ratio {ratio}: must be 0 or more")
+    if ratio and config.task != "nanochat":
+        raise ValueError(f"--target-param-data-ratio {ratio}: is nanochat's; task {config.task} takes --rounds")
+    if config.compile:
+        cli.check_compiler()
+    config.check_task()
+    folder = folder_of(config)
+    if folder and not config.resume and (done := steps(folder)):
+        raise ValueError(
+            f"--checkpoints {folder}: holds a run up to step {done[-1]}; go on with --resume, or name another"
+        )
+
+
+def prepare(config: BaselineConfig, device: torch.device, say: Any) -> Task:
+    from tasks import load_task
+
+    return load_task(config.task).prepare(
+        getattr(config, config.task), seed=config.seed, cache=config.cache.expanduser(), device=device, progress=say
+    )
+
+
+def wire(config: BaselineConfig, task: Task, device: torch.device, ranks: Ranks) -> Run:
+    from market.baseline import new_learner
+
+    batches = batches_of(config, task, ranks)
+    rounds = rounds_of(config, task, batches)
+    run = Run(config, rounds, batches, task, new_learner(config, task, device), device, folder_of(config))
+    if run.folder:
+        restore(run)
+    if config.compile:
+        run.learner.model.compile()
+    return run
+
+
+def batches_of(config: BaselineConfig, task: Task, ranks: Ranks) -> int:
+    """Micro-batches in a step, over all ranks."""
+    batches, each, total = config.batches, task.count(0), config.total_batch_size
+    if total == -1:
+        if config.task != "nanochat":
+            raise ValueError(f"--total-batch-size -1: is nanochat's rule; for task {config.task} give a number")
+        from nanochat.schedules import auto_batch_tokens
+        from tasks.nanochat import Nanochat
+
+        assert isinstance(task, Nanochat)
+        total = auto_batch_tokens(task.config)
+    if total:
+        batches, rest = divmod(total, each)
+        if rest or batches < 1:
+            raise ValueError(f"--total-batch-size {total}: must be a multiple of a micro-batch's {each} {task.unit}")
+    if batches % ranks.world:
+        flag = f"--total-batch-size {config.total_batch_size}" if total else f"--batches {batches}"
+        raise ValueError(f"{flag}: {batches} micro-batches a step are no multiple of the {ranks.world} ranks")
+    return batches
+
+
+def rounds_of(config: BaselineConfig, task: Task, batches: int) -> int:
+    if not config.target_param_data_ratio:
+        return config.rounds
+    from nanochat.schedules import horizon_tokens
+    from tasks.nanochat import Nanochat
+
+    assert isinstance(task, Nanochat)  # see check
+    return max(1, round(horizon_tokens(task.config, config.target_param_data_ratio) / (batches * task.count(0))))
+
+
+def folder_of(config: BaselineConfig) -> Path | None:
+    """Where the run's checkpoints are, if it keeps any."""
+    if config.checkpoints is not None:
+        return config.checkpoints.expanduser()
+    if config.task != "nanochat":
+        if config.resume or config.save_every:
+            flag = "--resume" if config.resume else f"--save-every {config.save_every}"
+            raise ValueError(f"{flag}: needs --checkpoints, the folder of the checkpoints")
+        return None
+    from nanochat.common import base_dir
+
+    return base_dir() / "base_checkpoints" / (config.run or f"d{config.nanochat.depth}")
+
+
+def open_metrics(run: Run) -> Metrics:
+    from records.metrics import Metrics
+
+    assert run.folder is not None
+    run.folder.mkdir(parents=True, exist_ok=True)
+    wandb = run.config.wandb
+    metrics = Metrics(run.folder, wandb.mode, wandb.project, run.config.run or run.folder.name)
+    metrics.rewrite(map(json.loads, rows_before(run.folder / "metrics.jsonl", run.steps_done)))
+    return metrics
+
+
+def rows_before(path: Path, step: int) -> list[str]:
+    """The whole lines of a file of figures that are of steps before this one."""
+    if not step or not path.is_file():
+        return []
+    lines = (line for line in path.read_text().splitlines() if line.endswith("}"))
+    return [line for line in lines if json.loads(line)["round"] < step]
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def save(run: Run) -> None:
+    """Everything that the next step depends on."""
+    from nanochat import checkpoint_manager
+
+    assert run.folder is not None
+    meta, files = run.task.describe()
+    tensors: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
+    for key, tensor in run.learner.state()[1].items():
+        part, _, name = key.partition("/")
+        tensors["optimizer" if part == "optimizer" else "model"][name] = tensor
+    meta |= {"run": identity(run), "flags": cli.flatten(run.config)}
+    checkpoint_manager.save(
+        run.folder, run.steps_done, tensors=tensors, meta=meta, files=files, keep=run.config.save_keep
+    )
+
+
+def restore(run: Run) -> None:
+    """With --resume the newest checkpoint. ValueError where it is of another run."""
+    from nanochat import checkpoint_manager
+
+    assert run.folder is not None
+    if not run.config.resume:
+        return
+    try:
+        checkpoint = checkpoint_manager.load(run.folder)
+        found = checkpoint.meta.get("run", {})
+        for key, value in identity(run).items():
+            if found.get(key) != value:
+                raise ValueError(f"{key} was {found.get(key)}, is {value}; resume it with that, or name another folder")
+        keys = {key.partition("/")[2]: key for key in run.learner.state()[1]}  # a buffer's is not model/…
+        tensors = {keys.get(name, name): tensor for name, tensor in checkpoint.tensors().items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in checkpoint.tensors("optimizer").items()}
+        run.learner.load_tensors(tensors)
+    except ValueError as error:
+        raise ValueError(f"--resume: --checkpoints {run.folder}: {error}") from None
+    if checkpoint.step > run.rounds:
+        raise ValueError(f"--rounds {run.rounds}: the run in {run.folder} is at step {checkpoint.step} already")
+    run.steps_done = checkpoint.step
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What a resumed run must keep, as JSON has it, for its steps to be those of a run that never ended."""
+    kept: dict[str, Any] = {
+        "task": run.task.spec().model_dump(mode="json"),
+        "data": run.task.data_digest,
+        "micro-batches a step": run.batches,
+        "optimizer": cli.flatten(run.config.optimizer_flags),
+    }
+    return kept
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import difflib
 import io
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -131,6 +132,16 @@ def as_flags(name: str, value: Any) -> list[str]:
     return ["--" + name.replace("_", "-"), *map(str, values)]
 
 
+def kept_flags(values: Mapping[str, Any], cls: type[object], fleeting: Collection[str]) -> list[str]:
+    """The flags that a run was started with, as far as they differ from the defaults; not those of one command."""
+    flags: list[str] = []
+    for key, known in flatten(_instance(cls)).items():
+        value = values.get(key, known)
+        if key not in fleeting and value is not None and value != known:
+            flags += as_flags(key, value)
+    return flags
+
+
 def _flatten_json(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
@@ -181,6 +192,12 @@ def reuse_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((M_MMAP_THRESHOLD, 2**31 - 1), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
             mallopt(option, value)
+
+
+def check_compiler() -> None:
+    """What --compile needs. ValueError where this machine has no C++ compiler."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "c++")):
+        raise ValueError("--compile: torch.compile needs a C++ compiler, such as g++; install one, or go without")
 
 
 def check_port(flag: str, port: int) -> None:

@@ -52,6 +52,8 @@ def check(config: MinerConfig) -> None:
     for task in config.tasks:
         if task not in TASKS:
             raise ValueError(f"--tasks {task}: unknown; known: {', '.join(TASKS)}")
+    if config.compile:
+        cli.check_compiler()
     cli.check_port("axon.port", config.axon.port)
     config.limits.check()
     if (config.axon.tls_cert is None) != (config.axon.tls_key is None):
@@ -98,7 +100,13 @@ async def serve(config: MinerConfig, console: MinerConsole) -> None:
         for task in config.tasks:
             load_task(task)  # now, rather than in the first round
         worker = Worker(
-            hotkey, frozenset(config.tasks), device, cache, lambda spec: find_tokens(config, cache, spec), say
+            hotkey,
+            frozenset(config.tasks),
+            device,
+            cache,
+            lambda spec: find_tokens(config, cache, spec),
+            say,
+            compiled=config.compile,
         )
         guard = Guard(frozenset(config.allow), cache.pin(), cache.set_pin)
         tls = None

@@ -242,7 +242,7 @@ class DataSpec(Part):
     column: Text = "text"
     rows: Count = 0  # documents from the start; 0: all, but of a hub data set
     max_bytes: Count = 0  # of text; 0: all
-    validation: Annotated[float, Field(gt=0, lt=1)] = 0.05  # fraction of the text
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.05  # fraction of the text; 0: the last file
 
 
 class Update(Part):

@@ -12,6 +12,7 @@ from market.config import TrainingConfig, ValidatorConfig
 if TYPE_CHECKING:
     import torch
 
+    from market.learner import Learner
     from protocol import RoundRecord
     from records.console import Console
     from records.metrics import Metrics
@@ -32,6 +33,7 @@ def finish(
     seconds: float,
 ) -> None:
     """Everything that is shown at the end. `seconds` is what the training took in this process."""
+    from protocol import ProtocolError
     from records.plot import loss_plot
 
     rounds = store.committed(0)
@@ -43,16 +45,19 @@ def finish(
         f"{task.unit}": int(work),
         f"{task.unit}_per_s": work / busy_s if busy_s else 0.0,
         "val_loss_before": curve[0][1],
-        "val_loss": curve[-1][1],
+        **store.evaluations()[int(curve[-1][0])],
         "bytes_up": int(total(rounds, "bytes_up")),
         "bytes_down": int(total(rounds, "bytes_down")),
     }
     lines: dict[str, Curve] = {"marketplace": curve}
     if config.baseline:
-        lines["plain baseline"], summary[f"baseline_{task.unit}_per_s"] = run_baseline(
-            config, task, device, rounds, console
-        )
-        summary["baseline_val_loss"] = lines["plain baseline"][-1][1]
+        try:
+            lines["plain baseline"], summary[f"baseline_{task.unit}_per_s"] = run_baseline(
+                config, task, device, rounds, console
+            )
+            summary["baseline_val_loss"] = lines["plain baseline"][-1][1]
+        except ProtocolError as error:  # no room for another model
+            console.say(f"no baseline: {error}")
     totals = store.totals()
     metrics.summary({**summary, "weights": {t.hotkey: t.weight for t in totals}})
     miners = [
@@ -75,20 +80,30 @@ def run_baseline(
     from market.baseline import new_learner, train
     from market.cursor import merge
     from protocol import Receipt
+    from tasks.optimizer import kept_settings
 
     receipts = [[Receipt.parse(s.body) for s in record.receipts] for record in rounds]
     learner = new_learner(config, task, device)
     curve: Curve = [(0, task.evaluate(learner.model)["val_loss"])]
     work, busy_s, began = 0, 0.0, time.monotonic()
     done_ranges = (merge(d for r in receipt for d in r.done) for receipt in receipts)
-    rates = (float(record.metrics["lr"]) for record in rounds)
-    for done, step in enumerate(train(learner, zip(done_ranges, rates, strict=True)), 1):
+    settings = (kept_settings(record.metrics) for record in rounds)
+    for done, step in enumerate(train(learner, zip(done_ranges, settings, strict=True)), 1):
         work, busy_s = work + (step.count if step else 0), busy_s + time.monotonic() - began
         if done == len(rounds) or (config.eval_every and done % config.eval_every == 0):
             curve.append((done, task.evaluate(learner.model)["val_loss"]))
             console.say(f"plain baseline: step {done}/{len(rounds)}, validation loss {curve[-1][1]:.3f}")
         began = time.monotonic()
     return curve, work / busy_s if busy_s else 0.0
+
+
+def save_model(task: Task, learner: Learner, rounds: int, folder: Path) -> Path:
+    """The model as a checkpoint in the run's folder, of which base_eval, or Hugging Face's loaders, make use."""
+    from nanochat import checkpoint_manager
+
+    meta, files = task.describe()
+    tensors = {name: p.detach() for name, p in learner.parameters.items()} | task.buffers(learner.model)
+    return checkpoint_manager.save(folder / "model", rounds, tensors={"model": tensors}, meta=meta, files=files, keep=1)
 
 
 def total(rounds: Sequence[RoundRecord], name: str) -> float:

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 # The committed rounds' arithmetic depends on these: a run is resumed with them as they were.
 FIXED = (
-    *("task", "gpt2.", "seed", "broadcast", "codec.", "aggregation", "ranking"),
+    *("task", "gpt2.", "nanochat.", "seed", "broadcast", "codec.", "aggregation", "ranking"),
     *("optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip"),
 )
+# What a schedule made of these is in each round's record.
+FREE = tuple(f"nanochat.optimizer.{flag}" for flag in ("warmup_steps", "warmdown_ratio", "final_lr_frac"))
 FLEETING = ("resume", "config", "run", "runs")  # of one command, not of the run
 LEDGER = "ledger.sqlite"
 DATA = "data_digest"
@@ -35,13 +37,7 @@ def resume_flags(argv: Sequence[str]) -> list[str]:
     name = cli.flag_value(argv, "--run") or _newest(runs)
     if not (runs / name / LEDGER).is_file():
         raise ValueError(f"--run {name}: there is no such run in {runs}; start it without --resume")
-    values = _flags_of(runs / name)
-    flags = ["--run", name]
-    for key, known in cli.flatten(ValidatorConfig()).items():
-        value = values.get(key, known)
-        if key not in FLEETING and value is not None and value != known:
-            flags += cli.as_flags(key, value)
-    return flags
+    return ["--run", name, *cli.kept_flags(_flags_of(runs / name), ValidatorConfig, FLEETING)]
 
 
 def _newest(runs: Path) -> str:
@@ -78,7 +74,7 @@ def open_store(config: ValidatorConfig, folder: Path) -> Store:
     store = Store.open(folder, config.snapshot_keep)
     flags = _texts(config)
     for key, began_with in store.meta().items():
-        if key.startswith(FIXED) and flags.get(key) != began_with:
+        if key.startswith(FIXED) and key not in FREE and flags.get(key) != began_with:
             store.close()
             raise ValueError(
                 f"--{key.replace('_', '-')} {flags.get(key)}: run {folder.name} was started with {began_with}; "

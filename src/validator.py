@@ -30,6 +30,8 @@ from market.config import ValidatorConfig
 from protocol import Health, Hotkey, Receipt
 
 if TYPE_CHECKING:
+    import torch
+
     from market.round import Market, Network
     from records.console import Console
     from records.metrics import Metrics
@@ -108,7 +110,7 @@ async def run(config: ValidatorConfig) -> None:
             local = stack.enter_context(  # they import while we do
                 LocalMiners(config.local, folder / "miners", config.task, config.device, config.threads)
             )
-            task = prepare_task(config, console)
+            task = prepare_task(config, device, console)
             metrics = stack.enter_context(
                 closing(Metrics(folder, config.wandb.mode, config.wandb.project, folder.name))
             )
@@ -130,18 +132,20 @@ async def run(config: ValidatorConfig) -> None:
             if status is not None:
                 await status.close()
         local.stop()  # the baseline gets the whole machine
+        console.say(f"model in {report.save_model(task, market.learner, market.round, folder)}")
+        gave_up = market.out_of_patience
+        del market  # its memory is the baseline's
         report.finish(config, folder, task, device, store, metrics, console, seconds)
-        if market.out_of_patience:
+        if gave_up:
             console.say(f"stopped after --patience {config.patience} rounds in a row without one good reply")
             raise SystemExit(1)
 
 
-def prepare_task(config: ValidatorConfig, console: Console) -> Task:
+def prepare_task(config: ValidatorConfig, device: torch.device, console: Console) -> Task:
     from tasks import load_task
 
-    return load_task(config.task).prepare(
-        getattr(config, config.task), seed=config.seed, cache=config.cache.expanduser(), progress=console.say
-    )
+    flags, cache = getattr(config, config.task), config.cache.expanduser()
+    return load_task(config.task).prepare(flags, seed=config.seed, cache=cache, device=device, progress=console.say)
 
 
 def signing_key(config: ValidatorConfig, endpoints: Sequence[Endpoint], console: Console) -> Keypair:
@@ -218,7 +222,7 @@ async def connect(
 
 
 def save_pins(path: Path, pins: dict[str, Hotkey]) -> None:
-    from records.durable import replacing
+    from durable import replacing
 
     with replacing(path) as file:
         file.write(json.dumps(pins, indent=2).encode())
@@ -239,9 +243,9 @@ async def restored_market(
     from market.learner import Learner
     from market.round import Market, Terms
     from ranking import load_ranker
-    from tasks.optimizer import schedule
 
-    learner = Learner(task, config.optimizer, load_codec(config.codec.down), cli.pick_device(config.device))
+    units = task.count(0) * config.batches * (len(config.axons) + config.local)  # of a round with all miners
+    learner = Learner(task, config.optimizer_flags, load_codec(config.codec.down), cli.pick_device(config.device))
     market = Market(
         Terms(folder.name, config.batches, config.deadline, config.patience, config.codec.up, config.codec.down),
         task,
@@ -251,7 +255,7 @@ async def restored_market(
         load_ranker(config.ranking),
         load_aggregator(config.aggregation),
         load_codec(config.codec.up),
-        lambda step: config.optimizer.lr * schedule(config.optimizer, step, config.rounds),
+        lambda step: task.settings(config.optimizer_flags, step, config.rounds, units),
         tensors,
     )
     snapshot = store.newest_snapshot(console.say)
@@ -280,6 +284,7 @@ def check(config: ValidatorConfig) -> None:
         if flags[flag] not in known:
             raise ValueError(f"--{flag} {flags[flag]}: unknown; known: {', '.join(known)}")
     load_ranker(config.ranking)
+    config.check_task()
     least = {"rounds": 1, "batches": 1, "patience": 1, "local": 0, "eval_every": 0, "snapshot_every": 1,
              "snapshot_keep": 2, "deadline": 0.1, "connect_timeout": 0.1}  # fmt: skip
     for flag, value in least.items():

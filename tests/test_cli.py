@@ -56,7 +56,7 @@ VALIDATOR_MISTAKES = [
     ("--axons 8091 --local -1", "--local -1: must be 0 or more"),
     ("--axons 8091 --snapshot-keep 1", "--snapshot-keep 1: must be 2 or more"),
     ("--axons 8091 --deadline 0", "--deadline 0.0: must be 0.1 or more"),
-    ("--axons 8091 --gpt2.validation 3", r"--gpt2.validation 3.0: must lie between 0 and 1, such as 0.05"),
+    ("--axons 8091 --gpt2.validation 3", r"--gpt2.validation 3.0: must be 0 or lie below 1, such as 0.05"),
     ("--axons 8091 --optimizer.beta1 1", r"--optimizer.beta1 1.0: must be at least 0 and below 1"),
     ("--axons 8091 --rounds many", "--rounds: .*'many'"),
     ("--axons 8091 --wandb.mode on", "'on' for argument '--wandb.mode'. Expected one of .*'offline'"),

@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers import GPT2LMHeadModel
 
+from codec import load_codec
+from market.learner import Learner
 from protocol import MAX_SERVED_BYTES, DataSpec, Fault, ProtocolError, TaskSpec
+from report import save_model
 from tasks import TASKS, Task, load_task
 from tasks.config import AdamWConfig, GPT2Config
 from tasks.gpt2 import GPT2, PRESETS
@@ -325,10 +329,19 @@ def test_other_models_are_refused(text: Path, tmp_path: Path) -> None:
 
 def test_tasks_are_known_by_name_and_imported_when_used() -> None:
     assert load_task("gpt2") is GPT2
-    with pytest.raises(ValueError, match=r"^--task gpt3: unknown; known: gpt2$"):
+    with pytest.raises(ValueError, match=r"^--task gpt3: unknown; known: gpt2, nanochat$"):
         load_task("gpt3")
-    assert list(TASKS) == ["gpt2"]
+    assert list(TASKS) == ["gpt2", "nanochat"]
     program = "import sys, tasks, tasks.config, tasks.optimizer; print({'torch', 'transformers'} & set(sys.modules))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert ended.stdout == "set()\n"
+
+
+def test_a_runs_model_is_one_that_hugging_face_loads(task: GPT2, tmp_path: Path) -> None:
+    learner = Learner(task, AdamWConfig(), load_codec("fp32"), torch.device("cpu"))
+    saved = save_model(task, learner, 7, tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(saved)
+    assert saved == tmp_path / "model" / "step_000007"
+    assert dict(loaded.named_parameters()).keys() == learner.parameters.keys()
+    assert all(torch.equal(p, learner.parameters[name]) for name, p in loaded.named_parameters())

@@ -55,7 +55,7 @@ def gradients(learner: Learner, steps: int, seed: int = 0, scale: float = 1.0) -
 
 def train(learner: Learner, steps: int, seed: int = 0) -> None:
     for gradient in gradients(learner, steps, seed):
-        learner.step(gradient, lr=1e-2)
+        learner.step(gradient, {"lr": 1e-2})
         for b in learner.task.buffers(learner.model).values():
             b.add_(0.125)  # as a round that aggregates buffers would
         learner.advance()
@@ -101,7 +101,7 @@ def test_step_is_clipping_and_torchs_adamw(clip: float, scale: float) -> None:
         for group in reference.param_groups:
             group["lr"] = 1e-2 / step
         reference.step()
-        learner.step(gradient, lr=1e-2 / step)
+        learner.step(gradient, {"lr": 1e-2 / step})
         for name, p in learner.parameters.items():
             torch.testing.assert_close(p, copies[name], rtol=1e-5, atol=1e-6)
 
@@ -114,7 +114,7 @@ def test_step_is_deterministic_and_depends_on_every_gradient() -> None:
     for name in one.parameters:
         before = one.parameters[name].detach().clone()
         gradient = {n: torch.zeros_like(p) for n, p in one.parameters.items()}
-        one.step(gradient | {name: torch.ones_like(before)}, lr=1e-2)
+        one.step(gradient | {name: torch.ones_like(before)}, {"lr": 1e-2})
         assert not torch.equal(one.parameters[name], before)
 
 
@@ -127,7 +127,7 @@ def test_versions_are_the_protocols_chain_of_the_broadcast_bytes() -> None:
     assert learner.version == version
     assert learner.update.base is None
     for gradient in gradients(learner, 3):
-        learner.step(gradient, lr=1e-2)
+        learner.step(gradient, {"lr": 1e-2})
         assert learner.version == version  # until it is encoded
         learner.advance()
         blob = FP32.encode(state_of(learner))

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from market.baseline import learning_rate, new_learner, train
+from market.baseline import new_learner, train
 from market.config import BaselineConfig
 from market.learner import Learner
 from market.work import compute
 from protocol import Range
 from tasks.gpt2 import GPT2
-from tests.tiny import CPU, MINERS, OPTIMIZER, ROUNDS, equal, make_place, parameters, play, tiny_task
+from tasks.optimizer import Settings
+from tests.tiny import CPU, MINERS, OPTIMIZER, ROUNDS, equal, make_place, parameters, play, settings, tiny_task
 from transport.loopback import run
 
 CONFIG = BaselineConfig(optimizer=OPTIMIZER, rounds=ROUNDS)
@@ -26,7 +27,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> GPT2:
 
 def baseline(task: GPT2, batches: int) -> tuple[Learner, list[float]]:
     learner = new_learner(CONFIG, task, CPU)
-    steps = (((Range(i * batches, (i + 1) * batches),), learning_rate(CONFIG, i)) for i in range(ROUNDS))
+    steps = (((Range(i * batches, (i + 1) * batches),), settings(i)) for i in range(ROUNDS))
     return learner, [work.loss for work in train(learner, steps) if work]
 
 
@@ -63,7 +64,7 @@ def test_each_gradient_of_many_miners_is_the_baselines(tmp_path: Path, task: GPT
         learner = place.market.learner
         step, taken = learner.step, iter(range(ROUNDS))
 
-        def compared_step(gradient: dict[str, torch.Tensor], lr: float) -> None:
+        def compared_step(gradient: dict[str, torch.Tensor], given_settings: Settings) -> None:
             """The real step, after the same gradient was computed in one piece from the same parameters."""
             given = {name: g.clone() for name, g in gradient.items()}
             first = next(taken) * 2 * miners
@@ -71,7 +72,7 @@ def test_each_gradient_of_many_miners_is_the_baselines(tmp_path: Path, task: GPT
             assert work is not None
             difference = sum(float((given[n] - g).square().sum()) for n, g in work.gradient.items()) ** 0.5
             errors.append(difference / sum(float(g.square().sum()) for g in work.gradient.values()) ** 0.5)
-            step(given, lr)
+            step(given, given_settings)
 
         learner.step = compared_step
         await play(place.market, ROUNDS)
@@ -95,7 +96,7 @@ def test_comparison_can_fail(tmp_path: Path, task: GPT2) -> None:
 def test_baseline_keeps_step_with_rounds_that_had_no_good_reply(task: GPT2) -> None:
     learner = new_learner(CONFIG, task, CPU)
     before = {name: p.detach().clone() for name, p in learner.parameters.items()}
-    steps = iter([((), 0.1), ((Range(0, 1),), 0.1)])
+    steps = iter([((), {"lr": 0.1}), ((Range(0, 1),), {"lr": 0.1})])
     works = train(learner, steps)
     assert next(works) is None
     assert equal(before, {name: p.detach() for name, p in learner.parameters.items()})

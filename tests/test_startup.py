@@ -39,7 +39,7 @@ finally:
 # What a number may be of. A flag whose help names none of these leaves its reader guessing.
 UNITS = re.compile(
     r"seconds|rounds?|micro-batch|sequences|tokens|bytes|documents|snapshots|threads|port|process(es)?\b|seed"
-    r"|fraction|decay|norm|rate|added to|connections|requests",
+    r"|fraction|share|decay|norm|rate|added to|connections|requests|layers?|heads?\b|steps?|checkpoints",
     re.IGNORECASE,
 )
 

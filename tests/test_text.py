@@ -325,7 +325,7 @@ def test_without_a_network_the_error_is_one_line(tmp_path: Path) -> None:
         ),
         ("a.jsonl", b'{"text": 5}\n', "holds int, not text"),
         ("a.jsonl.xz", b"not xz", "cannot read"),
-        ("a.parquet", b"not parquet", "cannot read"),
+        ("a.parquet", b"not parquet", "cannot be read"),
     ],
 )
 def test_bad_text_is_one_line(tmp_path: Path, name: str, content: bytes | None, reason: str) -> None:
@@ -347,7 +347,7 @@ def test_other_bad_text(tmp_path: Path) -> None:
         prepared(tmp_path, save(tmp_path / "a.parquet", ["x"]), column="nope")
     for flag, value in (
         ("validation", 1.0),
-        ("validation", 0.0),
+        ("validation", -0.1),
         ("rows", -1),
         ("max_bytes", -1),
         ("eval_sequences", 0),

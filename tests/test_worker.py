@@ -214,7 +214,7 @@ def test_hello_says_what_it_can_and_holds(desk: MakeDesk) -> None:
     async def main() -> None:
         d = desk()
         hello = d.worker.hello("0" * 32)
-        assert (hello.hotkey, hello.nonce, hello.tasks) == (HOTKEY, "0" * 32, ("gpt2",))
+        assert (hello.hotkey, hello.nonce, hello.tasks) == (HOTKEY, "0" * 32, ("gpt2", "nanochat"))
         assert (hello.codecs, hello.version) == (("fp32", "bf16"), None)
         assert d.worker.status().state == "idle"
         order = d.order()

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from bittensor.sp_core import Keypair
@@ -22,9 +23,10 @@ from protocol import DataSpec, Hotkey, Receipt
 from ranking import load_ranker
 from records.cache import Cache
 from records.store import Store
+from tasks import TASKS, Task
 from tasks.config import AdamWConfig, GPT2Config
 from tasks.gpt2 import GPT2
-from tasks.optimizer import schedule
+from tasks.optimizer import adamw_settings
 from tasks.tokens import Tokens
 from transport import Service
 from transport.loopback import Loopback
@@ -36,6 +38,7 @@ torch.set_num_threads(1)  # more of them only get into each other's way on a mod
 OPTIMIZER = AdamWConfig(lr=1e-3, warmup=2)
 TERMS = Terms(run="tiny", batches=2, deadline_s=60.0, patience=3, codec_up="fp32", codec_down="fp32")
 ROUNDS = 20
+UNITS = 1 << 14  # tokens in a step, as nanochat's schedule counts them
 
 
 def write_text(path: Path, size: int = 60_000) -> Path:
@@ -68,8 +71,8 @@ def tiny_task(folder: Path) -> GPT2:
     return GPT2.prepare(tiny_config(folder), seed=0, cache=folder / "cache", progress=lambda line: None)
 
 
-def learning_rate(step: int) -> float:
-    return OPTIMIZER.lr * schedule(OPTIMIZER, step, ROUNDS)
+def settings(step: int) -> dict[str, float]:
+    return adamw_settings(OPTIMIZER, step, ROUNDS)
 
 
 @dataclass
@@ -91,17 +94,18 @@ def make_worker(folder: Path, keypair: Keypair, said: list[str], clock: Callable
         assert path is not None
         return Tokens.open(path)
 
-    return Worker(keypair.ss58_address, frozenset({"gpt2"}), CPU, cache, find_tokens, said.append, clock)
+    return Worker(keypair.ss58_address, frozenset(TASKS), CPU, cache, find_tokens, said.append, clock)
 
 
 def make_place(
     folder: Path,
-    task: GPT2,
+    task: Task,
     network: Callable[[Loopback], Network] = lambda loopback: loopback,
     wrap: Callable[[Worker], Service] = lambda worker: worker,
     store: Store | None = None,
     miners: Sequence[Keypair] = MINERS[:2],
     aggregation: str = "mean",
+    optimizer: Any = OPTIMIZER,
     **terms: object,
 ) -> Place:
     """Call it inside the loop. The run in `folder` is created, or opened where it exists."""
@@ -117,13 +121,13 @@ def make_place(
     market = Market(
         asked,
         task,
-        Learner(task, OPTIMIZER, load_codec(asked.codec_down), CPU),
+        Learner(task, optimizer, load_codec(asked.codec_down), CPU),
         network(loopback),
         store,
         load_ranker("accepted_work"),
         load_aggregator(aggregation),
         load_codec(asked.codec_up),
-        learning_rate,
+        lambda step: task.settings(optimizer, step, ROUNDS, UNITS),
     )
     return Place(market, store, loopback, workers, said)
 

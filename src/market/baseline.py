@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -11,26 +11,29 @@ from market.config import TrainingConfig
 from market.learner import Learner
 from market.work import Work, compute
 from protocol import Range
-from tasks import Task
-from tasks.optimizer import schedule
+from tasks import Batch, Task
+from tasks.optimizer import Settings
 
 
 def new_learner(config: TrainingConfig, task: Task, device: torch.device) -> Learner:
     """The model and optimizer that a validator with the same flags would start from."""
-    return Learner(task, config.optimizer, load_codec("fp32"), device)
+    return Learner(task, config.optimizer_flags, load_codec("fp32"), device)
 
 
-def learning_rate(config: TrainingConfig, step: int) -> float:
-    return config.optimizer.lr * schedule(config.optimizer, step, config.rounds)
+def train(
+    learner: Learner,
+    steps: Iterable[tuple[tuple[Range, ...], Settings]],
+    combine: Callable[[Work], Work] = lambda work: work,
+    batch: Callable[[int], Batch] | None = None,
+) -> Iterator[Work | None]:
+    """For each (ranges, settings) an optimizer step on the mean gradient over the ranges.
 
-
-def train(learner: Learner, steps: Iterable[tuple[tuple[Range, ...], float]]) -> Iterator[Work | None]:
-    """For each (ranges, learning rate) an optimizer step on the mean gradient over the ranges.
-
-    Where a round had no good reply its ranges are empty: None, and nothing moves.
+    Where a round had no good reply its ranges are empty: None, and nothing moves. `combine` makes one of the work of
+    several ranks; `batch` gives the task's batches.
     """
-    for ranges, lr in steps:
-        work = compute(learner.task, learner.model, ranges)
+    for ranges, settings in steps:
+        work = compute(learner.task, learner.model, ranges, batch=batch)
         if work is not None:
-            learner.step(work.gradient, lr)
+            work = combine(work)
+            learner.step(work.gradient, settings)
         yield work

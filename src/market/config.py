@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from limits import Limits
-from tasks.config import AdamWConfig, GPT2Config
+from tasks.config import AdamWConfig, GPT2Config, NanochatConfig
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,35 @@ class TrainingConfig:
     """What the validator and the plain baseline share."""
 
     task: str = "gpt2"
-    """What is trained: gpt2."""
+    """What is trained: gpt2 or nanochat."""
     gpt2: GPT2Config = field(default_factory=GPT2Config)
+    nanochat: NanochatConfig = field(default_factory=NanochatConfig)
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     rounds: int = 200
-    """Rounds of the whole run, one optimizer step each. The learning rate's cosine ends here."""
+    """Rounds of the whole run, one optimizer step each. The learning rate's schedule ends here."""
     seed: int = 0
     """Seed of the initial parameters and of every epoch's shuffle."""
     eval_every: int = 20
-    """Rounds between evaluations on the validation text; 0 for only the first and the last."""
+    """Rounds between evaluations on the validation text; 0 for only the last, and a marketplace's first."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, cuda:1, mps."""
     threads: int = 0
     """CPU threads that torch uses; 0 leaves it to torch."""
     cache: Path = Path("~/.cache/pilot")
     """Folder for token files, made once a data set."""
+
+    @property
+    def optimizer_flags(self) -> Any:
+        """The task's own, or AdamW's."""
+        return getattr(getattr(self, self.task), "optimizer", None) or self.optimizer
+
+    def check_task(self) -> None:
+        """Raises ValueError where flags were given that the task does not heed."""
+        if self.optimizer_flags is not self.optimizer and self.optimizer != AdamWConfig():
+            raise ValueError(f"--optimizer.…: task {self.task} has its own; see --{self.task}.optimizer.… in --help")
+        for task, default in (("gpt2", GPT2Config()), ("nanochat", NanochatConfig())):
+            if task != self.task and getattr(self, task) != default:
+                raise ValueError(f"--{task}.…: --task is {self.task}; give --task {task}, or leave these flags out")
 
 
 @dataclass(frozen=True)
@@ -123,10 +137,31 @@ class ValidatorConfig(TrainingConfig):
 
 @dataclass(frozen=True)
 class BaselineConfig(TrainingConfig):
-    """The same task, optimizer, schedule and data without a marketplace."""
+    """The same task, optimizer, schedule and data without a marketplace. Under torchrun each rank takes its part.
 
+    nanochat's own names do as well: --depth 4 --max-seq-len 512 --num-iterations 20 --device-batch-size 4 and so on.
+    """
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    run: str = ""
+    """Name of the run in W&B, and of its folder in base_checkpoints; empty: d4 for a nanochat of depth 4."""
     batches: int = 8
-    """Micro-batches in a step: a marketplace's --batches times its miners."""
+    """Micro-batches in a step (gradient accumulation): a marketplace's --batches times its miners."""
+    total_batch_size: int = 0
+    """Units (tokens) in a step, instead of --batches; -1: nanochat's rule for its depth. 0: as --batches says."""
+    target_param_data_ratio: float = 0.0
+    """nanochat: so many tokens for each parameter of matrices and head, instead of --rounds. 0: as --rounds says."""
+    compile: bool = False
+    """Compile the model with torch.compile: faster after a first step that takes a minute more."""
+    checkpoints: Path | None = None
+    """Folder for checkpoints and metrics.jsonl. None: nanochat's base_checkpoints/RUN in NANOCHAT_BASE_DIR, which
+    --task nanochat writes at the end; no other task writes any."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 for only the last. Ctrl-C saves one too."""
+    save_keep: int = 2
+    """Checkpoints kept, the newest ones."""
+    resume: bool = False
+    """Go on from the newest checkpoint, exactly."""
     out: Path | None = None
     """File for the final parameters, as safetensors."""
     log: Path | None = None
@@ -161,11 +196,13 @@ class MinerConfig:
     """auto (CUDA where there is one), cpu, cuda, cuda:1, mps."""
     threads: int = 0
     """CPU threads that torch uses; 0 leaves it to torch."""
+    compile: bool = False
+    """Compile the model with torch.compile: faster after a first round that takes a minute more."""
     allow: tuple[str, ...] = ()
     """Hotkeys (ss58) of the validators to work for. On loopback, without it, the first one to call is pinned."""
     unpin: bool = False
     """Forget the pinned validator."""
-    tasks: tuple[str, ...] = ("gpt2",)
+    tasks: tuple[str, ...] = ("gpt2", "nanochat")
     """Tasks that this miner is willing to do."""
     data: Path | None = None
     """Local copy of a data set that is too large to be handed over: a token file, or the text it was made from."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,15 +12,16 @@ from typing_extensions import Buffer
 from codec import Codec
 from protocol import BlobRef, Digest, Update, Version, chain, digest
 from tasks import Task
-from tasks.config import AdamWConfig
+from tasks.optimizer import Settings, apply_settings
 
 
 class Learner:
     """Holds the exact parameters, the optimizer and the version chain. Used live, in replay, and by the baseline."""
 
-    def __init__(self, task: Task, config: AdamWConfig, codec: Codec, device: torch.device) -> None:
+    def __init__(self, task: Task, config: Any, codec: Codec, device: torch.device) -> None:
+        """`config` is the optimizer's, which the task knows."""
         self.task = task
-        self.config = config
+        self.clip: float = getattr(config, "clip", 0.0)  # largest global L2 norm of the gradient; 0: any
         self.codec = codec
         self.model: nn.Module = task.build_model(device, initial=True)
         self.parameters = task.trainable(self.model)
@@ -39,14 +41,13 @@ class Learner:
         ref = BlobRef(kind="state", digest=self.blob_digest, bytes=len(memoryview(self.blob)))
         return Update(broadcast="full", base=self.base, blob=ref)
 
-    def step(self, gradient: Mapping[str, torch.Tensor], lr: float) -> None:
+    def step(self, gradient: Mapping[str, torch.Tensor], settings: Settings) -> None:
         """Clip, then one optimizer step. Leaves the version as it was: `advance` encodes and names the next."""
         for name, p in self.parameters.items():
             p.grad = gradient[name].to(p.device)
-        if self.config.clip:
-            nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)
+        apply_settings(self.optimizer, settings)
         self.optimizer.step()
         for p in self.parameters.values():
             p.grad = None  # its memory is the next gradient's
@@ -72,6 +73,16 @@ class Learner:
 
     def load_state(self, header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
         """Raises ValueError where the snapshot is of another model; this one is then as it was."""
+        self.load_tensors(tensors)
+        self.base = header["base"] or None
+        self.encode()
+        if self.version != header["version"]:
+            raise ValueError(
+                f"snapshot: its state makes version {self.version[:12]}, its header says {header['version'][:12]}"
+            )
+
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """As `load_state`, but for the version, which is left as it was."""
         own = self._model_state()
         moments = {key for key in tensors if key.startswith("optimizer/")}
         for key in sorted(own.keys() | (tensors.keys() - moments)):
@@ -84,12 +95,6 @@ class Learner:
             _, moment, name = key.split("/", 2)
             p = self.parameters[name]
             self.optimizer.state[p][moment] = tensors[key].to(p.device, copy=True)
-        self.base = header["base"] or None
-        self.encode()
-        if self.version != header["version"]:
-            raise ValueError(
-                f"snapshot: its state makes version {self.version[:12]}, its header says {header['version'][:12]}"
-            )
 
     def _model_state(self) -> dict[str, torch.Tensor]:
         """The model's own tensors, not copies, by their names in a snapshot."""

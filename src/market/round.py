@@ -48,6 +48,7 @@ from protocol import (
 )
 from ranking import Evidence, Ranker
 from tasks import Task
+from tasks.optimizer import Settings, kept_settings
 
 if TYPE_CHECKING:
     import torch
@@ -128,11 +129,11 @@ class Market:
         ranker: Ranker,
         aggregate: Aggregator,
         codec: Codec,
-        lr: Callable[[int], float],
+        settings: Callable[[int], Settings],
         worker: Executor | None = None,
     ) -> None:
         self.terms, self.task, self.learner, self.network, self.store = terms, task, learner, network, store
-        self.ranker, self.aggregate, self.codec, self.lr = ranker, aggregate, codec, lr
+        self.ranker, self.aggregate, self.codec, self.settings = ranker, aggregate, codec, settings
         self.worker = worker  # one thread for everything that computes on tensors
         self.round = 0
         self.empty_rounds = 0
@@ -149,10 +150,10 @@ class Market:
         outcomes = await self._collect(opened)
         collected = self.network.now()
         accepted = [o.contribution for _, o in sorted(outcomes.items()) if isinstance(o, Delivery)]
-        lr = self.lr(opened.round)
-        await self._learn(accepted, lr)
+        settings = self.settings(opened.round)
+        await self._learn(accepted, settings)
         seconds = {"collect_s": collected - opened.started, "learn_s": self.network.now() - collected}
-        record = self._score(opened, outcomes, {"lr": lr, **seconds})
+        record = self._score(opened, outcomes, {**settings, **seconds})
         self.round = opened.round + 1
         self.empty_rounds = 0 if accepted else self.empty_rounds + 1
         more = not (last or self.out_of_patience)
@@ -250,17 +251,17 @@ class Market:
         """3. Every exchange ends by itself: with a reply, a fault, or its deadline."""
         return dict(zip(opened.exchanges, await asyncio.gather(*opened.exchanges.values()), strict=True))
 
-    async def _learn(self, accepted: Sequence[Contribution], lr: float) -> None:
+    async def _learn(self, accepted: Sequence[Contribution], settings: Settings) -> None:
         """5 and 6. With no good reply the model stays as it was, and so does its version."""
         if self.before_step is not None:
             await self.before_step
         if accepted:
-            await self._compute(self._apply, accepted, lr)
+            await self._compute(self._apply, accepted, settings)
 
-    def _apply(self, accepted: Sequence[Contribution], lr: float) -> None:
-        self.learner.step(self.aggregate(accepted), lr)
+    def _apply(self, accepted: Sequence[Contribution], settings: Settings) -> None:
+        self.learner.step(self.aggregate(accepted), settings)
         self.learner.advance()
-        logger.debug("%d contributions make version %s at lr %.4g", len(accepted), self.learner.version[:12], lr)
+        logger.debug("%d contributions make version %s, %s", len(accepted), self.learner.version[:12], dict(settings))
 
     def _score(
         self, opened: Opened, outcomes: Mapping[Hotkey, Delivery | Faulted], metrics: Mapping[str, float]
@@ -374,7 +375,7 @@ class Market:
             raise ValueError(f"round {record.round}: the payload of {min(missing)} is gone from the spool")
         contributions = [self._verify(order, received[order.hotkey]) for order in orders if order.hotkey in accepted]
         if contributions:
-            self._apply(contributions, float(record.metrics["lr"]))
+            self._apply(contributions, kept_settings(record.metrics))
         if self.learner.version != record.version:
             raise ValueError(
                 f"round {record.round} replays to version {self.learner.version[:12]}, the ledger says "

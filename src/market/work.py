@@ -11,7 +11,7 @@ from torch import nn
 
 from market.cursor import indices, merge
 from protocol import Range
-from tasks import Task
+from tasks import Batch, Task
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ def compute(
     should_stop: Callable[[float], bool] = lambda slowest_s: False,
     on_batch: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
+    batch: Callable[[int], Batch] | None = None,
 ) -> Work | None:
     """The gradient of the task's loss on the ranges, micro-batch by micro-batch.
 
     Before each one `should_stop` is told how long the slowest so far took, in seconds; what is done by then is
-    returned, None where that is nothing. The sum is divided at the end, so that partial work is a mean over it.
+    returned, None where that is nothing. `batch` may give the task's batches, made ahead. The sum is divided at the
+    end, so that partial work is a mean over it.
     """
     parameters = task.trainable(model)
     for p in parameters.values():
@@ -47,7 +49,7 @@ def compute(
         if should_stop(slowest_s):
             break
         began = clock()
-        batch_loss = task.loss(model, task.batch(index))
+        batch_loss = task.loss(model, (batch or task.batch)(index))
         batch_loss.backward()  # type: ignore[no-untyped-call]
         loss += float(batch_loss.detach())
         count += task.count(index)

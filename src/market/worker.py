@@ -136,9 +136,10 @@ class Worker:
         find_tokens: Callable[[DataSpec], Tokens],
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        compiled: bool = False,
     ) -> None:
         self.hotkey, self.tasks, self.device, self.cache = hotkey, tasks, device, cache
-        self.find_tokens, self.say, self.clock = find_tokens, say, clock
+        self.find_tokens, self.say, self.clock, self.compiled = find_tokens, say, clock, compiled
         self.job: Job | None = None
         self.version: Version | None = None  # what the model holds
         self.state: tuple[Digest, memoryview] | None = None  # received, not yet in the model
@@ -418,6 +419,8 @@ class Worker:
             self.version, self._built = None, None
             task = load_task(order.task.name).from_spec(order.task, order.data, self.find_tokens(order.data))
             model = task.build_model(self.device, initial=False)
+            if self.compiled:
+                model.compile()
             self._built = (order.task, order.data.tokens.digest, task, model)
         _, _, task, model = self._built
         if self.version != order.version:

@@ -17,8 +17,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import Buffer
 
+from durable import TEMPORARY, make_folder, replacing, sync_file
 from protocol import BlobRef, Hasher, Hotkey, ProtocolError, Signed
-from records.durable import TEMPORARY, make_folder, replacing, sync_file
 
 _HOTKEY: TypeAdapter[str] = TypeAdapter(Hotkey)
 

@@ -363,8 +363,9 @@ def _bar(
 def _figures(row: Mapping[str, float | int | str]) -> list[str]:
     named = (("loss", "loss"), ("val_loss", "val"))
     losses = [f"{name} {row[key]:.3f}" for key, name in named if key in row]
+    losses += [f"{row['val_bpb']:.4f} bits/byte"] if "val_bpb" in row else []
     speeds = [f"{value:,.0f} {key.removesuffix('_per_s')}/s" for key, value in row.items() if key.endswith("_per_s")]
-    return losses + speeds
+    return losses + speeds + ([f"MFU {row['mfu']:.1%}"] if "mfu" in row else [])
 
 
 def _seconds(seconds: float) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from records.durable import replacing
+from durable import replacing
 
 logger = logging.getLogger(__name__)
 

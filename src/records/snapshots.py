@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from durable import TEMPORARY, hash_rest, make_folder, replacing
 from protocol import Hasher
-from records.durable import TEMPORARY, hash_rest, make_folder, replacing
 
 if TYPE_CHECKING:
     import torch

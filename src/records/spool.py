@@ -20,9 +20,9 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from typing_extensions import Buffer
 
+from durable import hash_rest, make_folder, replacing, sync_file
 from limits import Limits
 from protocol import Count, Fault, Faulted, Hasher, Hotkey, Part, Received, Reply, Signed
-from records.durable import hash_rest, make_folder, replacing, sync_file
 
 logger = logging.getLogger(__name__)
 

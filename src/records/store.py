@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer
 
+from durable import FileLock, make_folder
 from limits import Limits
 from protocol import Hotkey, Received, RoundRecord, Signed
-from records.durable import FileLock, make_folder
 from records.ledger import Ledger, Total
 from records.snapshots import Snapshot, Snapshots
 from records.spool import Spool

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from tasks.config import AdamWConfig
+    from tasks.optimizer import Settings
     from tasks.tokens import Tokens
 
-TASKS: dict[str, str] = {"gpt2": "tasks.gpt2:GPT2"}
+TASKS: dict[str, str] = {"gpt2": "tasks.gpt2:GPT2", "nanochat": "tasks.nanochat:Nanochat"}
 
 Batch = Any  # each task's own; only its `loss` reads one
 
@@ -45,7 +45,9 @@ class Task(Protocol):
     def batches_per_epoch(self) -> int: ...
 
     @classmethod
-    def prepare(cls, config: Any, *, seed: int, cache: Path, progress: Callable[[str], None]) -> Self:
+    def prepare(
+        cls, config: Any, *, seed: int, cache: Path, device: torch.device, progress: Callable[[str], None]
+    ) -> Self:
         """The validator's and the baseline's way in. Raises ValueError, in one line, for what the user can mend."""
         ...
 
@@ -74,7 +76,13 @@ class Task(Protocol):
         """State that travels and has no gradient, such as a batch norm's."""
         ...
 
-    def optimizer(self, model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer: ...
+    def optimizer(self, model: nn.Module, config: Any) -> torch.optim.Optimizer:
+        """By the task's own optimizer flags, or AdamW's."""
+        ...
+
+    def settings(self, config: Any, step: int, steps: int, units: int) -> Settings:
+        """What the schedule sets in step `step` of `steps`, each over about `units` units."""
+        ...
 
     def batch(self, index: int) -> Batch:
         """Micro-batch `index`, counted across epochs: a pure function of it and of the data."""
@@ -90,6 +98,14 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Figures on data that is never trained on, always with a `val_loss`."""
+        ...
+
+    def flops(self, model: nn.Module) -> float:
+        """Floating-point operations a unit, forward and backward, for the utilisation of a device; 0 if unknown."""
+        ...
+
+    def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """What a checkpoint holds besides tensors: plain values, and files such as a tokenizer."""
         ...
 
 

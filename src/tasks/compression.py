@@ -81,7 +81,7 @@ def _texts(document: Document, left: int) -> Iterator[str]:
 
 def of_data(data: str, error: TextError) -> ValueError:
     """The same behind the flags that these programs know a text by."""
-    return ValueError(f"--data {data}: {error}".replace("--gpt2.", "--"))
+    return ValueError(f"--data {data}: {error}")
 
 
 def gpt2_encode(prefix: Path | None) -> Encode | None:

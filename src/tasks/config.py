@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
+
+from nanochat.config import MuonAdamWConfig, Preset
 
 
 @dataclass(frozen=True)
-class GPT2Config:
-    """GPT-2 on a text."""
+class TextConfig:
+    """The text of a language task."""
 
-    model: str = "nano"
-    """nano (0.8M parameters), small (124M), medium, large, xl (1.6B); or a GPT-2 on the hub or in a folder."""
+    flag: ClassVar[str]  # the task's, before the dot
 
     text: str = "stdlib"
     """stdlib (Python's own sources), a .txt, .jsonl or .parquet file or a folder of them, or a data set on the hub."""
@@ -35,11 +36,11 @@ class GPT2Config:
     max_bytes: int = 0
     """Stop after so many bytes of text. 0: take all of it."""
 
-    tokenizer: Literal["auto", "byte", "gpt2"] = "auto"
-    """byte (256 tokens), or gpt2 (byte-pair encoding, 50257 tokens). auto: byte for nano, gpt2 for all others."""
+    bad_shards: Literal["stop", "skip"] = "stop"
+    """What to do about a file of a folder that cannot be read: stop, or say which and go on without it."""
 
-    vocabulary: Path | None = None
-    """Folder of GPT-2's encoder.json and vocab.bpe, or the prefix of the two paths. None: the hub's gpt2."""
+    validation: float = 0.05
+    """Fraction of the text kept for validation, below 1. 0: the last of several files is kept whole."""
 
     seq_len: int = 0
     """Tokens in a sequence. 0: 64 for nano, for all others as many as the model has positions (1024)."""
@@ -47,25 +48,95 @@ class GPT2Config:
     batch_size: int = 0
     """Sequences in a micro-batch, the unit in which work is handed out. 0: 8 for nano, 1 for all others."""
 
-    validation: float = 0.05
-    """Fraction of the text kept for validation, between 0 and 1."""
-
     eval_sequences: int = 64
     """Validation sequences in an evaluation."""
 
     def __post_init__(self) -> None:
-        for flag in ("rows", "max_bytes", "seq_len", "batch_size"):
-            if getattr(self, flag) < 0:
-                raise ValueError(f"--gpt2.{flag} {getattr(self, flag)}: must be 0 or more")
-        if not 0 < self.validation < 1:
-            raise ValueError(f"--gpt2.validation {self.validation}: must lie between 0 and 1, such as 0.05")
+        for name in ("rows", "max_bytes", "seq_len", "batch_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{self.flag}.{name} {getattr(self, name)}: must be 0 or more")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"--{self.flag}.validation {self.validation}: must be 0 or lie below 1, such as 0.05")
         if self.eval_sequences < 1:
-            raise ValueError(f"--gpt2.eval_sequences {self.eval_sequences}: must be 1 or more")
+            raise ValueError(f"--{self.flag}.eval_sequences {self.eval_sequences}: must be 1 or more")
+
+
+@dataclass(frozen=True)
+class GPT2Config(TextConfig):
+    """GPT-2 on a text."""
+
+    flag: ClassVar[str] = "gpt2"
+
+    model: str = "nano"
+    """nano (0.8M parameters), small (124M), medium, large, xl (1.6B); or a GPT-2 on the hub or in a folder."""
+
+    tokenizer: str = "auto"
+    """byte (256 tokens), gpt2 (byte-pair encoding, 50257 tokens), or a file that tok_train wrote. auto: byte for nano,
+    gpt2 for all others."""
+
+    vocabulary: Path | None = None
+    """Folder of GPT-2's encoder.json and vocab.bpe, or the prefix of the two paths. None: the hub's gpt2."""
+
+
+@dataclass(frozen=True)
+class NanochatConfig(TextConfig):
+    """nanochat's GPT on a text, with Muon and AdamW."""
+
+    flag: ClassVar[str] = "nanochat"
+
+    depth: int = 4
+    """Layers; width, heads, learning rates and the length of a run follow from it."""
+
+    preset: Preset = "modern"
+    """modern, or classic: without value embeddings, smear, backout and sliding windows."""
+
+    aspect_ratio: int = 64
+    """Width a layer of depth."""
+
+    head_dim: int = 128
+    """Width of an attention head."""
+
+    kv_ratio: int = 1
+    """Query heads to a key and value head (grouped-query attention)."""
+
+    window_pattern: str = "SSSL"
+    """Attention windows of the layers, repeated: S a quarter of the sequence, L all of it."""
+
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the activations; weights and gradients are fp32. auto: bf16 on a CUDA device that has it, else fp32."""
+
+    text: str = "auto"
+    """auto (the shards that python -m nanochat.dataset brought, or without any stdlib), stdlib (Python's own sources),
+    a .txt, .jsonl or .parquet file or a folder of them, or a data set on the hub."""
+
+    tokenizer: str = "auto"
+    """A file that tok_train wrote, or byte (256 tokens and the special ones). auto: tokenizer.json in
+    NANOCHAT_BASE_DIR, or byte where there is none."""
+
+    crop: Literal["discard", "keep"] = "discard"
+    """What becomes of the rest of a document that was cut to fill a row: discard, or keep it for another row."""
+
+    validation: float = 0.0
+    """Fraction of the text kept for validation. 0: the last of several files is, of a single one a twentieth."""
+
+    seq_len: int = 512
+    """Tokens in a sequence: the model's context."""
+
+    batch_size: int = 4
+    """Sequences in a micro-batch, the unit in which work is handed out."""
+
+    optimizer: MuonAdamWConfig = field(default_factory=MuonAdamWConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("depth", "aspect_ratio", "head_dim", "kv_ratio", "seq_len", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--nanochat.{name} {getattr(self, name)}: must be 1 or more")
 
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """The optimizer that moves the model, and its schedule."""
+    """The optimizer that moves the model, and its schedule; the task nanochat has its own."""
 
     lr: float = 3e-3
     """Peak learning rate."""

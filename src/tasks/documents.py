@@ -11,12 +11,13 @@ import lzma
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from blake3 import blake3
 
+from nanochat.dataset import ShardError, read_shard
 from protocol import PROTOCOL, DatasetRef
 
 PIECE = 1 << 20  # characters of a file read at a time
@@ -71,15 +72,26 @@ def local_files(path: Path) -> list[Path]:
     return files
 
 
-def local_documents(files: Iterable[Path], column: str) -> Iterator[Document]:
-    """One document from each .txt file, one from each row of the others."""
+def local_documents(
+    files: Iterable[Path], column: str, skip: Callable[[str], object] | None = None
+) -> Iterator[Document]:
+    """One document from each .txt file, one from each row of the others.
+
+    With `skip` it is told of a file that cannot be read on, in a line, and what follows in that file is left out.
+    """
     for path in files:
-        if path.suffix == ".txt":
-            yield _file(path)
-        else:
-            rows = _parquet_rows(path, column) if path.suffix == ".parquet" else _jsonl_rows(path)
-            for number, row in enumerate(_readable(path, rows), 1):
-                yield from _row(row, column, f"{path.name}: row {number}")
+        try:
+            if path.suffix == ".txt":
+                yield _file(path)
+            elif path.suffix == ".parquet":
+                yield from map(_document, _parquet_texts(path, column))
+            else:
+                for number, row in enumerate(_readable(path, _jsonl_rows(path)), 1):
+                    yield from _row(row, column, f"{path.name}: row {number}")
+        except TextError as error:
+            if skip is None:
+                raise
+            skip(f"skipped the rest of {path}: {error}")
 
 
 def hub_documents(source: DatasetRef, column: str, rows: int) -> Iterator[Document]:
@@ -148,31 +160,29 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _parquet_texts(path: Path, column: str) -> Iterator[str]:
     try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=[column] if column in names else names)
-                yield from table.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise TextError(f"cannot read {path.name} ({_first_line(error)})") from None
+        yield from read_shard(path, column)
+    except ShardError as error:
+        hint = "; give --column" if "column" in str(error) else ""
+        raise TextError(f"{path.name}{str(error).removeprefix(str(path))}{hint}") from None
 
 
 def _row(row: dict[str, Any], column: str, where: str) -> Iterator[Document]:
     """A row's document, or none where it is null."""
     if column not in row:
-        raise TextError(f"{where} has no column {column}, only {', '.join(row)}; give --gpt2.column")
+        raise TextError(f"{where} has no column {column}, only {', '.join(row)}; give --column")
     text = row[column]
     if text is None:
         return
     if not isinstance(text, str):
-        raise TextError(f"{where}: column {column} holds {type(text).__name__}, not text; give --gpt2.column")
+        raise TextError(f"{where}: column {column} holds {type(text).__name__}, not text; give --column")
+    yield _document(text)
+
+
+def _document(text: str) -> Document:
     data = text.encode(errors="replace")  # JSON can spell half a surrogate pair
-    yield Document(len(data), (data.decode(),))
+    return Document(len(data), (data.decode(),))
 
 
 # --- limits and the split ---------------------------------------------------------------------------------------------
@@ -200,6 +210,14 @@ def split(documents: Iterable[Document], validation: float) -> Iterator[Piece]:
         dealt = 0 if _drawn(index, validation) else sys.maxsize
         kept = document.size - int(document.size * validation)
         yield from _cut(document.pieces, kept if few else dealt)
+
+
+def whole(documents: Iterable[Document], validation: bool) -> Iterator[Piece]:
+    """Every document, one way."""
+    for document in documents:
+        for number, text in enumerate(document.pieces):
+            if text:
+                yield Piece(text.encode(), validation, starts=number == 0)
 
 
 def _drawn(index: int, fraction: float) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -16,24 +14,15 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
-from protocol import (
-    MAX_BLOB_BYTES,
-    MAX_INDEX,
-    MAX_SERVED_BYTES,
-    Blobs,
-    DataSpec,
-    Digest,
-    Fault,
-    Part,
-    ProtocolError,
-    TaskSpec,
-)
+from protocol import MAX_BLOB_BYTES, MAX_INDEX, Blobs, DataSpec, Digest, ProtocolError, TaskSpec
 from tasks.config import AdamWConfig, GPT2Config
-from tasks.optimizer import adamw
+from tasks.language import Dimension, EpochOrders, Shape, check_tokens, seeded, served_blobs
+from tasks.optimizer import Settings, adamw, adamw_settings
 from tasks.text import prepare_tokens, silent
 from tasks.tokenizer import Tokenizer, load_tokenizer
-from tasks.tokens import Array, Tokens, window_order
+from tasks.tokens import Array, Tokens
 
+CPU = torch.device("cpu")
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (batch_size, seq_len), int64, on the CPU
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -44,13 +33,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 NO_SPECIAL: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}  # GPT-2's own ids are beyond 256 tokens
-EPOCHS_CACHED = 2
-
-Dimension = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
-class GPT2Shape(Part):
-    """Everything besides the data that determines batches and losses: the parameters of the order's `TaskSpec`."""
+class GPT2Shape(Shape):
+    """Model, batches and seed."""
 
     n_layer: Annotated[int, Field(ge=1, le=512)]
     n_head: Annotated[int, Field(ge=1, le=512)]
@@ -68,20 +54,6 @@ class GPT2Shape(Part):
     batch_size: Dimension
     eval_sequences: Dimension
     seed: Annotated[int, Field(ge=0, le=MAX_INDEX)]
-
-    @classmethod
-    def parse(cls, spec: TaskSpec) -> GPT2Shape:
-        """Raises ProtocolError for a parameter that is missing, unknown, ill-typed or out of bounds."""
-        try:
-            shape = cls.model_validate(spec.parameters)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            raise ProtocolError(f"task {spec.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        try:
-            shape.check()
-        except ValueError as error:
-            raise ProtocolError(f"task {spec.name}: {error}") from None
-        return shape
 
     def check(self) -> None:
         """Raises ValueError where the parameters do not go together."""
@@ -123,8 +95,7 @@ class GPT2:
         self._tokens = tokens
         self._pretrained = pretrained
         self._vocabulary = vocabulary
-        self._orders: OrderedDict[int, np.ndarray[Any, np.dtype[np.int64]]] = OrderedDict()
-        self._windows = self._count_windows(tokens.train)
+        self._orders = EpochOrders(shape.seed, self._count_windows(tokens.train))
         if not self.batches_per_epoch:
             raise ValueError(
                 f"--gpt2.text: {len(tokens.train)} tokens for training are less than a micro-batch of "
@@ -137,7 +108,15 @@ class GPT2:
             )
 
     @classmethod
-    def prepare(cls, config: GPT2Config, *, seed: int, cache: Path, progress: Callable[[str], None] = silent) -> Self:
+    def prepare(
+        cls,
+        config: GPT2Config,
+        *,
+        seed: int,
+        cache: Path,
+        device: torch.device = CPU,
+        progress: Callable[[str], None] = silent,
+    ) -> Self:
         """Model and text by the flags. Raises ValueError, in one line, for either that cannot be had."""
         if not 0 <= seed <= MAX_INDEX:
             raise ValueError(f"--seed {seed}: must lie between 0 and 2^53")
@@ -151,10 +130,7 @@ class GPT2:
     @classmethod
     def from_spec(cls, spec: TaskSpec, data: DataSpec, tokens: Tokens) -> Self:
         shape = GPT2Shape.parse(spec)
-        if tokens.digest != data.tokens.digest:
-            raise ProtocolError(f"tokens {tokens.digest[:12]}, not {data.tokens.digest[:12]}", Fault.WRONG_DATA)
-        if shape.vocab_size < 256**tokens.train.itemsize and tokens.largest >= shape.vocab_size:
-            raise ProtocolError(f"token {tokens.largest} of a vocabulary of {shape.vocab_size}")
+        check_tokens(data, tokens, shape.vocab_size)
         try:
             return cls(shape, data, tokens)
         except ValueError as error:
@@ -172,12 +148,7 @@ class GPT2:
         return self._data.tokens.digest
 
     def blobs(self) -> Blobs:
-        blobs: dict[Digest, Any] = {}
-        if self._tokens.bytes <= MAX_SERVED_BYTES:
-            blobs[self.data_digest] = self._tokens.buffer
-        if self._data.vocabulary and self._vocabulary:
-            blobs[self._data.vocabulary.digest] = self._vocabulary
-        return blobs
+        return served_blobs(self._data, self._tokens, self._vocabulary)
 
     # --- the model ----------------------------------------------------------------------------------------------------
 
@@ -191,7 +162,7 @@ class GPT2:
         if self._pretrained:
             model = _load_weights(self._pretrained, self.shape)
         else:
-            with _seeded(self.shape.seed):
+            with seeded(self.shape.seed):
                 model = GPT2LMHeadModel(self.shape.config())
         return model
 
@@ -212,27 +183,34 @@ class GPT2:
     def optimizer(self, model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
         return adamw(model, config)
 
+    def settings(self, config: AdamWConfig, step: int, steps: int, units: int) -> Settings:
+        return adamw_settings(config, step, steps)
+
+    def flops(self, model: nn.Module) -> float:
+        """6 a parameter but the positions, and attention over the whole sequence."""
+        shape = self.shape
+        matrices = sum(p.numel() for p in model.parameters()) - shape.n_positions * shape.n_embd
+        head = 0 if shape.tie_word_embeddings else -shape.vocab_size * shape.n_embd  # then one of two tables is read
+        return 6.0 * (matrices + head) + 12.0 * shape.n_layer * shape.n_embd * shape.seq_len
+
+    def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """With these files the checkpoint's folder is one that `GPT2LMHeadModel.from_pretrained` reads."""
+        files = {"config.json": self.shape.config().to_json_string().encode()}
+        if self._vocabulary:
+            files["vocabulary"] = self._vocabulary
+        return {"task": self.spec().model_dump(), "tokenizer": self._data.tokenizer}, files
+
     # --- the data -----------------------------------------------------------------------------------------------------
 
     @property
     def batches_per_epoch(self) -> int:
-        return self._windows // self.shape.batch_size
+        return self._orders.windows // self.shape.batch_size
 
     def _count_windows(self, part: Array) -> int:
         return max(len(part) - 1, 0) // self.shape.seq_len
 
-    def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """(windows,): the epoch's permutation. Two are kept, for rounds that span the end of an epoch."""
-        if epoch not in self._orders:
-            self._orders[epoch] = window_order(self.shape.seed, epoch, self._windows)
-            while len(self._orders) > EPOCHS_CACHED:
-                self._orders.popitem(last=False)
-        return self._orders[epoch]
-
     def batch(self, index: int) -> Batch:
-        epoch, position = divmod(index, self.batches_per_epoch)
-        start = position * self.shape.batch_size
-        return self._windows_of(self._tokens.train, self._order(epoch)[start : start + self.shape.batch_size])
+        return self._windows_of(self._tokens.train, self._orders.batch(index, self.shape.batch_size))
 
     def _windows_of(self, part: Array, windows: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
         length = self.shape.seq_len
@@ -266,14 +244,6 @@ class GPT2:
             total += float(self.loss(model, batch))
         model.train(training)
         return {"val_loss": total / (wanted * self.shape.seq_len)}
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """torch's CPU generator from `seed`, inside only. (`torch.manual_seed` would reseed the GPUs' too.)"""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def _load_config(name: str) -> transformers.GPT2Config:

@@ -1,8 +1,13 @@
-"""AdamW and its schedule: what moves the model, once a round, at the validator and in the baseline alike."""
+"""AdamW and its schedule: what moves the model, once a round, at the validator and in the baseline alike.
+
+What a schedule sets for a step are its `Settings`, which the ledger keeps with the round: "lr", and whatever else a
+task's optimizer has, such as Muon's "momentum".
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from tasks.config import AdamWConfig
@@ -10,6 +15,26 @@ from tasks.config import AdamWConfig
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+Settings = Mapping[str, float]
+SETTINGS = ("lr", "momentum", "weight_decay")
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, settings: Settings) -> None:
+    """Sets each key in the groups that have its scale: group["lr"] = settings["lr"] * group["lr_scale"]."""
+    for group in optimizer.param_groups:
+        for key, value in settings.items():
+            if f"{key}_scale" in group:
+                group[key] = value * group[f"{key}_scale"]
+
+
+def kept_settings(metrics: Mapping[str, object]) -> dict[str, float]:
+    """The settings among a committed round's metrics."""
+    return {key: float(value) for key in SETTINGS if isinstance(value := metrics.get(key), int | float)}
+
+
+def adamw_settings(config: AdamWConfig, step: int, steps: int) -> dict[str, float]:
+    return {"lr": config.lr * schedule(config, step, steps)}
 
 
 def schedule(config: AdamWConfig, step: int, steps: int) -> float:
@@ -31,7 +56,7 @@ def adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
 
     parameters = [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay, "lr_scale": 1.0},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "lr_scale": 1.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

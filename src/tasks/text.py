@@ -6,6 +6,7 @@ source ─▶ documents ─▶ limits ─▶ split ─▶ tokenizer ─▶ cache
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,10 +19,9 @@ from typing import IO, Any
 import numpy as np
 
 from protocol import BlobRef, DatasetRef, DataSpec, Digest, Fault, ProtocolError, Refused, digest
-from tasks.config import GPT2Config
+from tasks.config import TextConfig
 from tasks.documents import (
     SUFFIXES,
-    Document,
     Piece,
     TextError,
     hub_documents,
@@ -31,11 +31,13 @@ from tasks.documents import (
     local_files,
     split,
     standard_library,
+    whole,
 )
-from tasks.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, vocabulary_ref
+from tasks.tokenizer import BPETokenizer, ByteTokenizer, RustTokenizer, Tokenizer, vocabulary_ref
 from tasks.tokens import MAGIC, Array, Tokens, write
 
 BATCH = 4 << 20  # bytes of text tokenised at a time
+FRACTION = 0.05  # kept for validation where there is no last file to keep
 VERSION = 1  # of this chain of steps: another one makes other tokens of the same text
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -50,7 +52,7 @@ def silent(line: str) -> None:
 
 
 def prepare_tokens(
-    config: GPT2Config, tokenizer: Tokenizer, cache: Path, progress: Progress = silent
+    config: TextConfig, tokenizer: Tokenizer, cache: Path, progress: Progress = silent
 ) -> tuple[Tokens, DataSpec]:
     """The tokens of `config.text` from the cache, or made now, and how a miner can have the same.
 
@@ -63,13 +65,14 @@ def prepare_tokens(
         if found := _cached(path, described):
             return found
         progress(f"tokens: reading {config.text}")
-        documents = limited(_documents(config), config.rows, config.max_bytes)
-        tokenize(split(documents, config.validation), tokenizer, path, progress)
+        validation = _validation(config)
+        tokenize(_pieces(config, validation, progress), tokenizer, path, progress)
         source = _source(config)
         if source:
             source = source.model_copy(update={"revision": hub_revision(source)})
     except (TextError, OSError) as error:
-        raise ValueError(f"--gpt2.text {config.text}: {error}") from error
+        reason = str(error).replace("--", f"--{config.flag}.")
+        raise ValueError(f"--{config.flag}.text {config.text}: {reason}") from error
     tokens = Tokens.open(path)
     spec = DataSpec(
         tokens=tokens.ref(),
@@ -79,7 +82,7 @@ def prepare_tokens(
         column=config.column,
         rows=config.rows,
         max_bytes=config.max_bytes,
-        validation=config.validation,
+        validation=validation,
     )
     _write_text(described, spec.model_dump_json())
     return tokens, spec
@@ -102,31 +105,53 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _local_path(config: GPT2Config) -> Path | None:
+def _local_path(config: TextConfig) -> Path | None:
     """The text as a path, whether or not it is there, or None if it is a name."""
     path = Path(config.text).expanduser()
     named = HUB_NAME.fullmatch(config.text) and not config.text.endswith(SUFFIXES)
     return None if config.text == "stdlib" or (named and not path.exists()) else path
 
 
-def _source(config: GPT2Config) -> DatasetRef | None:
+def _source(config: TextConfig) -> DatasetRef | None:
     """The hub data set, if the text is one."""
     if config.text == "stdlib" or _local_path(config):
         return None
     if not config.rows:
-        raise TextError("no such file or folder; of a data set on the hub, give --gpt2.rows, such as 100000")
+        raise TextError("no such file or folder; of a data set on the hub, give --rows, such as 100000")
     return DatasetRef(name=config.text, subset=config.subset, split=config.split, revision=config.revision)
 
 
-def _documents(config: GPT2Config) -> Iterable[Document]:
-    if source := _source(config):
-        return hub_documents(source, config.column, config.rows)
+def _validation(config: TextConfig) -> float:
+    """The fraction that is kept for validation, or 0 where it is the last of several files."""
+    path = None if config.validation else _local_path(config)
+    return config.validation or (0.0 if path and len(local_files(path)) > 1 else FRACTION)
+
+
+def _pieces(config: TextConfig, validation: float, progress: Progress) -> Iterable[Piece]:
+    skip = progress if config.bad_shards == "skip" else None
     if path := _local_path(config):
-        return local_documents(local_files(path), config.column)
-    return standard_library()
+        return _local_pieces(path, config.column, config.rows, config.max_bytes, validation, skip)
+    source = _source(config)
+    documents = hub_documents(source, config.column, config.rows) if source else standard_library()
+    return split(limited(documents, config.rows, config.max_bytes), validation)
 
 
-def _cache_key(config: GPT2Config, tokenizer: Tokenizer) -> Digest:
+def _local_pieces(
+    path: Path, column: str, rows: int, max_bytes: int, validation: float, skip: Progress | None = None
+) -> Iterable[Piece]:
+    """The limits are for the training part; where the last file is the validation part, for that as well."""
+    files = local_files(path)
+    if validation:
+        return split(limited(local_documents(files, column, skip), rows, max_bytes), validation)
+    if len(files) < 2:
+        raise TextError("one file, where the last of several is the validation part")
+    parts = (local_documents(files[:-1], column, skip), local_documents(files[-1:], column, skip))
+    return itertools.chain.from_iterable(
+        whole(limited(documents, rows, max_bytes), which == 1) for which, documents in enumerate(parts)
+    )
+
+
+def _cache_key(config: TextConfig, tokenizer: Tokenizer) -> Digest:
     """Names everything that determines the tokens."""
     identity: Any = f"Python {sys.version}"
     if source := _source(config):
@@ -135,8 +160,8 @@ def _cache_key(config: GPT2Config, tokenizer: Tokenizer) -> Digest:
         stats = [(file.relative_to(path).as_posix(), file.stat()) for file in local_files(path)]
         identity = [str(path.resolve()), [(name, s.st_size, s.st_mtime_ns) for name, s in stats]]
     vocabulary = vocabulary_ref(tokenizer)
-    cut = (config.column, config.rows, config.max_bytes, config.validation)
-    parts = (VERSION, identity, tokenizer.name, vocabulary and vocabulary.digest, cut)
+    cut = (config.column, config.rows, config.max_bytes, config.validation, config.bad_shards)
+    parts = (VERSION, identity, tokenizer.name, tokenizer.leads, vocabulary and vocabulary.digest, cut)
     return digest("tokens cache", json.dumps(parts).encode())
 
 
@@ -146,7 +171,7 @@ def _cache_key(config: GPT2Config, tokenizer: Tokenizer) -> Digest:
 def tokenize(
     pieces: Iterable[Piece], tokenizer: Tokenizer, path: Path, progress: Progress = silent, limit: int = sys.maxsize
 ) -> None:
-    """Writes the token file. Documents of one part are separated by one token.
+    """Writes the token file. Documents of one part are separated by one token, which may lead the first of them too.
 
     Raises TextError if there is no text, or more than `limit` bytes of tokens.
     """
@@ -176,7 +201,7 @@ def _encoded(
     text_bytes = tokens = 0
     for batch in _batches(pieces):
         for piece, ids in zip(batch, tokenizer.encode([piece.data for piece in batch]), strict=True):
-            if piece.starts and begun[piece.validation]:
+            if piece.starts and (tokenizer.leads or begun[piece.validation]):
                 yield piece.validation, separator
             begun[piece.validation] = True
             yield piece.validation, ids
@@ -220,9 +245,8 @@ def rebuild_tokens(
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         try:
-            documents = limited(_ordered_documents(spec, local), spec.rows, spec.max_bytes)
             tokenizer = _ordered_tokenizer(spec, vocabulary)
-            tokenize(split(documents, spec.validation), tokenizer, path, progress, spec.tokens.bytes)
+            tokenize(_ordered_pieces(spec, local), tokenizer, path, progress, spec.tokens.bytes)
         except TextError as error:
             raise _wrong(f"{_origin(spec, local)}: {error}") from error
     try:
@@ -257,9 +281,10 @@ def _checked(path: Path, ref: BlobRef, origin: str) -> Path:
     return path
 
 
-def _ordered_documents(spec: DataSpec, local: Path | None) -> Iterable[Document]:
+def _ordered_pieces(spec: DataSpec, local: Path | None) -> Iterable[Piece]:
     if local:
-        return local_documents(local_files(local), spec.column)
+        # what cannot be read here is left out, as the validator may have done: the digest tells whether it is the same
+        return _local_pieces(local, spec.column, spec.rows, spec.max_bytes, spec.validation, silent)
     if spec.source is None:
         raise TextError("too large to be sent, and of no public data set: start the miner with --data")
     # An order must not make this machine read its own files: a data set's name can also be that of a folder
@@ -267,17 +292,22 @@ def _ordered_documents(spec: DataSpec, local: Path | None) -> Iterable[Document]
         raise TextError("not the name of a data set on the hub")
     if not spec.rows:
         raise TextError("the order takes no number of rows of it")
-    return hub_documents(spec.source, spec.column, spec.rows)
+    documents = limited(hub_documents(spec.source, spec.column, spec.rows), spec.rows, spec.max_bytes)
+    return split(documents, spec.validation)
 
 
 def _ordered_tokenizer(spec: DataSpec, vocabulary: Path | None) -> Tokenizer:
-    if spec.tokenizer == "byte":
+    if spec.tokenizer == ByteTokenizer.name:
         return ByteTokenizer()
-    if spec.tokenizer != "gpt2" or spec.vocabulary is None:
+    kinds: dict[str, Callable[[bytes], Tokenizer]] = {
+        BPETokenizer.name: BPETokenizer,
+        RustTokenizer.name: RustTokenizer,
+    }
+    if spec.tokenizer not in kinds or spec.vocabulary is None:
         raise TextError(f"unknown tokenizer {spec.tokenizer}, or one without a vocabulary")
     if vocabulary is None:
         raise Refused(409, "the order's vocabulary is not here", missing=[spec.vocabulary])
     blob = vocabulary.read_bytes()
     if digest("vocabulary", blob) != spec.vocabulary.digest:
         raise TextError(f"{vocabulary.name} is another vocabulary than the order's")
-    return BPETokenizer(blob)
+    return kinds[spec.tokenizer](blob)

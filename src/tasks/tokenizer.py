@@ -1,4 +1,4 @@
-"""Text to token ids: plain bytes, or GPT-2's byte-pair encoding."""
+"""Text to token ids: plain bytes, GPT-2's byte-pair encoding, or one that tok_train made."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     dtype: type[np.unsignedinteger]  # the narrowest that holds every id
     separator: int  # stands between two documents
+    leads: bool  # and before the first as well
     vocabulary: bytes | None  # what another machine needs to build the same tokenizer
 
     def encode(self, texts: Sequence[bytes]) -> list[Array]:
@@ -39,6 +40,7 @@ class ByteTokenizer:
     vocab_size = 256
     dtype: type[np.unsignedinteger] = np.uint8
     separator = 0
+    leads = False
     vocabulary: bytes | None = None
 
     def encode(self, texts: Sequence[bytes]) -> list[Array]:
@@ -52,6 +54,7 @@ class BPETokenizer:
     """
 
     name = "gpt2"
+    leads = False
 
     def __init__(self, vocabulary: bytes) -> None:
         import tiktoken
@@ -73,6 +76,35 @@ class BPETokenizer:
     def _encode(self, text: bytes) -> Array:
         ids: Array = self._encoding.encode_to_numpy(text.decode(), disallowed_special=())
         return ids
+
+
+class RustTokenizer:
+    """One that tok_train made: `vocabulary` is its file. Every document begins with its <|bos|>.
+
+    Raises ProtocolError for another file, or one whose pattern is none of those known: an own regular expression could
+    take a miner any time.
+    """
+
+    name = "rustbpe"
+    leads = True
+
+    def __init__(self, vocabulary: bytes) -> None:
+        from nanochat.tokenizer import Tokenizer as Inner
+
+        try:
+            self.inner = Inner.from_bytes(vocabulary)
+            self.separator = self.inner.get_bos_token_id()
+        except ValueError as error:
+            raise ProtocolError(f"tokenizer: {error}") from None
+        if not self.inner.has_known_pattern():
+            raise ProtocolError("tokenizer: of a pattern of its own; train it with --pattern nanochat, gpt4 or gpt2")
+        self.vocab_size = self.inner.get_vocab_size()
+        self.dtype: type[np.unsignedinteger] = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        self.vocabulary: bytes | None = vocabulary
+
+    def encode(self, texts: Sequence[bytes]) -> list[Array]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(lambda text: self.inner.encode_to_numpy(text.decode()), texts))
 
 
 def parse_vocabulary(blob: bytes) -> dict[bytes, int]:
@@ -103,8 +135,22 @@ def load_tokenizer(name: str, vocabulary: Path | None) -> Tokenizer:
     """The tokenizer behind `--gpt2.tokenizer`. Raises ValueError if the vocabulary cannot be had."""
     if name == "byte":
         return ByteTokenizer()
+    if name != "gpt2":
+        return load_file("gpt2", Path(name).expanduser())
     encoder, merges = _hub_files() if vocabulary is None else _local_files(vocabulary)
     return BPETokenizer(_read_vocabulary(encoder, merges))
+
+
+def load_file(task: str, path: Path) -> RustTokenizer:
+    """The tokenizer in a file of tok_train's."""
+    try:
+        return RustTokenizer(path.read_bytes())
+    except OSError as error:
+        raise ValueError(
+            f"--{task}.tokenizer {path}: {error.strerror}; make one with python scripts/tok_train.py --out {path}"
+        ) from None
+    except ProtocolError as error:
+        raise ValueError(f"--{task}.tokenizer {path}: {error}") from None
 
 
 def _local_files(vocabulary: Path) -> tuple[Path, Path]:

@@ -1,0 +1,373 @@
+"""Checkpoints, each a folder that appears at once and proves itself whole.
+
+    <folder>/step_000123/meta.json                what the caller keeps, and each file's size and digest
+                        /model.safetensors        parameters by name, fp32
+                        /optimizer.safetensors    its state by parameter name; where it is kept
+                        /tokenizer.json           and other files that the caller hands in
+
+It is written under a temporary name, brought to the disk and renamed, so what lies under a step's name is whole, unless
+the disk or somebody changed it: `load` finds that out. One process at a time writes to a folder; many may read.
+Everything found wrong is a ValueError of one line that names the file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from durable import hash_rest, make_folder, sync_file
+from nanochat.config import GPTConfig
+from protocol import Digest, Hasher, digest
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanochat.gpt import GPT
+
+META = "meta.json"
+CONFIG = "config"  # the key of the meta data that holds the GPTConfig as a dictionary
+TOKENIZER = "tokenizer"  # and that of the tokenizer's digest
+_DOMAIN = "checkpoint"
+_SUFFIX = ".safetensors"
+_STEP = re.compile(r"step_(\d{6,})")
+_TEMPORARY = re.compile(r"\.step_\d{6,}\.[0-9a-f]{8}\.tmp")
+_REPLACED = re.compile(r"\.(step_\d{6,})\.old")
+_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files have been verified."""
+
+    path: Path
+    step: int
+    meta: dict[str, Any]  # as the caller gave it
+    files: frozenset[str]  # the names of those that there are, "model.safetensors" among them
+
+    def tensors(self, part: str = "model") -> dict[str, torch.Tensor]:
+        """Of "model" or "optimizer", by name, on the CPU, read as they are touched. ValueError where it has no such."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self._existing(part + _SUFFIX)
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f"{path}: no tensors can be read: {error}") from None
+
+    def read(self, name: str) -> bytes:
+        """A file that the caller handed to `save`. ValueError where there is none of that name."""
+        return self._existing(name).read_bytes()
+
+    @cached_property
+    def config(self) -> GPTConfig:
+        """The model's shape. ValueError where the meta data holds none."""
+        found = self.meta.get(CONFIG)
+        names = {field.name for field in fields(GPTConfig)}
+        if not isinstance(found, dict) or found.keys() != names:
+            raise ValueError(
+                f"{self.path / META}: {CONFIG} is not a model's shape: it must have {', '.join(sorted(names))}"
+            )
+        try:
+            return GPTConfig(**found)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.path / META}: {CONFIG}: {error}") from None
+
+    def _existing(self, name: str) -> Path:
+        if name not in self.files:
+            raise ValueError(f"{self.path}: this checkpoint has no {name}")
+        return self.path / name
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Mapping[str, torch.Tensor]],
+    meta: Mapping[str, Any],
+    files: Mapping[str, bytes] | None = None,
+    keep: int = 0,
+) -> Path:
+    """Writes `tensors` ({"model": …, "optimizer": …}), `meta` (plain JSON) and `files` as the checkpoint of `step`.
+
+    One of that step is replaced. Of the checkpoints up to `step` the last `keep` stay (0: all); later ones, of a run
+    that was gone back in, stay too. Tensors may lie on any device; one at a time is copied.
+    """
+    make_folder(folder)
+    _clear(folder)
+    final = folder / f"step_{step:06d}"
+    with _temporary(folder, final.name) as temporary:
+        digests: dict[str, dict[str, int | str]] = {}
+        for part, named in tensors.items():
+            with _writing(temporary, part + _SUFFIX, digests) as file:
+                _write_tensors(file, named)
+        for name, content in (files or {}).items():
+            with _writing(temporary, name, digests) as file:
+                file.write(content)
+        body = json.loads(json.dumps({"files": digests, "meta": dict(meta), "step": step}, allow_nan=False))
+        text = json.dumps({"blake3": _body_digest(body), **body}, indent=2, ensure_ascii=False)
+        with _writing(temporary, META, {}) as file:
+            file.write(text.encode())
+        sync_file(temporary)
+        _take_name(temporary, final)
+    if keep > 0:
+        for old in [s for s in steps(folder) if s <= step][:-keep]:
+            _delete(folder / f"step_{old:06d}")
+    return final
+
+
+class _Writer:
+    """A file that is hashed and counted as it is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hasher = Hasher(_DOMAIN)
+        self._bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._hasher.update(data)
+        self._bytes += self._file.write(data)
+
+    def summary(self) -> dict[str, int | str]:
+        return {"bytes": self._bytes, "blake3": self._hasher.hexdigest()}
+
+
+@contextmanager
+def _writing(folder: Path, name: str, digests: dict[str, dict[str, int | str]]) -> Iterator[_Writer]:
+    """A new file, on the disk when the block ends; its size and digest are then in `digests`."""
+    if Path(name).name != name:
+        raise ValueError(f"{name}: not a plain file name")
+    with (folder / name).open("xb") as file:
+        writer = _Writer(file)
+        yield writer
+        file.flush()
+        os.fsync(file.fileno())
+    digests[name] = writer.summary()
+
+
+def _write_tensors(file: _Writer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A safetensors file, one tensor in memory at a time: safetensors' own writer copies them all."""
+    import torch
+
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # keeps each aligned
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # which transformers asks for
+    offset = 0
+    for name, tensor in ordered:
+        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in ordered:
+        file.write(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _body_digest(body: Mapping[str, Any]) -> Digest:
+    """Over the meta data's canonical JSON: its layout in the file does not matter."""
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return digest(_DOMAIN, text.encode())
+
+
+@contextmanager
+def _temporary(folder: Path, name: str) -> Iterator[Path]:
+    """A folder to write in, locked while its writer lives. It is gone afterwards, under this name."""
+    temporary = folder / f".{name}.{secrets.token_hex(4)}.tmp"
+    temporary.mkdir()
+    try:
+        with _locked(temporary):
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether nobody else holds the folder. The kernel lets go of it when its holder ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held; or a file system without locks, where leftovers stay
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _take_name(temporary: Path, final: Path) -> None:
+    """A folder cannot be renamed over a full one: the one before it is set aside, where readers find it meanwhile."""
+    aside = final.with_name(f".{final.name}.old")
+    if final.exists():
+        os.replace(final, aside)
+    os.replace(temporary, final)
+    sync_file(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _delete(path: Path) -> None:
+    """At once, as far as readers can see."""
+    doomed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """What killed writers left behind."""
+    for path in list(folder.iterdir()):
+        if (replaced := _REPLACED.fullmatch(path.name)) and not (folder / replaced[1]).exists():
+            os.replace(path, folder / replaced[1])
+        elif replaced:
+            shutil.rmtree(path, ignore_errors=True)
+        elif _TEMPORARY.fullmatch(path.name):
+            with suppress(FileNotFoundError), _locked(path) as dead:
+                if dead:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that there is a checkpoint of, ascending; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    names = (_STEP.fullmatch(_plain(path.name)) for path in folder.iterdir())
+    return sorted({int(name[1]) for name in names if name})
+
+
+def load(folder: Path, step: int | None = None, *, parts: Collection[str] | None = None) -> Checkpoint:
+    """The checkpoint of `step`, or the newest one; `folder` may also be a checkpoint itself.
+
+    Every file is verified, or of the tensors only those of `parts`, for who wants no more than {"model"}.
+    Raises ValueError where there is none, or where a file is missing, cut short or changed.
+    """
+    if (folder / META).is_file() or _STEP.fullmatch(folder.name):
+        return _load_one(folder, step, parts)
+    there = steps(folder)
+    if not there:
+        raise ValueError(f"{folder}: no checkpoint here" + ("" if folder.is_dir() else ": no such folder"))
+    if step is None and len(there) > 1:
+        try:
+            return _verified(_path(folder, there[-1]), parts)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it to go on from the one before, of step {there[-2]}") from None
+    if step is not None and step not in there:
+        raise ValueError(f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, there))}")
+    return _verified(_path(folder, there[-1] if step is None else step), parts)
+
+
+def _load_one(path: Path, step: int | None, parts: Collection[str] | None) -> Checkpoint:
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such checkpoint")
+    checkpoint = _verified(path, parts)
+    if step not in (None, checkpoint.step):
+        raise ValueError(f"{path}: the checkpoint of step {checkpoint.step}, not of {step}")
+    return checkpoint
+
+
+def _verified(path: Path, parts: Collection[str] | None) -> Checkpoint:
+    body = _read_meta(path / META)
+    files: dict[str, dict[str, Any]] = body["files"]
+    wanted = {
+        name for name in files if parts is None or name.removesuffix(_SUFFIX) in parts or not name.endswith(_SUFFIX)
+    }
+    for name in sorted(wanted):
+        file, size = path / name, files[name]["bytes"]
+        if not file.is_file():
+            raise ValueError(f"{file}: missing from the checkpoint")
+        if (there := file.stat().st_size) != size:
+            raise ValueError(f"{file}: {'cut short' if there < size else 'too long'}: {there:,} bytes of {size:,}")
+        if _file_digest(file) != files[name]["blake3"]:
+            raise ValueError(f"{file}: changed since it was written: its digest is not that in {META}")
+    return Checkpoint(path, body["step"], body["meta"], frozenset(wanted))
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing from the checkpoint") from None
+    except ValueError:  # not JSON, or not UTF-8
+        raise ValueError(f"{path}: cut short or changed: not JSON") from None
+    if not isinstance(body, dict) or body.pop("blake3", None) != _body_digest(body):
+        raise ValueError(f"{path}: changed since it was written: its digest is not that of its content")
+    return body
+
+
+def _file_digest(file: Path) -> Digest:
+    hasher = Hasher(_DOMAIN)
+    with file.open("rb") as opened:
+        hash_rest(opened, hasher)
+    return hasher.hexdigest()
+
+
+def _path(folder: Path, step: int) -> Path:
+    path = folder / f"step_{step:06d}"
+    aside = folder / f".{path.name}.old"  # where a writer was killed, or is, between two renames
+    return path if path.exists() or not aside.exists() else aside
+
+
+def _plain(name: str) -> str:
+    replaced = _REPLACED.fullmatch(name)
+    return replaced[1] if replaced else name
+
+
+# --- of models --------------------------------------------------------------------------------------------------------
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype) -> GPT:
+    """The model with the checkpoint's weights, its activations in `dtype`.
+
+    Raises ValueError where the weights are not those of the shape that the checkpoint says it has.
+    """
+    import torch
+
+    from nanochat.gpt import GPT
+
+    tensors = checkpoint.tensors("model")
+    expected = GPT(checkpoint.config, dtype, device="meta").state_dict()
+    where = checkpoint.path / f"model{_SUFFIX}"
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise ValueError(f"{where}: {name} is missing, which a model of the checkpoint's shape has")
+        if name not in expected:
+            raise ValueError(f"{where}: {name} is not of a model of the checkpoint's shape")
+        if tensors[name].shape != expected[name].shape:
+            shapes = tuple(tensors[name].shape), tuple(expected[name].shape)
+            raise ValueError(f"{where}: {name} has the shape {shapes[0]}, the checkpoint's model has {shapes[1]}")
+    model = GPT(checkpoint.config, dtype, device=device)
+    with torch.no_grad():
+        for name, target in model.state_dict().items():
+            target.copy_(tensors[name])
+    return model
+
+
+def check_tokenizer(checkpoint: Checkpoint, tokenizer: Digest) -> None:
+    """Raises ValueError unless the checkpoint's model was trained with the tokenizer of this digest."""
+    expected = checkpoint.meta.get(TOKENIZER)
+    if expected != tokenizer:
+        raise ValueError(f"{checkpoint.path}: trained with the tokenizer {expected}, not with {tokenizer}")

@@ -1,0 +1,233 @@
+"""Where nanochat keeps its files, and what devices can do: their peak speed, their memory, and what a model needs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanochat.config import GPTConfig
+
+if TYPE_CHECKING:
+    import torch
+
+# Dense bf16 tensor TFLOP/s with fp32 accumulation, without sparsity, from the makers' data sheets. A device is the
+# first entry whose words are all in its name.
+_PEAKS: tuple[tuple[str, float], ...] = (
+    ("gb300", 2500.0),
+    ("b300", 2250.0),
+    ("gb200", 2500.0),
+    ("b200", 2250.0),
+    ("b100", 1750.0),
+    ("h200 nvl", 835.5),
+    ("h200", 989.4),
+    ("gh200", 989.4),
+    ("h100 nvl", 835.5),
+    ("h100 pcie", 756.0),
+    ("h100", 989.4),
+    ("h800 pcie", 756.0),
+    ("h800", 989.4),
+    ("h20", 148.0),
+    ("a100", 312.0),
+    ("a800", 312.0),
+    ("a40", 149.7),
+    ("a30", 165.0),
+    ("a10g", 70.0),
+    ("a10", 125.0),
+    ("l40s", 362.0),
+    ("l40", 181.0),
+    ("l4", 121.0),
+    ("rtx pro 6000", 503.8),
+    ("rtx 6000 ada", 364.2),
+    ("rtx a6000", 154.8),
+    ("rtx 5090", 209.5),
+    ("rtx 5080", 112.6),
+    ("rtx 4090", 165.2),
+    ("rtx 4080 super", 104.4),
+    ("rtx 4080", 97.5),
+    ("rtx 3090 ti", 80.0),
+    ("rtx 3090", 71.0),
+    ("mi355x", 2516.6),
+    ("mi350x", 2309.6),
+    ("mi325x", 1307.4),
+    ("mi300x", 1307.4),
+    ("mi300a", 980.6),
+    ("mi250x", 191.5),  # a device is one of its two dies
+    ("mi250", 181.0),
+    ("mi210", 181.0),
+)
+_OTHER_CHIP = frozenset({"laptop", "mobile", "max", "mig", "super", "ti", "d"})  # of other speed than the plain name's
+
+# Activations a token, in widths of the model: what the backward pass of a block keeps, and of the stream outside them.
+_BLOCK_WIDTHS = 34
+_STREAM_WIDTHS = 8
+_MIXED_BYTES = 24  # a block's width of what stays fp32 where activations are smaller
+_LOSS_BYTES = 96 << 20  # the loss holds a chunk of the logits at a time
+_TABLES_MADE = 3  # gradients of tables that are under way, before they are added to those that there are
+_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+_UNLIMITED = 1 << 60  # a cgroup without a limit says a number beyond this, or "max"
+
+
+def base_dir() -> Path:
+    """The folder for data, tokenizer and checkpoints: $NANOCHAT_BASE_DIR, or ~/.cache/nanochat. Not made here."""
+    chosen = os.environ.get("NANOCHAT_BASE_DIR")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "nanochat"
+
+
+def human_bytes(count: float) -> str:
+    """In decimal units: 45.1 GB."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.95:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def peak_flops(device: torch.device | str) -> float | None:
+    """Dense bf16 FLOP/s of a device by its name; None where that is not known, as of every CPU."""
+    import torch
+
+    device = torch.device(device)
+    return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_flops_of(name: str) -> float | None:
+    """By the name that the driver gives, such as "NVIDIA H100 80GB HBM3"; a laptop's chip or a slice is not known."""
+    words = frozenset(re.findall(r"[a-z0-9]+", name.lower()))
+    for known, tera in _PEAKS:
+        wanted = frozenset(known.split())
+        if wanted <= words and not (words - wanted) & _OTHER_CHIP:
+            return tera * 1e12
+    return None
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def memory_need(
+    shape: GPTConfig, batch: int, optimizer: bool = True, *, activation_bytes: int = 4, copies: int = 0
+) -> int:
+    """Bytes to train on `batch` sequences at once, about: weights, gradients to add to, moments, activations.
+
+    Without `optimizer`, what a miner needs: no moments. `activation_bytes` is 4 for fp32 and 2 for bf16; `copies` are
+    those of all weights that are held besides, such as a state on its way.
+    """
+    counts = shape.parameter_counts()
+    moments = 2 * (counts["total"] - counts["matrices"]) + counts["matrices"] if optimizer else 0
+    fixed = (2 + copies) * counts["total"] + moments + _TABLES_MADE * counts["wte"]
+    fixed += 2 * shape.rotary_len * shape.head_dim  # the rotary tables, and as much to make them
+    mixed = _MIXED_BYTES * shape.n_layer if activation_bytes < 4 else 0
+    widths = activation_bytes * (_BLOCK_WIDTHS * shape.n_layer + _STREAM_WIDTHS) + mixed
+    return 4 * fixed + _LOSS_BYTES + batch * shape.sequence_len * shape.n_embd * widths
+
+
+def available_memory(device: torch.device | str, root: Path = Path("/")) -> int | None:
+    """Bytes that this process can still take there; None where that cannot be told.
+
+    Of the CPU's memory on Linux what the kernel can free, and what the control groups that the process is in allow
+    (`root` is where /proc and /sys lie).
+    """
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free) + cached
+    if device.type != "cpu":
+        return None
+    found = [*_group_memory(root), *_machine_memory(root / "proc/meminfo")]
+    return max(min(found), 0) if found else None
+
+
+def check_memory(
+    shape: GPTConfig,
+    batch: int,
+    device: torch.device | str,
+    optimizer: bool = True,
+    *,
+    activation_bytes: int = 4,
+    copies: int = 0,
+    root: Path = Path("/"),
+) -> None:
+    """Raises ValueError, which names what to change, where training does not fit in what the device has left."""
+    need_of = partial(memory_need, optimizer=optimizer, activation_bytes=activation_bytes, copies=copies)
+    need = need_of(shape, batch)
+    there = available_memory(device, root)
+    if there is None or need <= there:
+        return
+    line = (
+        f"--nanochat.depth {shape.n_layer}: needs {human_bytes(need)} ({human_bytes(4 * _weights(shape))} of weights)"
+    )
+    fixed = need_of(shape, 0)
+    per_row = need_of(shape, 1) - fixed
+    rows = int(there - fixed) // per_row
+    if rows >= 1:
+        fix = f"train on {rows} sequences of {shape.sequence_len} tokens at once instead of {batch}"
+    else:
+        fix = f"choose a smaller depth{_that_fits(shape, there, need_of)}, or a larger device"
+    raise ValueError(f"{line}, {device} has {human_bytes(there)} left; {fix}")
+
+
+def _weights(shape: GPTConfig) -> int:
+    return shape.parameter_counts()["total"]
+
+
+def _that_fits(shape: GPTConfig, there: int, need_of: Callable[[GPTConfig, int], int]) -> str:
+    """The greatest depth of which one sequence at a time fits, in words."""
+    for depth in range(shape.n_layer - 1, 0, -1):
+        other = GPTConfig.from_depth(
+            depth,
+            "modern" if shape.value_embeds else "classic",
+            vocab_size=shape.vocab_size,
+            sequence_len=shape.sequence_len,
+            aspect_ratio=max(1, shape.n_embd // shape.n_layer),
+            head_dim=shape.head_dim,
+            window_pattern=shape.window_pattern,
+        )
+        if need_of(other, 1) <= there:
+            return f", such as {depth}"
+    return ""
+
+
+def _machine_memory(meminfo: Path) -> list[int]:
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _text(meminfo), re.MULTILINE)
+    return [int(found[1]) * 1024] if found else []
+
+
+def _group_memory(root: Path) -> list[int]:
+    """What is left in each control group that limits this process, of version 1 or 2; page cache can be freed."""
+    left = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        version = 2 if number == "0" else 1
+        top = root / "sys/fs/cgroup" / ("" if version == 2 else "memory")
+        limit, used, freeable = _FILES[version]
+        group = top / path.lstrip("/")
+        for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(top))):
+            allowed, now = _text(folder / limit).strip(), _text(folder / used).strip()
+            if allowed.isdigit() and now.isdigit() and int(allowed) < _UNLIMITED:
+                cache = re.search(rf"^{freeable} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+                left.append(int(allowed) - int(now) + (int(cache[1]) if cache else 0))
+    return left
+
+
+def _text(path: Path) -> str:
+    """A file of the kernel's; empty where it is not there."""
+    try:
+        return path.read_text()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return ""

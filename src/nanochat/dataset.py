@@ -1,0 +1,371 @@
+"""Shards of text: parquet files with a column of documents, from the hub or of your own.
+
+    python -m nanochat.dataset -n 240
+
+downloads the first 240 shards of ClimbMix-400B (shuffled) and the last one, which is for validation. What is there
+already is kept, what was begun goes on. Exit code 0: all are there; 1: some are missing, and named; 2: a wrong flag.
+Any folder of parquet files with such a column serves as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import aiohttp
+
+    from nanochat.download import File, Patience
+
+BASE_URL = "https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main"
+LAST = 6542  # the number of the last shard
+SUMS = "SHA256SUMS"
+LINE_S = 5.0  # between two lines where there is no terminal
+NAMED = 20  # missing shards named at most
+
+Say = Callable[[str], object]
+
+
+class ShardError(ValueError):
+    """A shard that cannot be read: its path and why, in one line."""
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def data_dir() -> Path:
+    """Where shards are, unless a flag says something else."""
+    from nanochat.common import base_dir
+
+    return base_dir() / "base_data"
+
+
+def list_shards(folder: Path | None = None) -> list[Path]:
+    """The folder's parquet files, sorted; none where it is not there. Of two or more the last is for validation."""
+    return sorted(path for path in (folder or data_dir()).glob("*.parquet") if path.is_file())
+
+
+def read_shard(path: Path, column: str = "text", start: int = 0) -> Iterator[str]:
+    """The texts from row `start` on, a row group in memory at a time; rows without a text are left out.
+
+    Raises ShardError where the file is damaged, or has no such column of text.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_column(path, file.schema_arrow, column)
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if start < rows:
+                    for text in file.read_row_group(group, columns=[column]).column(0)[start:].to_pylist():
+                        if text is not None:
+                            yield text
+                start = max(0, start - rows)
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
+        raise ShardError(f"{path}: cannot be read ({_first_line(error)})") from None
+
+
+def check_shard(path: Path, column: str | None = None) -> None:
+    """Raises ShardError unless the parquet footer is whole and, if asked for, the column is there. Reads no text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            if column is not None:
+                _check_column(path, file.schema_arrow, column)
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(f"{path}: cannot be read ({_first_line(error)})") from None
+
+
+def _check_column(path: Path, schema: Any, column: str) -> None:
+    import pyarrow.types as kinds
+
+    if column not in schema.names:
+        raise ShardError(f"{path}: has no column {column}, only {', '.join(schema.names)}")
+    kind = schema.field(column).type
+    text = kind.value_type if kinds.is_dictionary(kind) else kind
+    if not (kinds.is_string(text) or kinds.is_large_string(text) or kinds.is_string_view(text)):
+        raise ShardError(f"{path}: column {column} holds {kind}, not text")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# --- downloading ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which shards, from where, to where."""
+
+    shards: int  # the first so many, and the last; -1: all
+    folder: Path
+    base_url: str = BASE_URL
+    checksums: str | None = None  # a file or an address; None: SHA256SUMS beside the shards, if there is one
+    last: int = LAST
+    workers: int = 4
+    attempts: int = 5
+    wait_s: float = 1.0  # before the second attempt
+
+    def __post_init__(self) -> None:
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"--base-url {self.base_url}: must begin with http:// or https://")
+        if self.last < 1:
+            raise ValueError(f"--last {self.last}: must be 1 or more")
+        if self.shards != -1 and not 1 <= self.shards <= self.last:
+            raise ValueError(f"-n {self.shards}: must lie between 1 and {self.last}, or be -1 for all")
+        if not 1 <= self.workers <= 64:
+            raise ValueError(f"-w {self.workers}: must lie between 1 and 64")
+        if self.attempts < 1:
+            raise ValueError(f"--attempts {self.attempts}: must be 1 or more")
+        if not 0 <= self.wait_s <= 60:
+            raise ValueError(f"--wait-s {self.wait_s}: must lie between 0 and 60")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"--folder {self.folder}: is a file")
+
+    @property
+    def names(self) -> list[str]:
+        first = self.last if self.shards == -1 else self.shards
+        return [f"shard_{number:05d}.parquet" for number in (*range(first), self.last)]
+
+
+@dataclass
+class Outcome:
+    """What became of the shards, by name."""
+
+    there: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)  # why
+
+
+async def download(wanted: Wanted, display: Display) -> Outcome:
+    """Fetches what is not there yet. Raises ValueError where the given checksums or the folder cannot be had."""
+    import aiohttp
+
+    from nanochat.download import Patience
+
+    try:
+        wanted.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--folder {wanted.folder}: {error.strerror}") from None
+    outcome, patience = Outcome(), Patience(wanted.attempts, wanted.wait_s)
+    async with aiohttp.ClientSession(trust_env=True) as session:
+        sums = await _checksums(session, wanted, patience)
+        left = iter(wanted.names)  # shared: each worker takes the next
+
+        async def work() -> None:
+            for name in left:
+                await _one(session, wanted, name, sums.get(name), patience, outcome, display)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(wanted.workers):
+                group.create_task(work())
+    return outcome
+
+
+async def _one(
+    session: aiohttp.ClientSession,
+    wanted: Wanted,
+    name: str,
+    sha256: str | None,
+    patience: Patience,
+    outcome: Outcome,
+    display: Display,
+) -> None:
+    from nanochat.download import DownloadError, File, fetch
+
+    file = File(f"{wanted.base_url.rstrip('/')}/{name}", wanted.folder / name, check_shard, sha256)
+    try:
+        if not await asyncio.to_thread(_is_whole, file, display.say):
+            await fetch(session, file, patience, display.grew)
+        outcome.there.append(name)
+        display.ended(file)
+    except (DownloadError, OSError) as error:
+        outcome.missing[name] = str(error)
+        display.say(str(error))
+
+
+def _is_whole(file: File, say: Say) -> bool:
+    """Whether the file is there already, with a whole footer and the digest, if that is known; if not it is deleted."""
+    from nanochat.download import sha256
+
+    if not file.path.exists():
+        return False
+    try:
+        check_shard(file.path)
+        if file.sha256 is not None and sha256(file.path) != file.sha256:
+            raise ShardError(f"{file.path}: is not what {SUMS} says")
+    except ShardError as error:
+        say(f"{error}; fetched again")
+        file.path.unlink()
+        return False
+    return True
+
+
+async def _checksums(session: aiohttp.ClientSession, wanted: Wanted, patience: Patience) -> dict[str, str]:
+    """sha256 by name: from --checksums, or from beside the shards if there is such a file."""
+    given = wanted.checksums
+    if given is not None and not given.startswith(("http://", "https://")):
+        try:
+            return _parse_sums(given, Path(given).read_text(errors="replace"))
+        except OSError as error:
+            raise ValueError(f"--checksums {given}: {error.strerror}") from None
+    text = await _get_text(session, given or f"{wanted.base_url.rstrip('/')}/{SUMS}", patience)
+    if text is None:
+        if given is not None:
+            raise ValueError(f"--checksums {given}: cannot be had")
+        return {}
+    return _parse_sums(given or SUMS, text)
+
+
+async def _get_text(session: aiohttp.ClientSession, url: str, patience: Patience) -> str | None:
+    import aiohttp
+
+    from nanochat.download import TIMEOUT
+
+    for attempt in range(1, patience.attempts + 1):
+        try:
+            async with session.get(url, timeout=TIMEOUT) as response:
+                if response.status == 200:
+                    return await response.text(errors="replace")
+                if 400 <= response.status < 500 and response.status != 429:
+                    return None
+        except (aiohttp.ClientError, TimeoutError):
+            pass  # tried again
+        if attempt < patience.attempts:
+            await asyncio.sleep(patience.before(attempt))
+    return None
+
+
+def _parse_sums(origin: str, text: str) -> dict[str, str]:
+    """Lines of sha256sum: "<64 hex digits>  <name>"."""
+    from nanochat.download import SHA256
+
+    sums = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        digest, _, name = line.strip().partition(" ")
+        if not SHA256.fullmatch(digest.lower()) or not name.strip():
+            raise ValueError(f"--checksums {origin}: line {number} is not a sha256 and a name")
+        sums[Path(name.strip().lstrip("*")).name] = digest.lower()
+    return sums
+
+
+class Display:
+    """Shards and bytes: a bar on a terminal, now and then a line elsewhere. A context manager."""
+
+    def __init__(self, shards: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(highlight=False)
+        self._live = console.is_terminal and console.file.isatty()
+        columns = (TextColumn("shards"), BarColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn())
+        self._bars = Progress(*columns, console=console, disable=not self._live)
+        self._task = self._bars.add_task("shards", total=shards, line="")
+        self._shards, self._done = shards, 0
+        self._began = self._spoke = time.monotonic()
+        self._bytes = 0  # of this call
+        self._held: dict[Path, int] = {}  # of each file that is on its way
+        self._sizes: dict[Path, int] = {}
+
+    def grew(self, file: File, held: int) -> None:
+        self._bytes += max(0, held - self._held.get(file.path, held))
+        self._held[file.path] = held
+        self._sizes[file.path] = max(file.size or 0, held, 1)
+        self._show()
+
+    def ended(self, file: File) -> None:
+        self._done += 1
+        self._held.pop(file.path, None)
+        self._show(last=self._done == self._shards)
+
+    def say(self, line: str) -> None:
+        if self._live:
+            self._bars.console.print(line, markup=False, soft_wrap=True)
+        else:
+            print(line, flush=True)
+
+    def _show(self, last: bool = False) -> None:
+        now = time.monotonic()
+        rate = self._bytes / 1e6 / max(now - self._began, 1e-9)
+        line = f"{self._done:,} of {self._shards:,}, {self._bytes / 1e6:,.1f} MB, {rate:,.1f} MB/s"
+        parts = sum(held / self._sizes[path] for path, held in self._held.items())
+        self._bars.update(self._task, completed=self._done + parts, line=line)
+        if not self._live and (last or now - self._spoke >= LINE_S):
+            self._spoke = now
+            print(f"shards: {line}", flush=True)
+
+    def __enter__(self) -> Display:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        wanted = _parse(argv)
+        with Display(len(wanted.names)) as display:
+            outcome = asyncio.run(download(wanted, display))
+    except ValueError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("dataset: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    if not outcome.missing:
+        print(f"all {len(outcome.there):,} shards are in {wanted.folder}")
+        return 0
+    names = sorted(outcome.missing)
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    counted = f"{len(names):,} of {len(wanted.names):,} shards are missing"
+    print(f"dataset: {counted}: {', '.join(names[:NAMED])}{more}", file=sys.stderr)
+    return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _fail(f"{message}; see --help")
+
+
+def _fail(reason: str) -> NoReturn:
+    print(f"dataset: {reason}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _parse(argv: Sequence[str] | None) -> Wanted:
+    parser = _Parser(prog="python -m nanochat.dataset", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("-n", "--num-files", dest="shards", type=int, required=True, help="the first so many; -1: all")
+    add("-w", "--num-workers", dest="workers", type=int, default=4, help="downloads at a time (default 4)")
+    add("--folder", type=Path, default=None, help="where they go (default base_data in NANOCHAT_BASE_DIR)")
+    add("--base-url", default=BASE_URL, help="where they come from: the address without the file's name")
+    add("--checksums", default=None, help=f"file or address of lines as sha256sum's (default {SUMS} there, if any)")
+    add("--last", type=int, default=LAST, help=f"number of the last shard (default {LAST})")
+    add("--attempts", type=int, default=5, help="of a shard without a new byte (default 5)")
+    add("--wait-s", type=float, default=1.0, help="seconds before the second; doubled for each (default 1)")
+    values = vars(parser.parse_args(argv))
+    values["folder"] = (values["folder"] or data_dir()).expanduser()
+    return Wanted(**values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""nanochat's GPT on text: rows packed from whole documents, Muon and AdamW at the validator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError
+from torch import nn
+
+from nanochat.common import base_dir, check_memory
+from nanochat.config import GPTConfig, MuonAdamWConfig
+from nanochat.dataloader import Loader, PackingIndex
+from nanochat.dataset import list_shards
+from nanochat.gpt import GPT
+from nanochat.loss_eval import evaluate, own_share
+from nanochat.optim import build_optimizer
+from nanochat.schedules import settings
+from protocol import MAX_BLOB_BYTES, MAX_INDEX, Blobs, DataSpec, Digest, ProtocolError, TaskSpec
+from tasks.config import NanochatConfig
+from tasks.language import Dimension, EpochOrders, Shape, check_tokens, seeded, served_blobs
+from tasks.optimizer import Settings
+from tasks.text import prepare_tokens, silent
+from tasks.tokenizer import RustTokenizer, load_file
+from tasks.tokens import Tokens
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (batch_size, seq_len), int64, on the CPU
+
+CPU = torch.device("cpu")
+LEAST_DOCUMENT = 8  # tokens of a document on average, for a miner to pack a stranger's: 4 million take it seconds
+FEW = 100_000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Heads = Annotated[int, Field(ge=1, le=512)]
+
+
+class NanochatShape(Shape):
+    """Model, packing, batches and seed."""
+
+    n_layer: Heads
+    n_head: Heads
+    n_kv_head: Heads
+    n_embd: Dimension
+    vocab_size: Dimension
+    sequence_len: Annotated[int, Field(ge=2, le=1 << 17)]
+    window_pattern: Annotated[str, Field(pattern=r"^[SL]{1,64}$")]
+    value_embeds: bool
+    smear: bool
+    backout: bool
+    dtype: Literal["fp32", "bf16"]
+    crop: Literal["discard", "keep"]
+    bos: Annotated[int, Field(ge=0, lt=1 << 20)]
+    batch_size: Dimension
+    eval_sequences: Dimension
+    seed: Annotated[int, Field(ge=0, le=MAX_INDEX)]
+
+    def check(self) -> None:
+        config = self.config()  # ValueError where the widths do not fit
+        if 4 * config.parameter_counts()["total"] > MAX_BLOB_BYTES:
+            raise ValueError("a model too large for its state to be sent")
+        if self.bos >= self.vocab_size:
+            raise ValueError(f"bos {self.bos} is not in a vocabulary of {self.vocab_size}")
+
+    def config(self) -> GPTConfig:
+        return GPTConfig(**self.model_dump(include=set(GPTConfig.__dataclass_fields__)))
+
+
+class Nanochat:
+    """The task (tasks.Task). A row is T + 1 tokens of packed documents, each behind a <|bos|>: T inputs, T targets."""
+
+    unit: ClassVar[str] = "tokens"
+
+    def __init__(
+        self, shape: NanochatShape, data: DataSpec, tokens: Tokens, tokenizer: RustTokenizer | None = None
+    ) -> None:
+        """The tokenizer is the validator's alone. Raises ValueError where the text makes no micro-batch."""
+        self.shape = shape
+        self.config = shape.config()
+        self._data = data
+        self._tokens = tokens
+        self._tokenizer = tokenizer
+        self._train = self._packed("train", shape.crop)
+        self._orders = EpochOrders(shape.seed, len(self._train))
+        if not self.batches_per_epoch:
+            raise ValueError(
+                f"--nanochat.text: {len(tokens.train)} tokens for training make {len(self._train)} rows of "
+                f"{shape.sequence_len}, less than a micro-batch of {shape.batch_size}; give more text, or lower "
+                "--nanochat.batch_size or --nanochat.seq_len"
+            )
+
+    def _packed(self, part: Literal["train", "validation"], crop: Literal["discard", "keep"]) -> PackingIndex:
+        """The rows of a part of the tokens. A validator keeps them in a file beside the tokens, a miner writes none."""
+        tokens, bos, row_len = getattr(self._tokens, part), self.shape.bos, self.shape.sequence_len + 1
+        if self._tokenizer is None:
+            return PackingIndex.build(tokens, bos, row_len, crop=crop)
+        digest = self._tokenizer.inner.digest
+        name, folder = f"{part}-{self.data_digest}", self._tokens.path.parent
+        return PackingIndex.cached(folder, tokens, name=name, bos=bos, row_len=row_len, crop=crop, tokenizer=digest)
+
+    @cached_property
+    def _validation(self) -> PackingIndex:
+        """All of the validation text, whatever becomes of the training text that is cut."""
+        return self._packed("validation", "keep")
+
+    @classmethod
+    def prepare(
+        cls,
+        config: NanochatConfig,
+        *,
+        seed: int,
+        cache: Path,
+        device: torch.device = CPU,
+        progress: Callable[[str], None] = silent,
+    ) -> Self:
+        """Model and text by the flags. Raises ValueError, in one line, for either that cannot be had."""
+        if not 0 <= seed <= MAX_INDEX:
+            raise ValueError(f"--seed {seed}: must lie between 0 and 2^53")
+        tokenizer = _tokenizer(config.tokenizer, progress)
+        shape = _resolve(config, tokenizer, device, seed)
+        tokens, data = prepare_tokens(replace(config, text=_text(config.text, progress)), tokenizer, cache, progress)
+        task = cls(shape, data, tokens, tokenizer)
+        kept, total = task._train.kept, task._train.total
+        advice = "" if config.crop == "keep" else "; --nanochat.crop keep takes all"
+        progress(f"packed {kept / total:.0%} of {total / 1e6:.1f} M tokens into {len(task._train):,} rows{advice}")
+        if not len(task._validation):
+            raise ValueError(
+                f"--nanochat.validation: {len(tokens.validation)} tokens for validation are less than a row of "
+                f"{shape.sequence_len}; raise --nanochat.validation, or give more text or a smaller --nanochat.seq_len"
+            )
+        return task
+
+    @classmethod
+    def from_spec(cls, spec: TaskSpec, data: DataSpec, tokens: Tokens) -> Self:
+        shape = NanochatShape.parse(spec)
+        check_tokens(data, tokens, shape.vocab_size)
+        documents = sum(int(np.count_nonzero(part == shape.bos)) for part in (tokens.train, tokens.validation))
+        if documents * LEAST_DOCUMENT > len(tokens.train) + len(tokens.validation) + LEAST_DOCUMENT * FEW:
+            raise ProtocolError(f"{documents} documents of less than {LEAST_DOCUMENT} tokens: packing takes too long")
+        try:
+            return cls(shape, data, tokens)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
+
+    def spec(self) -> TaskSpec:
+        return TaskSpec(name="nanochat", parameters=self.shape.model_dump())
+
+    @property
+    def data_spec(self) -> DataSpec:
+        return self._data
+
+    @property
+    def data_digest(self) -> Digest:
+        return self._data.tokens.digest
+
+    def blobs(self) -> Blobs:
+        return served_blobs(self._data, self._tokens, self._tokenizer.vocabulary if self._tokenizer else None)
+
+    # --- the model ----------------------------------------------------------------------------------------------------
+
+    def build_model(self, device: torch.device | str, initial: bool) -> nn.Module:
+        """In training mode, weights fp32. The initial ones are made on the CPU, so they are the same for every device.
+
+        Raises ProtocolError where the device has not the memory to train it.
+        """
+        try:
+            _check_memory(self.config, self.shape.batch_size, self.shape.dtype, torch.device(device), initial)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
+        model = GPT(self.config, DTYPES[self.shape.dtype], device)
+        if initial:
+            with seeded(self.shape.seed):
+                model.init_weights()
+        return model.train()
+
+    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return dict(sorted(model.named_parameters()))
+
+    def buffers(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return {}
+
+    def optimizer(self, model: nn.Module, config: MuonAdamWConfig) -> torch.optim.Optimizer:
+        return build_optimizer(model, config)
+
+    def settings(self, config: MuonAdamWConfig, step: int, steps: int, units: int) -> Settings:
+        return settings(config, self.config, step, steps, units)
+
+    def flops(self, model: nn.Module) -> float:
+        return float(self.config.flops_per_token())
+
+    def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """What `nanochat.checkpoint_manager.load_model` and `scripts/base_eval.py` need."""
+        meta: dict[str, Any] = {"config": asdict(self.config), "dtype": self.shape.dtype}
+        meta["validation"] = self._data.validation
+        if self._tokenizer is None or self._tokenizer.vocabulary is None:
+            return meta, {}
+        meta["tokenizer"] = self._tokenizer.inner.digest
+        return meta, {"tokenizer.json": self._tokenizer.vocabulary}
+
+    # --- the data -----------------------------------------------------------------------------------------------------
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self._orders.windows // self.shape.batch_size
+
+    def batch(self, index: int) -> Batch:
+        return _shifted(self._train.rows(self._orders.batch(index, self.shape.batch_size)))
+
+    def loader(self, device: torch.device, rank: int = 0, world: int = 1) -> Loader:
+        """The same batches in their order, every `world`-th of them from `rank` on, made ahead for the device."""
+        size, tokenizer = self.shape.batch_size, self._tokenizer.inner.digest if self._tokenizer else None
+        return Loader(self._train, self._orders, size, rank=rank, world_size=world, device=device, tokenizer=tokenizer)
+
+    def count(self, index: int) -> int:
+        return self.shape.batch_size * self.shape.sequence_len
+
+    # --- the loss -----------------------------------------------------------------------------------------------------
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Cross entropy in nats, summed over the batch's tokens; fp32 scalar."""
+        device = next(model.parameters()).device
+        inputs, targets = (ids.to(device, non_blocking=True) for ids in batch)
+        loss: torch.Tensor = model(inputs, targets, reduction="sum")
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """{"val_loss": mean nats per token, "val_bpb": bits per byte} over rows spread evenly over the validation part.
+
+        A miner, which has no tokenizer, knows no bytes: it gets the loss alone.
+        """
+        rows = self._validation
+        wanted = min(self.shape.eval_sequences, len(rows))
+        chosen = np.arange(wanted, dtype=np.int64) * len(rows) // wanted
+        size = self.shape.batch_size
+        batches = (_shifted(rows.rows(chosen[i : i + size])) for i in own_share(range(0, wanted, size)))
+        sizes = self._tokenizer.inner.token_bytes() if self._tokenizer else None
+        training = model.training
+        model.eval()
+        sums = evaluate(model, batches, sizes)
+        model.train(training)
+        return {"val_loss": sums.loss} | ({"val_bpb": sums.bits_per_byte} if self._tokenizer else {})
+
+
+def _shifted(rows: Any) -> Batch:
+    ids = torch.from_numpy(rows)  # (batch_size, seq_len + 1)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def _tokenizer(name: str, progress: Callable[[str], None]) -> RustTokenizer:
+    """The tokenizer behind --nanochat.tokenizer. Raises ValueError if it cannot be had."""
+    path = base_dir() / "tokenizer.json" if name == "auto" else Path(name).expanduser()
+    if name == "byte" or (name == "auto" and not path.exists()):
+        from nanochat.tokenizer import Tokenizer
+
+        if name == "auto":
+            progress(f"tokenizer: bytes, for there is no {path}; python scripts/tok_train.py --out {path} makes one")
+        return RustTokenizer(Tokenizer.bytewise().blob)
+    return load_file("nanochat", path)
+
+
+def _text(name: str, progress: Callable[[str], None]) -> str:
+    """What --nanochat.text auto stands for."""
+    if name != "auto":
+        return name
+    folder = base_dir() / "base_data"
+    if list_shards(folder):
+        return str(folder)
+    progress(
+        f"text: the standard library, for there are no shards in {folder}; python -m nanochat.dataset -n 8 gets some"
+    )
+    return "stdlib"
+
+
+def _resolve(config: NanochatConfig, tokenizer: RustTokenizer, device: torch.device, seed: int) -> NanochatShape:
+    """The shape by the flags, for the tokenizer's vocabulary."""
+    try:
+        model = GPTConfig.from_depth(
+            config.depth,
+            config.preset,
+            vocab_size=tokenizer.vocab_size,
+            sequence_len=config.seq_len,
+            aspect_ratio=config.aspect_ratio,
+            head_dim=config.head_dim,
+            kv_ratio=config.kv_ratio,
+            window_pattern=config.window_pattern,
+        )
+        dtype = _dtype(config.dtype, device)
+        _check_memory(model, config.batch_size, dtype, device, optimizer=True)
+        shape = NanochatShape(
+            **asdict(model),
+            dtype=dtype,
+            crop=config.crop,
+            bos=tokenizer.separator,
+            batch_size=config.batch_size,
+            eval_sequences=config.eval_sequences,
+            seed=seed,
+        )
+        shape.check()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = f"{first['loc'][0]} {first['input']}: {first['msg']}"
+        raise ValueError(f"--nanochat.depth {config.depth}: {reason}") from None
+    except ValueError as error:
+        flag = f"--nanochat.depth {config.depth}: "
+        raise ValueError(flag + str(error).removeprefix(flag)) from None
+    return shape
+
+
+def _dtype(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> Literal["fp32", "bf16"]:
+    """What --nanochat.dtype auto stands for on this machine."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def _check_memory(config: GPTConfig, batch: int, dtype: str, device: torch.device, optimizer: bool) -> None:
+    """With what is held besides the model, on a CPU: the state; at a miner, without the optimizer, also the payload."""
+    copies = (1 if optimizer else 2) if device.type == "cpu" else 0
+    check_memory(config, batch, device, optimizer, activation_bytes=DTYPES[dtype].itemsize, copies=copies)
