@@ -42,7 +42,6 @@ from protocol import (
     Order,
     Range,
     Receipt,
-    Refused,
     Reply,
     Signed,
     Status,
@@ -55,6 +54,7 @@ from protocol import (
 from transport.auth import Guard
 from transport.axon import Axon
 from transport.dendrite import Dendrite, Endpoint
+from values import Refused
 
 SIZE = 500_000_000  # bytes
 TURNS = 7

@@ -16,8 +16,6 @@ ledger whichever way it came. This module does no I/O, knows no keys and imports
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, ClassVar, Final, Literal, NamedTuple, Self, TypeVar
 
@@ -257,7 +255,10 @@ class Update(Part):
 
 
 class Order(Message):
-    """What one miner shall do in one round. Its deadline runs on the miner's clock from accepting it."""
+    """What one miner shall do in one round. Deadline and budget run on its own clock from when it first hears of it.
+
+    With `staleness` 1 the work begins when that of the order before it ends, and the budget runs from then.
+    """
 
     kind: ClassVar[str] = "order"
 
@@ -274,6 +275,7 @@ class Order(Message):
     staleness: Annotated[int, Field(ge=0, le=1)]  # and not true, which a Literal takes for 1
     codec_up: Name
     codec_down: Name
+    budget_s: Seconds = 0.0  # until the reply shall be there, if the ranges are not done before; 0: only the deadline
 
 
 class Reply(Message):
@@ -311,6 +313,7 @@ class Receipt(Message):
     work: Count  # examples or tokens in them, by the validator's own count
     scores: dict[Name, Number]
     weight: Number
+    seconds: Seconds = 0.0  # from the order to the whole reply, on the validator's clock; 0: none came
 
 
 class Stop(Message):
@@ -337,13 +340,27 @@ class Hello(Message):
     time_ns: Nanoseconds
 
 
+class Announce(Message):
+    """A miner tells a validator where it serves, or that it will pull its orders; and when it leaves."""
+
+    kind: ClassVar[str] = "announce"
+
+    hotkey: Hotkey
+    endpoint: Text | None  # HOST:PORT; an empty host is the address that the announcement comes from; None: it pulls
+    tls: bool
+    tasks: Annotated[tuple[Name, ...], Field(max_length=64)]
+    codecs: Annotated[tuple[Name, ...], Field(max_length=64)]
+    leaving: bool
+    time_ns: Nanoseconds
+
+
 class Status(Message):
     """What a miner is doing."""
 
     kind: ClassVar[str] = "status"
 
     hotkey: Hotkey
-    state: Literal["idle", "working", "done"]
+    state: Literal["idle", "working", "done", "leaving"]
     order: Digest | None
     run: Name | None
     round: Count | None
@@ -379,71 +396,4 @@ class Refusal(Message):
     time_ns: Nanoseconds = 0  # the server's clock: a caller whose clock is wrong signs again with it
 
 
-MESSAGES: dict[str, type[Message]] = {m.kind: m for m in (Hello, Order, Reply, Status, Stop, Receipt)}
-
-
-# --- values that transport and market exchange (never on the wire as such) --------------------------------------------
-
-Blobs = Mapping[Digest, Buffer]  # what the validator can hand over
-
-
-class Refused(Exception):
-    """A request is refused: the HTTP status, and what the refusal says."""
-
-    def __init__(
-        self,
-        status: int,
-        reason: str,
-        fault: Fault | None = None,
-        missing: Iterable[BlobRef] = (),
-        held: Mapping[Digest, int] | None = None,
-    ) -> None:
-        super().__init__(reason)
-        self.status, self.reason, self.fault = status, reason, fault
-        self.missing, self.held = tuple(missing), dict(held or {})
-
-
-class Faulted(Exception):
-    """A peer's part of the round failed; becomes its receipt's verdict, with the reason in one line."""
-
-    def __init__(self, fault: Fault, reason: str) -> None:
-        self.fault = fault
-        self.reason = one_line(reason)
-        super().__init__(f"{fault}: {self.reason}")
-
-
-@dataclass(frozen=True)
-class Link:
-    """A miner as its validator sees it at this moment: for display."""
-
-    endpoint: str
-    hotkey: Hotkey | None  # None before its first hello
-    state: str  # "away", "idle", "ordering", "sending 43 %", "working", "fetching 12 %", "done"
-    batches_done: int  # of the present order
-    batches: int  # that it has been ordered
-    latency_s: float  # of its last short request, there and back; 0 where none was answered yet
-    bytes_up: int  # miner to validator, since the start
-    bytes_down: int
-
-
-@dataclass(frozen=True)
-class Received:
-    """A signed reply whose payload lies whole, with the right digest, in the file that the caller named."""
-
-    reply: Reply
-    signed: Signed
-    bytes_up: int  # miner to validator
-    bytes_down: int  # validator to miner
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """A committed round: the one transaction that makes it done."""
-
-    round: int
-    version: Version  # after the round; the one before it where no reply was good
-    cursor: str  # JSON: the next index to order and the ranges that came back
-    receipts: tuple[Signed, ...]  # one an order, in the order of the hotkeys; those ACCEPTED made the gradient
-    weights: Mapping[Hotkey, float]
-    ranker: str  # JSON: the ranker's state
-    metrics: Mapping[str, float | int | str]
+MESSAGES: dict[str, type[Message]] = {m.kind: m for m in (Hello, Announce, Order, Reply, Status, Stop, Receipt)}

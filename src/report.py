@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     import torch
 
     from market.learner import Learner
-    from protocol import RoundRecord
     from records.console import Console
     from records.metrics import Metrics
     from records.store import Store
     from tasks import Task
+    from values import RoundRecord
 
 Curve = list[tuple[float, float]]  # (rounds done, validation loss)
 

@@ -24,7 +24,6 @@ from protocol import (
     ProtocolError,
     Range,
     Receipt,
-    Refused,
     Reply,
     Signed,
     Status,
@@ -37,6 +36,7 @@ from protocol import (
 from transport.auth import Guard
 from transport.axon import Axon
 from transport.dendrite import Dendrite, Endpoint
+from values import Refused
 
 VALIDATOR = Keypair.create_from_uri("//Validator")
 MINER = Keypair.create_from_uri("//Miner")

@@ -2,22 +2,8 @@
 
 from __future__ import annotations
 
-from protocol import (
-    BlobRef,
-    DataSpec,
-    Fault,
-    Message,
-    Order,
-    Range,
-    Receipt,
-    Received,
-    Reply,
-    RoundRecord,
-    Signed,
-    TaskSpec,
-    Update,
-    digest,
-)
+from protocol import BlobRef, DataSpec, Fault, Message, Order, Range, Receipt, Reply, Signed, TaskSpec, Update, digest
+from values import Received, RoundRecord
 
 VALIDATOR = "5" + "V" * 47
 HOTKEYS = tuple("5" + letter * 47 for letter in "ABC")

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from protocol import Fault, Message, Order, ProtocolError, Refused, Reply, Signed, Stop
+from protocol import Fault, Message, Order, ProtocolError, Reply, Signed, Stop
 from tests.echo import MALLORY, MINER, VALIDATOR, make_order
 from transport.auth import AuthError, Guard, StaleRequest, Verifier, WrongReceiver, seal, sign_request, unseal
 from transport.wallets import load_keypair
+from values import Refused
 
 ORDER = make_order()
 

@@ -171,7 +171,8 @@ def test_a_terminal_is_left_in_order(run: Run) -> None:
 
 SCRIPT = """
 import asyncio, sys
-from protocol import Fault, Link, Receipt
+from protocol import Fault, Receipt
+from values import Link
 from records.console import Console
 
 def hotkey(i): return "5" + f"{i:03}".replace("0", "z") + "G" * 44

@@ -14,10 +14,11 @@ from typing_extensions import Buffer
 
 from codec import load_codec
 from market.worker import Worker
-from protocol import Digest, Fault, Hotkey, Order, Range, Refused, Reply, Status, digest
+from protocol import Digest, Fault, Hotkey, Order, Range, Reply, Status, digest
 from tasks.gpt2 import GPT2
 from tests.tiny import MINERS, equal, make_place, parameters, play, receipts, tiny_task
 from transport.loopback import run
+from values import Refused
 
 LIAR, HONEST = (k.ss58_address for k in MINERS[:2])
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from records_samples import HOTKEYS, order, orders, receipt, record
 
-from protocol import Fault, RoundRecord
+from protocol import Fault
 from records.ledger import Ledger, Total
+from values import RoundRecord
 
 A, B, C = HOTKEYS
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from protocol import Fault, Faulted, Reply, Stop, digest
+from protocol import Fault, Reply, Stop, digest
 from tests.echo import MALLORY, MINER, STATE, TOKENS, VALIDATOR, Echo, blobs_of, make_order, make_receipt
 from transport.auth import unseal
 from transport.loopback import Loopback, run
+from values import Faulted
 
 DAY_S = 86400.0
 

@@ -24,11 +24,11 @@ from protocol import (
     MAX_RANGES,
     MESSAGES,
     RELEASE,
+    Announce,
     BlobRef,
     DatasetRef,
     DataSpec,
     Fault,
-    Faulted,
     Hasher,
     Hello,
     Message,
@@ -48,6 +48,7 @@ from protocol import (
     signing_bytes,
 )
 from transport.auth import unseal
+from values import Faulted
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "protocol.json").read_text())
 SETTINGS = settings(derandomize=True, max_examples=100, deadline=None, database=None)
@@ -75,6 +76,7 @@ ORDER = Order(
     staleness=0,
     codec_up="bf16",
     codec_down="fp32",
+    budget_s=60.0,
 )
 REPLY = Reply(
     **WHICH,
@@ -98,12 +100,16 @@ RECEIPT = Receipt(
     work=4096,
     scores={"accepted_work": 1e6},
     weight=0.25,
+    seconds=59.5,
 )
 SAMPLES: dict[str, Message] = {
     "order": ORDER,
     "reply": REPLY,
     "receipt": RECEIPT,
     "stop": Stop(**WHICH, order=C),
+    "announce": Announce(
+        hotkey=ALICE, endpoint=":8091", tls=False, tasks=("gpt2",), codecs=("fp32",), leaving=False, time_ns=4
+    ),
     "hello": Hello(hotkey=ALICE, nonce="0" * 32, tasks=("gpt2",), codecs=("fp32", "bf16"), version=None, time_ns=1),
     "status": Status(hotkey=ALICE, state="working", order=A, run="demo", round=7, version=B, batches_done=3, time_ns=2),
     "refusal": Refusal(
@@ -127,6 +133,14 @@ def test_text_digest_and_signing_bytes_are_golden(kind: str) -> None:
     assert type(message).parse(golden["text"]) == message
     assert digest(kind, golden["text"].encode()) == golden["digest"]
     assert signing_bytes(kind, golden["text"]).decode() == golden["signing_bytes"]
+
+
+@pytest.mark.parametrize("kind", GOLDEN["earlier"])
+def test_what_was_kept_before_a_field_was_added_is_still_read(kind: str) -> None:
+    """The new field has its default, and everything else is as it was."""
+    earlier = GOLDEN["earlier"][kind]
+    message = MESSAGES[kind].parse(earlier)
+    assert json.loads(message.text()).items() >= json.loads(earlier).items()
 
 
 def test_the_release_is_that_of_the_package() -> None:

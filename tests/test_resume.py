@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from protocol import Receipt, RoundRecord
+from protocol import Receipt
 from records.store import Store
 from tests.processes import Miner, run_validator, start_miner, start_validator
+from values import RoundRecord
 
 LOOKS = ("--eval-every", "10", "--snapshot-every", "15")
 

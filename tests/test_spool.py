@@ -15,9 +15,10 @@ import pytest
 from records_samples import HOTKEYS, VALIDATOR, payload, receipt, received
 
 from limits import Limits
-from protocol import BlobRef, Fault, Faulted, ProtocolError, Received, Signed, digest
+from protocol import BlobRef, Fault, ProtocolError, Signed, digest
 from records.cache import Cache
 from records.spool import Spool
+from values import Faulted, Received
 
 A, B, C = HOTKEYS
 

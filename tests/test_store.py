@@ -17,8 +17,9 @@ import pytest
 import torch
 from records_samples import HOTKEYS, orders, payload, receipt, received, record
 
-from protocol import Fault, Receipt, RoundRecord
+from protocol import Fault, Receipt
 from records.store import Store
+from values import RoundRecord
 
 META = {"task": '"gpt2"', "seed": "1"}
 SNAPSHOT_EVERY = 3

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from limits import Limits
-from protocol import Digest, Fault, Faulted, Hotkey, Reply
+from protocol import Digest, Fault, Hotkey, Reply
 from tests.echo import Echo, blobs_of, dendrite, make_order, served
 from tests.proxy import line_to
+from values import Faulted
 
 BIG = os.urandom(12 << 20)
 CUT = 3 << 20

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol import Digest, Fault, Faulted, Hotkey, Order, Refused, Reply, Status, Stop
+from protocol import Digest, Fault, Hotkey, Order, Reply, Status, Stop
 from tests.echo import (
     MALLORY,
     MINER,
@@ -29,6 +29,7 @@ from tests.echo import (
 from transport.auth import unseal
 from transport.axon import Axon
 from transport.dendrite import Dendrite, Endpoint, parse_endpoint
+from values import Faulted, Refused
 
 
 def free_port() -> int:

@@ -31,7 +31,6 @@ from protocol import (
     ProtocolError,
     Range,
     Receipt,
-    Refused,
     Reply,
     Signed,
     Stop,
@@ -45,6 +44,7 @@ from tasks.tokens import Tokens
 from tests.tiny import CPU, MINERS, OPTIMIZER, VALIDATOR, make_worker, tiny_task
 from transport.auth import seal
 from transport.loopback import run
+from values import Refused
 
 FP32 = load_codec("fp32")
 MINER = MINERS[0]

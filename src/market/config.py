@@ -84,9 +84,14 @@ class TrainingConfig:
 @dataclass(frozen=True)
 class ServeConfig:
     port: int | None = None
-    """TCP port for GET /v1/status, for health checks; 0 takes a free one, None serves nothing."""
+    """TCP port for GET /v1/status and, with --admit, for miners that announce themselves or pull their orders; 0 takes
+    a free one, None serves nothing."""
     ip: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every interface."""
+    tls_cert: Path | None = None
+    """PEM file with the validator's certificate: serve by TLS. Miners then need --tls-ca."""
+    tls_key: Path | None = None
+    """PEM file with the certificate's key."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,11 @@ class ValidatorConfig(TrainingConfig):
     limits: Limits = field(default_factory=Limits)
     axons: tuple[str, ...] = ()
     """Miners: a port on this machine, or host:port@ss58 elsewhere (the ss58 address of the miner's hotkey)."""
+    axons_file: Path | None = None
+    """File with a miner a line, as --axons takes them; # begins a comment. Read again when it changes."""
+    admit: str = ""
+    """Miners that announce themselves at --serve.port: everyone, or a file with an ss58 address a line, read again when
+    it changes. Empty admits nobody."""
     tls_ca: Path | None = None
     """PEM file with the certificates that sign those of the miners: every miner of --axons is then reached by TLS."""
     local: int = 0
@@ -112,9 +122,23 @@ class ValidatorConfig(TrainingConfig):
     resume: bool = False
     """Continue the run where its ledger ends; its flags are the defaults."""
     batches: int = 4
-    """Micro-batches ordered from each miner in a round."""
-    deadline: float = 300.0
-    """Seconds from sending an order until its reply must be here."""
+    """Micro-batches ordered from each miner in a round; with --round-seconds at least so many."""
+    round_seconds: float = 0.0
+    """Time budget of a round: each miner computes as much as it can and has its reply here by then. 0: --batches each."""
+    deadline: float | Literal["auto"] | None = None
+    """Seconds from sending an order until its reply must be here. auto closes a round when --quorum of its miners have
+    answered and most would have by their history. None: 300, or twice --round-seconds."""
+    quorum: float = 0.5
+    """--deadline auto: share of a round's miners that must have answered before it may close."""
+    deadline_k: float = 4.0
+    """--deadline auto: a round closes at median + k * MAD of the seconds that replies took lately."""
+    grace: float = 10.0
+    """Seconds that miners have, when a round is closed early or the validator is stopped, to send what they did."""
+    overlap: Literal[0, 1] = 0
+    """1: miners go on with the last version while the validator applies their replies (gradients are a step old)."""
+    coverage: Literal["stream", "once"] = "stream"
+    """stream: work that was lost is ordered again first, and the next epoch does not wait for it; once: no work of the
+    next epoch is ordered before all of this one is accepted."""
     snapshot_every: int = 50
     """Rounds between snapshots of the model and the optimizer. A restart replays the rounds after the newest."""
     snapshot_keep: int = 2
@@ -198,6 +222,14 @@ class MinerConfig:
     """CPU threads that torch uses; 0 leaves it to torch."""
     compile: bool = False
     """Compile the model with torch.compile: faster after a first round that takes a minute more."""
+    validator: str = ""
+    """HOST:PORT@SS58 of a validator with --serve.port and --admit: announce this miner to it."""
+    pull: bool = False
+    """Open no port: fetch orders from --validator and upload the work (behind NAT)."""
+    tls_ca: Path | None = None
+    """PEM file with the certificates that sign the validator's: --validator is then reached by TLS."""
+    grace: float = 10.0
+    """Seconds, when told to end (Ctrl-C, SIGTERM), to finish the micro-batch and hand over what was done."""
     allow: tuple[str, ...] = ()
     """Hotkeys (ss58) of the validators to work for. On loopback, without it, the first one to call is pinned."""
     unpin: bool = False

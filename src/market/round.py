@@ -31,24 +31,11 @@ from codec import Codec
 from market.cursor import Cursor, indices, size, subtract
 from market.learner import Learner
 from market.verify import Contribution, verify
-from protocol import (
-    Blobs,
-    Fault,
-    Faulted,
-    Hotkey,
-    Message,
-    Order,
-    ProtocolError,
-    Range,
-    Receipt,
-    Received,
-    RoundRecord,
-    Signed,
-    Stop,
-)
+from protocol import Fault, Hotkey, Message, Order, ProtocolError, Range, Receipt, Signed, Stop
 from ranking import Evidence, Ranker
 from tasks import Task
 from tasks.optimizer import Settings, kept_settings
+from values import Blobs, Faulted, Received, RoundRecord
 
 if TYPE_CHECKING:
     import torch

@@ -39,7 +39,6 @@ from protocol import (
     Order,
     ProtocolError,
     Receipt,
-    Refused,
     Reply,
     Signed,
     Status,
@@ -51,6 +50,7 @@ from protocol import (
 )
 from tasks import Task, load_task
 from tasks.tokens import Tokens
+from values import Refused
 
 RESERVE = 0.05  # of the deadline, kept for encoding and the way back
 

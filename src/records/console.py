@@ -26,7 +26,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from protocol import Hotkey, Link, Receipt
+from protocol import Hotkey, Receipt
+from values import Link
 
 logger = logging.getLogger(__name__)
 

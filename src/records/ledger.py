@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protocol import Hotkey, Order, Receipt, RoundRecord, Signed
+from protocol import Hotkey, Order, Receipt, Signed
+from values import RoundRecord
 
 SCHEMA_VERSION = 1
 SCHEMA = """

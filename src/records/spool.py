@@ -22,7 +22,8 @@ from typing_extensions import Buffer
 
 from durable import hash_rest, make_folder, replacing, sync_file
 from limits import Limits
-from protocol import Count, Fault, Faulted, Hasher, Hotkey, Part, Received, Reply, Signed
+from protocol import Count, Fault, Hasher, Hotkey, Part, Reply, Signed
+from values import Faulted, Received
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,11 @@ from typing_extensions import Buffer
 
 from durable import FileLock, make_folder
 from limits import Limits
-from protocol import Hotkey, Received, RoundRecord, Signed
+from protocol import Hotkey, Signed
 from records.ledger import Ledger, Total
 from records.snapshots import Snapshot, Snapshots
 from records.spool import Spool
+from values import Received, RoundRecord
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from protocol import MAX_SERVED_BYTES, Blobs, DataSpec, Digest, Fault, Part, ProtocolError, TaskSpec
+from protocol import MAX_SERVED_BYTES, DataSpec, Digest, Fault, Part, ProtocolError, TaskSpec
 from tasks.tokens import Tokens, window_order
+from values import Blobs
 
 Dimension = Annotated[int, Field(ge=1, le=1 << 20)]
 

@@ -16,19 +16,8 @@ from bittensor.http_auth import AuthError, MalformedAuth, StaleRequest, WrongRec
 from bittensor.sp_core import CRYPTO_SR25519, Keypair, verify
 from bittensor.wallets import is_bittensor_address
 
-from protocol import (
-    Digest,
-    Fault,
-    Hotkey,
-    Message,
-    Order,
-    ProtocolError,
-    Refused,
-    Reply,
-    Signed,
-    one_line,
-    signing_bytes,
-)
+from protocol import Digest, Fault, Hotkey, Message, Order, ProtocolError, Reply, Signed, one_line, signing_bytes
+from values import Refused
 
 __all__ = [
     "AuthError",

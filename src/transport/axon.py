@@ -22,23 +22,13 @@ from aiohttp import web
 from pydantic import ValidationError
 
 from limits import Limits
-from protocol import (
-    BlobRef,
-    Digest,
-    Fault,
-    Hotkey,
-    Message,
-    Order,
-    Receipt,
-    Refused,
-    Signed,
-    Stop,
-)
+from protocol import BlobRef, Digest, Fault, Hotkey, Message, Order, Receipt, Signed, Stop
 from transport import Service
 from transport.auth import Guard, Keypair, Verifier, seal, unseal
 from transport.door import Door
 from transport.health import health_response
 from transport.pump import CHUNK, Pace, pump
+from values import Refused
 
 CALLER = web.RequestKey("caller", str)  # of a signed request
 

@@ -14,25 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from limits import Limits
-from protocol import (
-    Blobs,
-    Fault,
-    Faulted,
-    Hello,
-    Hotkey,
-    Link,
-    Message,
-    Order,
-    ProtocolError,
-    Received,
-    Refused,
-    Signed,
-    new_nonce,
-    one_line,
-)
+from protocol import Fault, Hello, Hotkey, Message, Order, ProtocolError, Signed, new_nonce, one_line
 from transport.auth import Keypair, seal, unseal
 from transport.exchange import Exchange, Room
 from transport.peer import Endpoint, Lost, Peer, open_session, parse_endpoint
+from values import Blobs, Faulted, Link, Received, Refused
 
 __all__ = ["Dendrite", "Endpoint", "Peer", "parse_endpoint"]
 

@@ -26,8 +26,9 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from limits import Limits
-from protocol import Fault, ProtocolError, Refusal, Refused
+from protocol import Fault, ProtocolError, Refusal
 from transport.auth import AuthError, WrongReceiver
+from values import Refused
 
 READ_BUFFER = 64 << 10  # bytes held of a request that nobody reads yet, for each connection
 LINGER_S = 1.0  # a refused sender may still send that long, so that it sees the refusal

@@ -22,25 +22,12 @@ import aiohttp
 from typing_extensions import Buffer
 
 from limits import Limits
-from protocol import (
-    MAX_BLOB_BYTES,
-    BlobRef,
-    Blobs,
-    Digest,
-    Fault,
-    Faulted,
-    Order,
-    ProtocolError,
-    Received,
-    Refused,
-    Reply,
-    Signed,
-    Status,
-)
+from protocol import MAX_BLOB_BYTES, BlobRef, Digest, Fault, Order, ProtocolError, Reply, Signed, Status
 from transport.auth import open_reply, unseal
 from transport.download import Download
 from transport.peer import Lost, Peer
 from transport.pump import CHUNK, pump
+from values import Blobs, Faulted, Received, Refused
 
 T = TypeVar("T")
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from aiohttp import web
 
 from limits import Limits
-from protocol import Health, Refused
+from protocol import Health
 from transport.door import Door
+from values import Refused
 
 
 def health_response(health: Health) -> web.Response:

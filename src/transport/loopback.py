@@ -15,23 +15,10 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from protocol import (
-    Blobs,
-    Fault,
-    Faulted,
-    Hotkey,
-    Message,
-    Order,
-    ProtocolError,
-    Receipt,
-    Received,
-    Refused,
-    Signed,
-    Stop,
-    digest,
-)
+from protocol import Fault, Hotkey, Message, Order, ProtocolError, Receipt, Signed, Stop, digest
 from transport import Service
 from transport.auth import Keypair, open_reply, seal, unseal
+from values import Blobs, Faulted, Received, Refused
 
 CHUNK = 1 << 20
 POLL_S = 20.0

@@ -15,9 +15,10 @@ from typing_extensions import Buffer
 from yarl import URL
 
 from limits import Limits
-from protocol import Hotkey, Link, ProtocolError, Refusal, Refused
+from protocol import Hotkey, ProtocolError, Refusal
 from transport.auth import Keypair, is_bittensor_address, sign_request
 from transport.pump import CHUNK, Pace
+from values import Link, Refused
 
 
 class Lost(Exception):

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from protocol import BlobRef, Fault, Faulted, Hotkey, Receipt, Signed, Status
+from protocol import BlobRef, Fault, Hotkey, Receipt, Signed, Status
 from records.cache import BlobWriter, Cache
 from tests.echo import Echo, blobs_of, dendrite, make_order, make_receipt, served
 from tests.processes import Process, program, start_miner, tiny_flags
 from tests.test_transport import free_port
+from values import Faulted
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAMESPACE = ["unshare", "--map-root-user", "--mount", "sh", "-e", "-c"]

@@ -14,24 +14,12 @@ import pytest
 from aiohttp import web
 
 from limits import Limits
-from protocol import (
-    BlobRef,
-    Digest,
-    Fault,
-    Faulted,
-    Hello,
-    Hotkey,
-    Message,
-    Order,
-    Refusal,
-    Refused,
-    Reply,
-    Status,
-)
+from protocol import BlobRef, Digest, Fault, Hello, Hotkey, Message, Order, Refusal, Reply, Status
 from tests.echo import MALLORY, MINER, STATE, Echo, Writer, blobs_of, dendrite, make_order, open_guard, served, serving
 from tests.proxy import line_to
 from transport.auth import seal
 from transport.axon import Axon
+from values import Faulted, Refused
 
 BLOB = make_order().update.blob
 Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
