@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from typing import TypeVar
@@ -24,7 +23,7 @@ class Phases:
     def __init__(self, executor: Executor | None, clock: Callable[[], float], charge: Charge | None = None) -> None:
         self._executor, self.clock, self._charge = executor, clock, charge
         self._turn = asyncio.Lock()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = {}
 
     async def run(self, phase: str, amount: float, function: Callable[..., T], *arguments: object) -> T:
         async with self._turn:
@@ -37,9 +36,9 @@ class Phases:
 
     def passed(self, phase: str, seconds: float) -> None:
         """What was measured elsewhere counts too."""
-        self._seconds[phase] += seconds
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call."""
-        taken, self._seconds = dict(self._seconds), Counter()
+        taken, self._seconds = self._seconds, {}
         return taken
