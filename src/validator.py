@@ -15,11 +15,12 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ from protocol import Health, Hotkey, Receipt
 if TYPE_CHECKING:
     import torch
 
+    from market.planning import Terms
     from market.round import Market, Network
     from records.console import Console
     from records.metrics import Metrics
@@ -47,7 +49,6 @@ logger = logging.getLogger("validator")
 
 async def train(config: ValidatorConfig, market: Market, store: Store, metrics: Metrics, console: Console) -> None:
     """The marketplace, one round after the other, from wherever the ledger ends."""
-    opened = None
     while True:
         # Once in a while, with the miners at work on the next round already: evaluate, save a snapshot.
         if due(market.round, config.eval_every, config.rounds) and market.round not in store.evaluations():
@@ -57,12 +58,11 @@ async def train(config: ValidatorConfig, market: Market, store: Store, metrics: 
             logger.debug("%d rounds done: saving a snapshot", market.round)
             market.save_snapshot(store.save_snapshot)
         report_round(market.round, store, metrics, console)
-        if market.round >= config.rounds or market.out_of_patience:
+        if not market.in_flight:
+            await market.fill(config.rounds)  # plan, broadcast
+        if not market.in_flight:
             break
-
-        opened = opened or await market.open()  # plan, broadcast
-        logger.debug("round %d: open, orders to %s", opened.round, ", ".join(k[:8] for k in opened.orders) or "nobody")
-        opened = await market.play(opened, last=market.round + 1 >= config.rounds)  # collect to commit; opens the next
+        await market.play(config.rounds)  # collect to commit; those that follow are in flight then
     await market.finish()
 
 
@@ -123,10 +123,16 @@ async def run(config: ValidatorConfig) -> None:
             with cli.mistakes(PROGRAM):
                 market = await restored_market(config, folder, task, network, store, tensors, console)
                 rewrite_metrics(store, metrics)
+                stack.enter_context(stopping_politely(market, console))
             began = time.monotonic()
-            async with console.watching(network.links):
-                await train(config, market, store, metrics, console)
+            try:
+                async with console.watching(network.links):
+                    await train(config, market, store, metrics, console)
+            finally:
+                await market.close()
             seconds = time.monotonic() - began
+            if market.stopping:
+                raise KeyboardInterrupt
         finally:
             await network.close()
             if status is not None:
@@ -139,6 +145,32 @@ async def run(config: ValidatorConfig) -> None:
         if gave_up:
             console.say(f"stopped after --patience {config.patience} rounds in a row without one good reply")
             raise SystemExit(1)
+
+
+@contextmanager
+def stopping_politely(market: Market, console: Console) -> Iterator[None]:
+    """Ctrl-C and SIGTERM close the round: the miners are told to stop, and what they have done is committed.
+
+    A second one stops at once; the round's orders are in the ledger, and --resume goes on with them.
+    """
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+
+    def stop() -> None:
+        if market.stopping:
+            task.cancel()
+            return
+        console.say(f"stopping: the round closes in {market.terms.grace_s:g} s at most; once more to stop at once")
+        market.request_stop()
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
 
 
 def prepare_task(config: ValidatorConfig, device: torch.device, console: Console) -> Task:
@@ -241,13 +273,13 @@ async def restored_market(
     from aggregation import load_aggregator
     from codec import load_codec
     from market.learner import Learner
-    from market.round import Market, Terms
+    from market.round import Market
     from ranking import load_ranker
 
     units = task.count(0) * config.batches * (len(config.axons) + config.local)  # of a round with all miners
     learner = Learner(task, config.optimizer_flags, load_codec(config.codec.down), cli.pick_device(config.device))
     market = Market(
-        Terms(folder.name, config.batches, config.deadline, config.patience, config.codec.up, config.codec.down),
+        terms_of(config, folder.name),
         task,
         learner,
         network,
@@ -271,6 +303,27 @@ async def restored_market(
     return market
 
 
+def terms_of(config: ValidatorConfig, run: str) -> Terms:
+    from market.planning import Terms
+
+    given = config.deadline if isinstance(config.deadline, float) else None
+    return Terms(
+        run,
+        config.batches,
+        given or max(300.0, 2 * config.round_seconds),
+        config.patience,
+        config.codec.up,
+        config.codec.down,
+        round_s=config.round_seconds,
+        auto=config.deadline == "auto",
+        quorum=config.quorum,
+        deadline_k=config.deadline_k,
+        grace_s=config.grace,
+        overlap=config.overlap,
+        once=config.coverage == "once",
+    )
+
+
 def check(config: ValidatorConfig) -> None:
     """Mistakes that can be seen without importing anything heavy."""
     from aggregation import AGGREGATORS
@@ -286,10 +339,19 @@ def check(config: ValidatorConfig) -> None:
     load_ranker(config.ranking)
     config.check_task()
     least = {"rounds": 1, "batches": 1, "patience": 1, "local": 0, "eval_every": 0, "snapshot_every": 1,
-             "snapshot_keep": 2, "deadline": 0.1, "connect_timeout": 0.1}  # fmt: skip
+             "snapshot_keep": 2, "deadline": 0.1, "connect_timeout": 0.1, "round_seconds": 0, "deadline_k": 0,
+             "grace": 0}  # fmt: skip
     for flag, value in least.items():
-        if flags[flag] < value:
-            raise ValueError(f"--{flag.replace('_', '-')} {flags[flag]}: must be {value} or more")
+        given = flags[flag]
+        if isinstance(given, int | float) and not value <= given < float("inf"):
+            raise ValueError(f"--{flag.replace('_', '-')} {given}: must be {value} or more")
+    if not 0 < config.quorum <= 1:
+        raise ValueError(f"--quorum {config.quorum:g}: a share of the miners, more than 0 and at most 1")
+    if isinstance(config.deadline, float) and config.deadline <= config.round_seconds:
+        raise ValueError(
+            f"--deadline {config.deadline:g}: must be more than --round-seconds {config.round_seconds:g}; "
+            "leave it out for twice that"
+        )
     config.limits.check()
     cli.check_port("serve.port", config.serve.port or 0)
     if not config.axons and not config.local:

@@ -149,23 +149,23 @@ def test_lie_is_refused_and_the_round_goes_on(tmp_path: Path, task: GPT2, lie: s
             task,
             wrap=lambda w: Liar(w, **lies) if w.hotkey == LIAR else w,
         )
-        Liar.specs = place.market.specs
-        opened = await place.market.open()
-        opened = await place.market.play(opened, last=False)
+        Liar.specs = place.market.flight.specs
+        await place.market.fill(2)
+        await place.market.play(2)
         first = parameters(place.market)
         receipt = receipts(place.store, 0)[LIAR]
         assert (receipt.verdict, receipt.work, receipt.done, receipt.weight) == (fault, 0, (), 0.0), receipt.reason
         assert receipt.reason
         assert receipts(place.store, 0)[HONEST].verdict == "ACCEPTED"
-        await place.market.play(opened, last=True)  # honest again: used again
+        await play(place.market, 2)  # honest again: used again
         assert receipts(place.store, 1)[LIAR].verdict == "ACCEPTED"
         return place.store.committed(0)[0].version, first
 
     async def honest_alone() -> tuple[str, dict[str, torch.Tensor]]:
         place = make_place(tmp_path / "honest", task)
-        opened = await place.market.open()
+        await place.market.fill(1)
         place.network.drop(LIAR)
-        await place.market.play(opened, last=True)
+        await play(place.market, 1)
         return place.market.learner.version, parameters(place.market)
 
     version, first = run(lying())
@@ -186,9 +186,9 @@ def test_silent_and_late(tmp_path: Path, task: GPT2) -> None:
 
     async def main() -> None:
         place = make_place(tmp_path, task, miners=MINERS[:3], wrap=lambda w: Asleep(w) if w.hotkey == LIAR else w)
-        opened = await place.market.open()
+        await place.market.fill(1)
         place.network.drop(HONEST)
-        await place.market.play(opened, last=True)
+        await play(place.market, 1)
         verdicts = {hotkey: r.verdict for hotkey, r in receipts(place.store, 0).items()}
         assert verdicts == {LIAR: Fault.LATE, HONEST: Fault.SILENT, MINERS[2].ss58_address: "ACCEPTED"}
         assert place.store.head().metrics["seconds"] == pytest.approx(60.0, abs=1.0)
@@ -200,7 +200,7 @@ def test_every_fault_counts_in_the_totals(tmp_path: Path, task: GPT2) -> None:
     async def main() -> None:
         lies = LIES["NaN"][1]
         place = make_place(tmp_path, task, wrap=lambda w: Liar(w, **lies) if w.hotkey == LIAR else w)
-        Liar.specs = place.market.specs
+        Liar.specs = place.market.flight.specs
         await play(place.market, 2)
         totals = {t.hotkey: t for t in place.store.totals()}
         assert totals[LIAR].faults == {"NONFINITE": 1}

@@ -64,18 +64,18 @@ def test_miner_away_costs_its_part_and_its_ranges_come_back(tmp_path: Path, task
     async def main() -> None:
         place = make_place(tmp_path, task)
         gone, there = sorted(k.ss58_address for k in MINERS[:2])
-        opened = await place.market.open()
+        await place.market.fill(3)
         place.network.drop(gone)
-        opened = await place.market.play(opened, last=False)
+        await place.market.play(3)
         first = receipts(place.store, 0)
         assert first[gone].verdict == Fault.SILENT
         assert first[gone].done == ()
         assert first[there].verdict == "ACCEPTED"
+        [opened] = place.market.flight.rounds
         assert opened.orders[there].ranges == (Range(0, 2),)  # what the other one did not do
         assert gone not in opened.orders
         place.network.restore(gone)
-        opened = await place.market.play(opened, last=False)
-        await place.market.play(opened, last=True)
+        await play(place.market, 3)
         assert receipts(place.store, 2)[gone].verdict == "ACCEPTED"
 
     run(main())
@@ -181,16 +181,17 @@ def test_death_at_every_durable_step_changes_nothing(tmp_path: Path, task: GPT2,
 def test_orders_of_the_open_round_are_sent_again_unchanged(tmp_path: Path, task: GPT2) -> None:
     async def first() -> tuple[Signed, ...]:
         place = make_place(tmp_path, task)
-        opened = await place.market.open()
-        for exchange in opened.exchanges.values():
-            exchange.cancel()
+        await place.market.fill(1)
+        [opened] = place.market.flight.rounds
+        await place.market.close()
         place.store.close()
         return tuple(opened.signed.values())
 
     async def second() -> tuple[Signed, ...]:
         place = make_place(tmp_path, task, miners=MINERS[:3])  # one more miner is there by now
-        opened = await place.market.open()
-        await place.market.play(opened, last=True)
+        await place.market.fill(1)
+        [opened] = place.market.flight.rounds
+        await play(place.market, 1)
         return tuple(opened.signed.values())
 
     assert run(first()) == run(second())

@@ -230,7 +230,9 @@ def test_next_order_on_the_same_version_asks_for_nothing(desk: MakeDesk) -> None
         missing = refused(lambda: d.worker.order(CALLER, d.order(), "0" * 64)).missing
         assert [ref.kind for ref in missing] == ["state", "data"]
         await d.reply(d.send(d.order()))
-        assert d.worker.state is None  # it is in the model now, and needs no memory of its own
+        assert (
+            d.learner.blob_digest not in d.worker.replica.states
+        )  # it is in the model now, and needs no memory of its own
         second = d.order((Range(2, 3),), round=1)
         d.worker.order(CALLER, second, "1" * 64)  # accepted
         assert (await d.reply("1" * 64)).done == (Range(2, 3),)
@@ -262,7 +264,7 @@ def test_new_order_replaces_one_that_has_not_begun(desk: MakeDesk) -> None:
         old, new = d.send(d.order(ENDLESS)), d.send(d.order(round=1))
         assert (await d.reply(new)).round == 1
         assert d.computed() == 1
-        assert (await d.refusal(old)).status == 404
+        assert (await d.refusal(old)).fault is Fault.LATE
         assert refused(lambda: d.worker.payload(CALLER, old)).status == 404
 
     run(main())
@@ -572,12 +574,12 @@ def test_other_data_than_the_orders_is_wrong_data(tmp_path: Path, desk: MakeDesk
 
     async def main() -> None:
         d = desk()
-        find = d.worker.find_tokens
+        find = d.worker.replica.find_tokens
 
         def has_other_data(spec: DataSpec) -> Tokens:
             raise Refused(409, "--data says otherwise", Fault.WRONG_DATA)
 
-        d.worker.find_tokens = has_other_data
+        d.worker.replica.find_tokens = has_other_data
         order = d.order()
         wrong = await d.refusal(d.send(order))
         assert (wrong.fault, wrong.reason) == (Fault.WRONG_DATA, "--data says otherwise")
@@ -586,10 +588,10 @@ def test_other_data_than_the_orders_is_wrong_data(tmp_path: Path, desk: MakeDesk
         raw = bytearray(mine.buffer)
         raw[-1] ^= 1
         (tmp_path / "other").write_bytes(raw)
-        d.worker.find_tokens = lambda spec: Tokens.open(tmp_path / "other")
+        d.worker.replica.find_tokens = lambda spec: Tokens.open(tmp_path / "other")
         assert (await d.refusal(d.send(order))).fault is Fault.WRONG_DATA
 
-        d.worker.find_tokens = find
+        d.worker.replica.find_tokens = find
         await d.reply(d.send(order))  # the same order, now that the data is right
 
     run(main())
@@ -605,7 +607,7 @@ def test_our_own_bug_surfaces_and_hangs_nobody(desk: MakeDesk) -> None:
         def broken(spec: DataSpec) -> Tokens:
             raise RuntimeError("a bug of ours")
 
-        d.worker.find_tokens = broken
+        d.worker.replica.find_tokens = broken
         sent = d.send(d.order())
         with pytest.raises(RuntimeError, match="a bug of ours"):
             await d.worker.failed

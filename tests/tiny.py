@@ -134,9 +134,9 @@ def make_place(
 
 async def play(market: Market, rounds: int) -> None:
     """Rounds up to the number given, as validator.py does, without its looks at the model."""
-    opened = await market.open() if market.round < rounds else None
-    while opened is not None:
-        opened = await market.play(opened, last=market.round + 1 >= rounds)
+    await market.fill(rounds)
+    while market.in_flight:
+        await market.play(rounds)
     await market.finish()
 
 

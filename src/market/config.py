@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from limits import Limits
-from tasks.config import AdamWConfig, GPT2Config, NanochatConfig
+from tasks.config import AdamWConfig, GPT2Config, NanochatConfig, QuadraticConfig
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ class TrainingConfig:
     """What the validator and the plain baseline share."""
 
     task: str = "gpt2"
-    """What is trained: gpt2 or nanochat."""
+    """What is trained: gpt2, nanochat or quadratic."""
     gpt2: GPT2Config = field(default_factory=GPT2Config)
     nanochat: NanochatConfig = field(default_factory=NanochatConfig)
+    quadratic: QuadraticConfig = field(default_factory=QuadraticConfig)
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     rounds: int = 200
     """Rounds of the whole run, one optimizer step each. The learning rate's schedule ends here."""
@@ -76,7 +77,8 @@ class TrainingConfig:
         """Raises ValueError where flags were given that the task does not heed."""
         if self.optimizer_flags is not self.optimizer and self.optimizer != AdamWConfig():
             raise ValueError(f"--optimizer.…: task {self.task} has its own; see --{self.task}.optimizer.… in --help")
-        for task, default in (("gpt2", GPT2Config()), ("nanochat", NanochatConfig())):
+        own = {"gpt2": GPT2Config(), "nanochat": NanochatConfig(), "quadratic": QuadraticConfig()}
+        for task, default in own.items():
             if task != self.task and getattr(self, task) != default:
                 raise ValueError(f"--{task}.…: --task is {self.task}; give --task {task}, or leave these flags out")
 
@@ -124,7 +126,7 @@ class ValidatorConfig(TrainingConfig):
     batches: int = 4
     """Micro-batches ordered from each miner in a round; with --round-seconds at least so many."""
     round_seconds: float = 0.0
-    """Time budget of a round: each miner computes as much as it can and has its reply here by then. 0: --batches each."""
+    """Time budget of a round: each miner computes what it can and has its reply here by then. 0: --batches each."""
     deadline: float | Literal["auto"] | None = None
     """Seconds from sending an order until its reply must be here. auto closes a round when --quorum of its miners have
     answered and most would have by their history. None: 300, or twice --round-seconds."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from protocol import MAX_RANGES, Range
@@ -16,23 +17,41 @@ class Cursor:
     next: int = 0
     returned: tuple[Range, ...] = ()
 
-    def take(self, count: int) -> tuple[tuple[Range, ...], Cursor]:
-        """`count` indices as ascending ranges, as many as an order may have, and the cursor after them."""
+    def take(self, count: int, limit: int | None = None) -> tuple[tuple[Range, ...], Cursor]:
+        """`count` indices as ascending ranges, as many as an order may have, and the cursor after them.
+
+        Of indices from `limit` on none is taken: then there may be fewer than `count`, or none at all.
+        """
         taken: list[Range] = []
         returned = list(self.returned)
         while count and returned and len(taken) < MAX_RANGES - 1:
-            start, stop = returned.pop(0)
-            cut = min(stop, start + count)
+            start, stop = returned[0]
+            cut = min(stop, start + count, stop if limit is None else limit)
+            if cut <= start:
+                return merge(taken), Cursor(self.next, tuple(returned))
             taken.append(Range(start, cut))
             count -= cut - start
-            if cut < stop:
-                returned.insert(0, Range(cut, stop))
+            returned[:1] = [Range(cut, stop)] if cut < stop else []
+        if limit is not None:
+            count = max(0, min(count, limit - self.next))
         if count:
             taken.append(Range(self.next, self.next + count))
         return merge(taken), Cursor(self.next + count, tuple(returned))
 
     def give_back(self, ranges: Iterable[Range]) -> Cursor:
         return Cursor(self.next, merge([*self.returned, *ranges]))
+
+    def without(self, ranges: Iterable[Range]) -> Cursor:
+        """The cursor after these ranges were taken, whether that is so already or not."""
+        ordered = merge(ranges)
+        stop = max([self.next, *(r.stop for r in ordered)])
+        fresh = [Range(self.next, stop)] if stop > self.next else []
+        return Cursor(stop, subtract([*self.returned, *fresh], ordered))
+
+    @property
+    def first(self) -> int:
+        """The lowest index that may still be taken."""
+        return self.returned[0].start if self.returned else self.next
 
     def dumps(self) -> str:
         return json.dumps({"next": self.next, "returned": self.returned})
@@ -55,15 +74,17 @@ def merge(ranges: Iterable[Range]) -> tuple[Range, ...]:
 
 
 def subtract(ranges: Iterable[Range], done: Iterable[Range]) -> tuple[Range, ...]:
-    """The indices of `ranges` that are not in `done`. `done` is ascending and within `ranges`."""
+    """The indices of `ranges` that are not in `done`."""
     left: list[Range] = []
-    finished = list(done)
+    finished = deque(merge(done))
     for start, stop in merge(ranges):
-        for d in finished:
-            if start <= d.start < stop:
-                if start < d.start:
-                    left.append(Range(start, d.start))
-                start = d.stop
+        while finished and finished[0].start < stop:
+            if start < finished[0].start:
+                left.append(Range(start, finished[0].start))
+            start = max(start, finished[0].stop)
+            if finished[0].stop > stop:
+                break
+            finished.popleft()
         if start < stop:
             left.append(Range(start, stop))
     return tuple(left)
@@ -79,6 +100,6 @@ def size(ranges: Iterable[Range]) -> int:
     return sum(stop - start for start, stop in ranges)
 
 
-def indices(ranges: Iterable[Range]) -> Iterable[int]:
+def indices(ranges: Iterable[Range]) -> Iterator[int]:
     for start, stop in ranges:
         yield from range(start, stop)

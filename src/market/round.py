@@ -2,7 +2,7 @@
 
     plan        ranges from the one cursor, an order a miner: durable before it is sent
     broadcast   orders out; a miner that lacks the version's state or the data says so and gets them
-    collect     replies and payloads until all are in or the deadline; each verified as it arrives
+    collect     replies and payloads until all are in, the round is closed, or the deadline; each verified as it arrives
     aggregate   accepted contributions → one gradient, in the order of the hotkeys
     step        the only optimizer; the next version of the model
     score       evidence → scores → weights; a signed receipt for each order
@@ -10,7 +10,8 @@
 
 The next round's orders leave before this round's commit is on disk (its miners need not wait for a disk), so a restart
 may find two rounds open: it finishes the first from what was received, which makes the same version, and the second's
-orders hold unchanged. Receipts and weights wait for the commit.
+orders hold unchanged. Receipts and weights wait for the commit. With an overlap of 1 there is always one round more in
+flight: its orders name the last version, and wait at the miners behind those at work.
 """
 
 from __future__ import annotations
@@ -20,87 +21,34 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
-
-from typing_extensions import Buffer
+from itertools import chain
+from typing import TYPE_CHECKING
 
 from aggregation import Aggregator
 from codec import Codec
-from market.cursor import Cursor, indices, size, subtract
+from market import score
+from market.courier import Courier
+from market.coverage import progress
+from market.cursor import Cursor, subtract
+from market.flight import Flight, Opened
 from market.learner import Learner
-from market.verify import Contribution, verify
-from protocol import Fault, Hotkey, Message, Order, ProtocolError, Range, Receipt, Signed, Stop
-from ranking import Evidence, Ranker
+from market.phases import Charge, Phases
+from market.planning import LEAST_BUDGET, ROUNDS_KNOWN, History, Terms, epoch_end, shares
+from market.ports import Network, Store
+from market.score import Delivery, Outcome
+from market.verify import Contribution
+from protocol import Fault, Hotkey, Order, Range, Receipt, Signed
+from ranking import Ranker
 from tasks import Task
 from tasks.optimizer import Settings, kept_settings
-from values import Blobs, Faulted, Received, RoundRecord
+from values import Faulted, RoundRecord
 
 if TYPE_CHECKING:
     import torch
 
-T = TypeVar("T")
+__all__ = ["Market", "Network", "Store", "Terms"]
 
 logger = logging.getLogger(__name__)
-
-
-class Network(Protocol):
-    """The wire as a round needs it: HTTP (transport.dendrite), or in one process under a virtual clock (loopback)."""
-
-    def now(self) -> float: ...
-    def seal(self, message: Message) -> Signed: ...
-    def peers(self) -> tuple[Hotkey, ...]: ...
-    async def wait_for_peer(self, timeout_s: float) -> bool: ...
-    async def exchange(self, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int) -> Received: ...
-    async def tell(self, hotkey: Hotkey, signed: Signed) -> bool: ...
-
-
-class Store(Protocol):
-    """What is kept (records.store): every call returns when it is durable."""
-
-    def open_round(self, round: int, orders: Sequence[Signed]) -> None: ...
-    def orders(self, round: int) -> tuple[Signed, ...]: ...
-    def payload_path(self, round: int, hotkey: Hotkey) -> Path: ...
-    def payload(self, round: int, hotkey: Hotkey) -> Buffer: ...
-    def seal(self, received: Received) -> None: ...
-    def received(self, round: int) -> tuple[Received, ...]: ...
-    def commit(self, record: RoundRecord) -> None: ...
-    def committed(self, since: int) -> Sequence[RoundRecord]: ...
-    def head(self) -> RoundRecord | None: ...
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What every order of a run says, and how long the validator is patient."""
-
-    run: str
-    batches: int  # micro-batches a miner and round
-    deadline_s: float
-    patience: int  # rounds in a row without a good reply
-    codec_up: str
-    codec_down: str
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """A verified contribution, and the reply that brought it."""
-
-    received: Received
-    contribution: Contribution
-
-
-@dataclass
-class Opened:
-    """A round under way."""
-
-    round: int
-    started: float
-    orders: dict[Hotkey, Order]
-    signed: dict[Hotkey, Signed]
-    exchanges: dict[Hotkey, asyncio.Task[Delivery | Faulted]] = field(default_factory=dict)
-    sealing: list[asyncio.Future[None]] = field(default_factory=list)
-    last: Received | None = None  # the reply that came when no other was awaited: sealed when nobody waits for the disk
 
 
 class Market:
@@ -118,80 +66,151 @@ class Market:
         codec: Codec,
         settings: Callable[[int], Settings],
         worker: Executor | None = None,
+        charge: Charge | None = None,
     ) -> None:
+        """`worker` is one thread for everything that computes on tensors; `charge` is for emulations."""
         self.terms, self.task, self.learner, self.network, self.store = terms, task, learner, network, store
-        self.ranker, self.aggregate, self.codec, self.settings = ranker, aggregate, codec, settings
-        self.worker = worker  # one thread for everything that computes on tensors
-        self.round = 0
+        self.ranker, self.aggregate, self.settings = ranker, aggregate, settings
+        self.phases = Phases(worker, network.now, charge)
+        self.history = History()
+        self.courier = Courier(network, store)
+        specs = {name: p.shape for name, p in task.trainable(learner.model).items()}
+        self.flight = Flight(terms, task, network, store, self.courier, self.phases, self.history, codec, specs)
+        self.blobs = task.blobs()
+        self.round = 0  # the oldest that is not committed
         self.empty_rounds = 0
         self.cursor = Cursor()
-        self.specs = {name: p.shape for name, p in task.trainable(learner.model).items()}
-        self.largest = codec.largest(self.specs)  # bytes of a payload
-        self.blobs = task.blobs()
         self.before_step: asyncio.Future[object] | None = None  # a snapshot still being written from the parameters
+        self._closed_at: float | None = None  # the round before
+        self._too_short: set[Hotkey] = set()  # told that their micro-batches take longer than a round
 
     # --- a round --------------------------------------------------------------------------------------------------
 
-    async def play(self, opened: Opened, *, last: bool) -> Opened | None:
-        """Finish an open round, down to its commit. Returns the next one, already open, unless this is the last."""
-        outcomes = await self._collect(opened)
+    async def play(self, last: int) -> None:
+        """Finish the oldest round in flight, down to its commit; the next ones, up to round `last`, are open then."""
+        opened = self.flight.rounds[0]
+        outcomes = await self.flight.collect(self._admit)
         collected = self.network.now()
-        accepted = [o.contribution for _, o in sorted(outcomes.items()) if isinstance(o, Delivery)]
-        settings = self.settings(opened.round)
+        settings, accepted = self.settings(opened.round), score.accepted(outcomes)
         await self._learn(accepted, settings)
+        self.flight.rounds.popleft()
         seconds = {"collect_s": collected - opened.started, "learn_s": self.network.now() - collected}
         record = self._score(opened, outcomes, {**settings, **seconds})
         self.round = opened.round + 1
         self.empty_rounds = 0 if accepted else self.empty_rounds + 1
-        more = not (last or self.out_of_patience)
-        early = await self.open() if more and self.network.peers() else None  # nobody there: there is time to commit
+        if self.network.peers():  # else there is time to commit
+            await self.fill(last)
         await self._commit(opened, record)
-        await self._announce(record)
-        return early or (await self.open() if more else None)
+        self._announce(opened, record, outcomes)
+        await self.fill(last)
+
+    async def fill(self, last: int) -> None:
+        """Plan and broadcast: so many rounds in flight as there shall be, none from round `last` on."""
+        rounds = self.flight.rounds
+        while len(rounds) <= self.terms.overlap and self.round + len(rounds) < last:
+            if self.stopping or self.out_of_patience or (rounds and self._exhausted):
+                break
+            rounds.append(await self._open(self.round + len(rounds)))
+
+    @property
+    def in_flight(self) -> bool:
+        """Rounds are open: `play` has something to finish."""
+        return bool(self.flight.rounds)
 
     @property
     def out_of_patience(self) -> bool:
         return self.empty_rounds >= self.terms.patience
 
-    async def open(self) -> Opened:
-        """Plan and broadcast: orders of this round that are on disk already are sent again, unchanged."""
-        orders = self._standing_orders() or await self._plan()
-        opened = Opened(
-            round=self.round,
-            started=self.network.now(),
-            orders={order.hotkey: order for order, _ in orders},
-            signed={order.hotkey: signed for order, signed in orders},
-        )
-        _, self.cursor = self.cursor.take(sum(size(order.ranges) for order, _ in orders))
-        received = {r.reply.hotkey: r for r in await asyncio.to_thread(self.store.received, self.round)}
-        for hotkey in opened.orders:
-            exchange = self._exchange(opened, hotkey, received.get(hotkey))
-            opened.exchanges[hotkey] = asyncio.create_task(exchange)
+    @property
+    def stopping(self) -> bool:
+        return self.flight.stopping
+
+    def request_stop(self) -> None:
+        """Close the rounds in flight: miners are told to stop, what they have done by then counts. No round follows."""
+        self.flight.request_stop()
+
+    async def finish(self) -> None:
+        """What is under way aside comes to its end, or is given up after the grace."""
+        if self.before_step is not None:
+            await self.before_step
+        await self.courier.finish(self.terms.grace_s)
+
+    async def close(self) -> None:
+        """Nothing of ours uses the network any more."""
+        await self.flight.close()
+        await self.courier.close()
+
+    # --- 1 and 2. plan, broadcast ---------------------------------------------------------------------------------
+
+    async def _open(self, round: int) -> Opened:
+        """Orders of this round that are on disk already are sent again, unchanged."""
+        orders = self._standing_orders(round)
+        if not orders:
+            await self.flight.wait_for_peer()
+            orders = self._plan(round)
+            await asyncio.to_thread(self.store.open_round, round, [signed for _, signed in orders])
+        opened = Opened(round, self.network.now(), {**self.blobs, self.learner.blob_digest: self.learner.blob})
+        received = {r.reply.hotkey: r for r in await asyncio.to_thread(self.store.received, round)}
+        self.flight.send(opened, orders, received)
         return opened
 
-    def _standing_orders(self) -> list[tuple[Order, Signed]]:
-        """This round's orders as a killed validator left them, if they are for the version that we hold."""
-        standing = [(Order.parse(s.body), s) for s in self.store.orders(self.round)]
-        return [(order, s) for order, s in standing if order.version == self.learner.version]
+    def _standing_orders(self, round: int) -> list[tuple[Order, Signed]]:
+        """A round's orders as a killed validator left them, if they are for versions that they may be for."""
+        standing = [(Order.parse(s.body), s) for s in self.store.orders(round)]
+        fitting = {self.learner.version, self.learner.base if self.terms.overlap else None}
+        if any(order.version not in fitting for order, _ in standing):
+            return []
+        self.cursor = self.cursor.without(chain.from_iterable(order.ranges for order, _ in standing))
+        return standing
 
-    async def _plan(self) -> list[tuple[Order, Signed]]:
-        """1. Disjoint ranges for every miner that is there, as durable orders. None at all if nobody comes in time."""
-        if not self.network.peers():
-            await self.network.wait_for_peer(self.terms.deadline_s)
-        planned: list[tuple[Order, Signed]] = []
-        cursor = self.cursor
-        for hotkey in sorted(self.network.peers()):
-            ranges, cursor = cursor.take(self.terms.batches)
-            order = self._order(hotkey, ranges)
-            planned.append((order, self.network.seal(order)))
-            logger.debug("round %d: %s gets %s on %s", self.round, hotkey[:8], list(ranges), order.version[:12])
-        await asyncio.to_thread(self.store.open_round, self.round, [signed for _, signed in planned])
-        return planned
+    def _plan(self, round: int) -> list[tuple[Order, Signed]]:
+        """Disjoint ranges for every miner that is there; none at all if nobody came in time."""
+        staleness = 1 if self.flight.rounds else 0
+        return [
+            self._order(round, hotkey, ranges, self.terms.round_s, staleness)
+            for hotkey, ranges in self._take(self.network.peers())
+        ]
 
-    def _order(self, hotkey: Hotkey, ranges: tuple[Range, ...]) -> Order:
-        return Order(
+    async def _admit(self, opened: Opened) -> None:
+        """Who came after the round had begun gets what is left of its time."""
+        began = opened.started if self._closed_at is None else max(opened.started, self._closed_at)
+        left_s = self.terms.round_s - (self.network.now() - began)
+        new = [hotkey for hotkey in self.network.peers() if hotkey not in opened.orders]
+        worth = self.terms.round_s and left_s >= LEAST_BUDGET * self.terms.round_s
+        if not new or not worth or self.stopping or opened.cut is not None:
+            return
+        orders = [self._order(opened.round, hotkey, ranges, left_s, 0) for hotkey, ranges in self._take(new)]
+        await asyncio.to_thread(self.store.add_orders, opened.round, [signed for _, signed in orders])
+        opened.blobs = {**opened.blobs, self.learner.blob_digest: self.learner.blob}
+        self.flight.send(opened, orders, {})
+
+    def _take(self, hotkeys: Sequence[Hotkey]) -> list[tuple[Hotkey, tuple[Range, ...]]]:
+        limit, taken = self._limit, []
+        wanted = {hotkey: self.history.share(hotkey, self.terms) for hotkey in sorted(hotkeys)}
+        for hotkey, count in shares(self.cursor, wanted, limit).items():
+            ranges, self.cursor = self.cursor.take(count, limit)
+            if ranges:
+                taken.append((hotkey, ranges))
+        return taken
+
+    @property
+    def _limit(self) -> int | None:
+        """With --coverage once, the end of the earliest epoch that is not done."""
+        if not self.terms.once:
+            return None
+        return epoch_end(self.cursor, self.flight.outstanding, self.task.batches_per_epoch)
+
+    @property
+    def _exhausted(self) -> bool:
+        """Nothing may be ordered before something in flight is accepted."""
+        return self.cursor.take(1, self._limit)[0] == ()
+
+    def _order(
+        self, round: int, hotkey: Hotkey, ranges: tuple[Range, ...], budget_s: float, staleness: int
+    ) -> tuple[Order, Signed]:
+        order = Order(
             run=self.terms.run,
-            round=self.round,
+            round=round,
             hotkey=hotkey,
             version=self.learner.version,
             update=self.learner.update,
@@ -199,144 +218,86 @@ class Market:
             task=self.task.spec(),
             data=self.task.data_spec,
             ranges=ranges,
-            deadline_s=self.terms.deadline_s,
-            staleness=0,
+            deadline_s=self.terms.deadline_s * (1 + staleness),  # it waits behind another
+            staleness=staleness,
             codec_up=self.terms.codec_up,
             codec_down=self.terms.codec_down,
+            budget_s=budget_s,
         )
+        logger.debug("round %d: %s gets %s on %s", round, hotkey[:8], list(ranges), order.version[:12])
+        return order, self.network.seal(order)
 
-    async def _exchange(self, opened: Opened, hotkey: Hotkey, received: Received | None) -> Delivery | Faulted:
-        """2 to 4. One miner's part: order out, reply and payload in, verified. A fault is an outcome, not an error."""
-        order, signed = opened.orders[hotkey], opened.signed[hotkey]
-        try:
-            if received is None or received.reply.order != signed.digest:
-                path = await asyncio.to_thread(self.store.payload_path, opened.round, hotkey)
-                blobs = {**self.blobs, self.learner.blob_digest: self.learner.blob}
-                received = await self.network.exchange(order, signed, blobs, path, self.largest)
-                if all(task.done() for other, task in opened.exchanges.items() if other != hotkey):
-                    opened.last = received
-                else:
-                    opened.sealing.append(self._seal(received))
-            arrived = self.network.now()
-            contribution = await self._compute(self._verify, order, received)
-            logger.debug(
-                "round %d: %s sent %d bytes after %.3f s, norm %.4g, verified in %.3f s",
-                *(opened.round, hotkey[:8], received.reply.payload_bytes, arrived - opened.started),
-                *(contribution.norm, self.network.now() - arrived),
-            )
-            return Delivery(received, contribution)
-        except ProtocolError as error:
-            return Faulted(error.fault, str(error))
-        except Faulted as fault:
-            return fault
-
-    def _verify(self, order: Order, received: Received) -> Contribution:
-        payload = self.store.payload(order.round, order.hotkey)
-        return verify(order, received.reply, payload, codec=self.codec, specs=self.specs, count=self.task.count)
-
-    async def _collect(self, opened: Opened) -> dict[Hotkey, Delivery | Faulted]:
-        """3. Every exchange ends by itself: with a reply, a fault, or its deadline."""
-        return dict(zip(opened.exchanges, await asyncio.gather(*opened.exchanges.values()), strict=True))
+    # --- 5 and 6. aggregate, step ---------------------------------------------------------------------------------
 
     async def _learn(self, accepted: Sequence[Contribution], settings: Settings) -> None:
-        """5 and 6. With no good reply the model stays as it was, and so does its version."""
+        """With no good reply the model stays as it was, and so does its version."""
         if self.before_step is not None:
             await self.before_step
-        if accepted:
-            await self._compute(self._apply, accepted, settings)
-
-    def _apply(self, accepted: Sequence[Contribution], settings: Settings) -> None:
-        self.learner.step(self.aggregate(accepted), settings)
-        self.learner.advance()
+        if not accepted:
+            return
+        parameters = sum(4 * p.numel() for p in self.learner.parameters.values()) / 1e6
+        gradient = await self.phases.run("aggregate", parameters * len(accepted), self.aggregate, accepted)
+        await self.phases.run("step", parameters, self.learner.step, gradient, settings)
+        await self.phases.run("encode", parameters, self.learner.advance)
         logger.debug("%d contributions make version %s, %s", len(accepted), self.learner.version[:12], dict(settings))
 
-    def _score(
-        self, opened: Opened, outcomes: Mapping[Hotkey, Delivery | Faulted], metrics: Mapping[str, float]
-    ) -> RoundRecord:
-        """7. What was not accepted goes back to the cursor; each order gets a receipt that says why it was paid."""
-        evidence: list[Evidence] = []
-        undone: list[Range] = []
+    # --- 7. score -------------------------------------------------------------------------------------------------
+
+    def _score(self, opened: Opened, outcomes: Mapping[Hotkey, Outcome], metrics: Mapping[str, float]) -> RoundRecord:
+        """What was not accepted goes back to the cursor; each order gets a receipt that says why it was paid."""
+        evidence = {hotkey: score.evidence(self.task, o, outcomes[hotkey]) for hotkey, o in opened.orders.items()}
         for hotkey, order in opened.orders.items():
             outcome = outcomes[hotkey]
-            ordered = sum(map(self.task.count, indices(order.ranges)))
-            if isinstance(outcome, Delivery):
-                evidence.append(Evidence(hotkey, None, outcome.contribution.count, ordered))
-                undone += subtract(order.ranges, outcome.contribution.done)
-            else:
-                evidence.append(Evidence(hotkey, outcome.fault, 0, ordered))
-                undone += order.ranges
-        self.cursor = self.cursor.give_back(undone)
-        scores, weights = self.ranker.update(evidence), dict(self.ranker.weights())
-        receipts = [
-            self._receipt(opened, e, outcomes[e.hotkey], scores[e.hotkey], weights.get(e.hotkey, 0.0)) for e in evidence
-        ]
+            done = outcome.contribution.done if isinstance(outcome, Delivery) else ()
+            self.cursor = self.cursor.give_back(subtract(order.ranges, done))
+        scores, weights = self.ranker.update(list(evidence.values())), dict(self.ranker.weights())
+        receipts = []
+        for hotkey, e in sorted(evidence.items()):
+            order, name, outcome = opened.orders[hotkey], opened.signed[hotkey].digest, outcomes[hotkey]
+            why = score.reason(self.task, self.terms, order, e, outcome)
+            weight = weights.get(hotkey, 0.0)
+            receipts.append(score.receipt(order, name, e, why, outcome, scores[hotkey], weight))
+            self._warn_if_too_short(receipts[-1], outcome)
+        self.history.observe(receipts)
+        now, since = self.network.now(), self._closed_at
+        seconds = now - (opened.started if since is None else since)
+        self._closed_at = now
+        row = score.summary(self.task, opened.round, seconds, opened.orders, outcomes)
+        coverage = progress(self.cursor, self.flight.outstanding, self.task.batches_per_epoch)
+        phases = {f"{phase}_s": s for phase, s in self.phases.take().items()}
         return RoundRecord(
             round=opened.round,
             version=self.learner.version,
-            cursor=self.cursor.dumps(),
+            cursor=self.cursor.give_back(self.flight.outstanding).dumps(),  # open rounds may be planned anew
             receipts=tuple(self.network.seal(r) for r in receipts),
             weights=weights,
             ranker=json.dumps(self.ranker.state_dict()),
-            metrics={**self._summary(opened, outcomes), **metrics},
+            metrics={**row, **coverage.metrics(), **phases, **metrics},
         )
 
-    def _receipt(
-        self, opened: Opened, e: Evidence, outcome: Delivery | Faulted, scores: Mapping[str, float], weight: float
-    ) -> Receipt:
-        reason = outcome.reason if isinstance(outcome, Faulted) else f"{e.work} of {e.ordered} {self.task.unit}"
-        return Receipt(
-            run=self.terms.run,
-            round=opened.round,
-            hotkey=e.hotkey,
-            order=opened.signed[e.hotkey].digest,
-            verdict=e.fault or "ACCEPTED",
-            reason=reason[:1000],
-            done=outcome.contribution.done if isinstance(outcome, Delivery) else (),
-            work=e.work,
-            scores=dict(scores),
-            weight=weight,
-        )
+    def _warn_if_too_short(self, receipt: Receipt, outcome: Outcome) -> None:
+        if "--round-seconds" in receipt.reason and receipt.hotkey not in self._too_short:
+            self._too_short.add(receipt.hotkey)
+            logger.warning("round %d: %s: %s; raise it", receipt.round, receipt.hotkey, receipt.reason)
 
-    def _summary(self, opened: Opened, outcomes: Mapping[Hotkey, Delivery | Faulted]) -> dict[str, float]:
-        """The round's row of metrics. `loss` is the miners' own mean, weighted by accepted work: for display."""
-        good = [o for o in outcomes.values() if isinstance(o, Delivery)]
-        work = sum(d.contribution.count for d in good)
-        seconds = self.network.now() - opened.started
-        row = {
-            "round": opened.round,
-            "miners": len(good),
-            "faults": len(outcomes) - len(good),
-            "work": work,
-            "seconds": seconds,
-            f"{self.task.unit}_per_s": work / seconds if seconds else 0.0,
-            "compute_s": max((d.received.reply.seconds for d in good), default=0.0),
-            "bytes_up": sum(d.received.bytes_up for d in good),
-            "bytes_down": sum(d.received.bytes_down for d in good),
-        }
-        if good:
-            row["loss"] = sum(d.received.reply.loss * d.contribution.count for d in good) / work
-        return row
+    # --- 8. commit ------------------------------------------------------------------------------------------------
 
     async def _commit(self, opened: Opened, record: RoundRecord) -> None:
-        """8. What the transaction names is durable before it."""
-        if opened.last is not None:
-            opened.sealing.append(self._seal(opened.last))
-        await asyncio.gather(*opened.sealing)
+        """What the transaction names is durable before it."""
+        began = self.network.now()
+        await self.flight.sealed(opened)
         await asyncio.to_thread(self.store.commit, record)
+        self.phases.passed("commit", self.network.now() - began)
 
-    def _seal(self, received: Received) -> asyncio.Future[None]:
-        return asyncio.ensure_future(asyncio.to_thread(self.store.seal, received))
-
-    async def _announce(self, record: RoundRecord) -> None:
-        """Receipts, once committed; who was late also stops. For a miner that is away the ledger keeps its copy."""
-        told = []
-        for signed in record.receipts:
-            r = Receipt.parse(signed.body)
-            if r.verdict == Fault.LATE:
-                stop = Stop(run=r.run, round=r.round, hotkey=r.hotkey, order=r.order)
-                told.append(self.network.tell(r.hotkey, self.network.seal(stop)))
-            told.append(self.network.tell(r.hotkey, signed))
-        await asyncio.gather(*told)
+    def _announce(self, opened: Opened, record: RoundRecord, outcomes: Mapping[Hotkey, Outcome]) -> None:
+        """Receipts, once committed; who was late also stops, and what it did is noted should it still come."""
+        for signed, (hotkey, order) in zip(record.receipts, sorted(opened.orders.items()), strict=True):
+            outcome = outcomes[hotkey]
+            if isinstance(outcome, Faulted) and outcome.fault is Fault.LATE:
+                self.courier.stop(order, opened.signed[hotkey].digest)
+                weight = record.weights.get(hotkey, 0.0)
+                self.courier.note_late(order, opened.signed[hotkey], opened.started, weight)
+            self.courier.tell(hotkey, signed)
 
     # --- restart --------------------------------------------------------------------------------------------------
 
@@ -346,12 +307,14 @@ class Market:
         Raises ValueError where this machine computes another version than the ledger says.
         """
         for record in self.store.committed(since):
-            await self._compute(self._replay_round, record)
+            await self.phases.run("replay", 1.0, self._replay_round, record)
         head = self.store.head()
         if head is not None:
             self.round = head.round + 1
             self.cursor = Cursor.loads(head.cursor)
             self.ranker.load_state_dict(json.loads(head.ranker))
+            for record in self.store.committed(max(0, self.round - ROUNDS_KNOWN)):
+                self.history.observe(Receipt.parse(s.body) for s in record.receipts)
 
     def _replay_round(self, record: RoundRecord) -> None:
         receipts = [Receipt.parse(s.body) for s in record.receipts]
@@ -360,29 +323,24 @@ class Market:
         orders = [Order.parse(s.body) for s in self.store.orders(record.round)]
         if missing := accepted - received.keys():
             raise ValueError(f"round {record.round}: the payload of {min(missing)} is gone from the spool")
-        contributions = [self._verify(order, received[order.hotkey]) for order in orders if order.hotkey in accepted]
+        verify = self.flight.verify
+        contributions = [verify(order, received[order.hotkey]) for order in orders if order.hotkey in accepted]
         if contributions:
-            self._apply(contributions, kept_settings(record.metrics))
+            self.learner.step(self.aggregate(contributions), kept_settings(record.metrics))
+            self.learner.advance()
         if self.learner.version != record.version:
             raise ValueError(
                 f"round {record.round} replays to version {self.learner.version[:12]}, the ledger says "
                 f"{record.version[:12]}: resume on the machine, --device and --threads that the run was started with"
             )
 
-    async def _compute(self, function: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.worker, function, *arguments)
-
     # --- once in a while ------------------------------------------------------------------------------------------
 
     async def evaluate(self) -> dict[str, float]:
         """The task's metrics of the exact parameters."""
-        return await self._compute(self.task.evaluate, self.learner.model)
+        return await self.phases.run("evaluate", 1.0, self.task.evaluate, self.learner.model)
 
     def save_snapshot(self, save: Callable[[int, Mapping[str, str], Mapping[str, torch.Tensor]], object]) -> None:
         """Writes the state with `round` rounds applied, from the parameters themselves: the next step waits for it."""
         header, tensors = self.learner.state()
         self.before_step = asyncio.ensure_future(asyncio.to_thread(save, self.round, header, tensors))
-
-    async def finish(self) -> None:
-        if self.before_step is not None:
-            await self.before_step

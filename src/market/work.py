@@ -1,8 +1,7 @@
-"""Compute: the one function that the miner, the baseline and a later audit share."""
+"""Compute: what the miner, the baseline and a later audit share."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,41 +23,41 @@ class Work:
     loss: float  # mean over them
 
 
-def compute(
-    task: Task,
-    model: nn.Module,
-    ranges: Sequence[Range],
-    *,
-    should_stop: Callable[[float], bool] = lambda slowest_s: False,
-    on_batch: Callable[[], None] = lambda: None,
-    clock: Callable[[], float] = time.monotonic,
-    batch: Callable[[int], Batch] | None = None,
-) -> Work | None:
-    """The gradient of the task's loss on the ranges, micro-batch by micro-batch.
+class Computation:
+    """The sum of the task's gradients, one micro-batch at a time; what is done can be taken at any moment between two.
 
-    Before each one `should_stop` is told how long the slowest so far took, in seconds; what is done by then is
-    returned, None where that is nothing. `batch` may give the task's batches, made ahead. The sum is divided at the
-    end, so that partial work is a mean over it.
+    `batch` may give the task's batches, made ahead.
     """
-    parameters = task.trainable(model)
-    for p in parameters.values():
-        p.grad = None
-    done: list[Range] = []
-    count, loss, slowest_s = 0, 0.0, 0.0
-    for index in indices(ranges):
-        if should_stop(slowest_s):
-            break
-        began = clock()
-        batch_loss = task.loss(model, (batch or task.batch)(index))
+
+    def __init__(self, task: Task, model: nn.Module, batch: Callable[[int], Batch] | None = None) -> None:
+        self.task, self.model, self.batch = task, model, batch or task.batch
+        self.parameters = task.trainable(model)
+        for p in self.parameters.values():
+            p.grad = None
+        self.done: list[Range] = []
+        self.count, self.loss = 0, 0.0
+
+    def add(self, index: int) -> None:
+        """Micro-batch `index`, forward and backward."""
+        batch_loss = self.task.loss(self.model, self.batch(index))
         batch_loss.backward()  # type: ignore[no-untyped-call]
-        loss += float(batch_loss.detach())
-        count += task.count(index)
-        done.append(Range(index, index + 1))
-        slowest_s = max(slowest_s, clock() - began)
-        on_batch()
-    if not done:
-        return None
-    gradient = {}
-    for name, p in parameters.items():
-        gradient[name] = torch.zeros_like(p) if p.grad is None else p.grad.div_(count)
-    return Work(merge(done), gradient, count, loss / count)
+        self.loss += float(batch_loss.detach())
+        self.count += self.task.count(index)
+        self.done.append(Range(index, index + 1))
+
+    def result(self) -> Work:
+        """The mean over what is done, which must not be nothing: so partial work is a mean over it."""
+        gradient = {}
+        for name, p in self.parameters.items():
+            gradient[name] = torch.zeros_like(p) if p.grad is None else p.grad.div_(self.count)
+        return Work(merge(self.done), gradient, self.count, self.loss / self.count)
+
+
+def compute(
+    task: Task, model: nn.Module, ranges: Sequence[Range], *, batch: Callable[[int], Batch] | None = None
+) -> Work | None:
+    """The gradient of the task's loss on all of the ranges; None where they are empty."""
+    computation = Computation(task, model, batch)
+    for index in indices(ranges):
+        computation.add(index)
+    return computation.result() if computation.done else None

@@ -9,30 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, TypeVar
 
-import numpy as np
 import torch
-from torch import nn
 from typing_extensions import Buffer
 
 from codec import CODECS, load_codec
-from market.cursor import size
-from market.learner import load_replica
-from market.work import Work, compute
+from market.job import Job
+from market.phases import Charge, Phases
+from market.replica import Replica
+from market.states import StateWriter
+from market.work import Computation
 from protocol import (
     MAX_SERVED_BYTES,
     BlobRef,
     DataSpec,
     Digest,
     Fault,
-    Hasher,
     Health,
     Hello,
     Hotkey,
@@ -43,16 +41,14 @@ from protocol import (
     Signed,
     Status,
     Stop,
-    TaskSpec,
-    Version,
     chain,
-    digest,
 )
-from tasks import Task, load_task
 from tasks.tokens import Tokens
 from values import Refused
 
-RESERVE = 0.05  # of the deadline, kept for encoding and the way back
+KEPT_JOBS = 4  # replies stay answerable for so many orders: one that comes too late is noted all the same
+
+V = TypeVar("V")
 
 
 class BlobWriter(Protocol):
@@ -73,57 +69,6 @@ class Cache(Protocol):
     def add_receipt(self, signed: Signed) -> None: ...
 
 
-class StateWriter:
-    """A model state on its way into memory, hashed as it comes; `whole` once it is what the order named."""
-
-    def __init__(self, ref: BlobRef, buffer: memoryview) -> None:
-        self.ref, self.buffer = ref, buffer
-        self.held = 0
-        self.whole = False
-        self.hasher = Hasher("state")
-
-    def write(self, chunk: Buffer) -> None:
-        data = memoryview(chunk).cast("B")
-        end = self.held + len(data)
-        if end > self.ref.bytes:
-            self._restart()
-            raise ProtocolError(f"state: more than the {self.ref.bytes} bytes promised")
-        there = np.frombuffer(self.buffer, np.uint8)[self.held : end]
-        np.copyto(there, np.frombuffer(data, np.uint8))  # lets go of the GIL, which a slice of memoryviews does not
-        self.hasher.update(data)
-        self.held = end
-
-    def commit(self) -> None:
-        if self.held != self.ref.bytes or self.hasher.hexdigest() != self.ref.digest:
-            held = self.held
-            self._restart()
-            raise ProtocolError(f"state: {held} bytes that are not the {self.ref.bytes} that the order names")
-        self.whole = True
-
-    def _restart(self) -> None:
-        self.held, self.hasher = 0, Hasher("state")
-
-    def abort(self) -> None:
-        """Nothing to clear away: the memory goes with its last user."""
-
-
-@dataclass
-class Job:
-    """One accepted order."""
-
-    order: Order
-    digest: Digest
-    owner: Hotkey
-    accepted: float
-    stopping: threading.Event = field(default_factory=threading.Event)
-    finished: asyncio.Event = field(default_factory=asyncio.Event)
-    batches_done: int = 0
-    reply: Reply | None = None
-    payload: Buffer | None = None
-    refusal: Refused | None = None
-    delivered: bool = False
-
-
 class Worker:
     """Serves the orders of one validator at a time. Everything but the computing runs on the event loop."""
 
@@ -137,28 +82,60 @@ class Worker:
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
         compiled: bool = False,
+        charge: Charge | None = None,
     ) -> None:
-        self.hotkey, self.tasks, self.device, self.cache = hotkey, tasks, device, cache
-        self.find_tokens, self.say, self.clock, self.compiled = find_tokens, say, clock, compiled
-        self.job: Job | None = None
-        self.version: Version | None = None  # what the model holds
-        self.state: tuple[Digest, memoryview] | None = None  # received, not yet in the model
-        self.spare: memoryview | None = None  # the memory of the state before: pages that need no clearing again
+        """`charge` is for emulations: a micro-batch then takes what it lets pass (`market.phases`)."""
+        self.hotkey, self.tasks, self.cache, self.say, self.clock = hotkey, tasks, cache, say, clock
+        self.jobs: dict[Digest, Job] = {}  # of the last orders
+        self.replica = Replica(device, find_tokens, compiled)
+        self.leaving = False
+        self.heard: dict[Digest, float] = {}  # when each of the last orders was first offered
+        self.stopped: dict[Digest, None] = {}  # orders that were stopped before they came
         self.wanted: dict[Digest, BlobRef] = {}  # asked for by the last refusal; nothing else is taken
         self.writers: dict[Digest, BlobWriter] = {}  # of those wanted: what is held of them waits for the rest
         self.figures: tuple[str, ...] = ()  # of the last gradient, for display
         self.refusals: dict[Hotkey, str] = {}  # the reason that each caller got last, so that it is said once
-        self.encode_s = 0.0
-        self.failed: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-        self._built: tuple[TaskSpec, Digest, Task, nn.Module] | None = None
+        self.encode_s = 0.0  # as it was last
+        self.uploads: deque[float] = deque(maxlen=5)  # seconds from a reply to its payload's last byte
+        self._loop = asyncio.get_running_loop()
+        self.failed: asyncio.Future[object] = self._loop.create_future()
         self._thread = ThreadPoolExecutor(1, "compute")  # one thread: one OpenMP team, and jobs never overlap
+        self._alone = charge is not None  # under virtual time one micro-batch is computed at a time
+        self._phases = Phases(self._thread, lambda: self.clock(), charge)
         self._running: set[asyncio.Task[None]] = set()
 
+    @property
+    def job(self) -> Job | None:
+        """The one at work, else the newest."""
+        return next(iter(self._unfinished()), None) or next(reversed(self.jobs.values()), None)
+
+    def _unfinished(self) -> list[Job]:
+        return [job for job in self.jobs.values() if not job.finished.is_set()]
+
+    async def leave(self, grace_s: float) -> bool:
+        """Take no more orders, end the work after its micro-batch, and hand over what was done.
+
+        True where nothing is left that a validator waits for; False where that took longer than `grace_s`.
+        """
+        self.leaving = True
+        for job in self.jobs.values():
+            job.stopping.set()
+        try:
+            async with asyncio.timeout(grace_s):
+                for job in list(self.jobs.values()):
+                    if self._awaited(job):
+                        await job.settled.wait()
+        except TimeoutError:
+            return False
+        return True
+
     def close(self) -> None:
-        """Ends the work after its micro-batch."""
-        if self.job is not None:
-            self.job.stopping.set()
-        self._thread.shutdown(wait=True)
+        """Ends the work after its micro-batch, for which it does not wait."""
+        for job in self.jobs.values():
+            job.stopping.set()
+        for running in self._running:
+            running.cancel()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -168,19 +145,21 @@ class Worker:
             nonce=nonce,
             tasks=tuple(sorted(self.tasks)),
             codecs=tuple(CODECS),
-            version=self.version,
+            version=self.replica.version,
             time_ns=time.time_ns(),
         )
 
     def status(self) -> Status:
         job = self.job
+        state: Literal["idle", "working", "done"]
+        state = "idle" if job is None else "done" if job.finished.is_set() else "working"
         return Status(
             hotkey=self.hotkey,
-            state="idle" if job is None else "done" if job.finished.is_set() else "working",
+            state="leaving" if self.leaving else state,
             order=job.digest if job else None,
             run=job.order.run if job else None,
             round=job.order.round if job else None,
-            version=self.version,
+            version=self.replica.version,
             batches_done=job.batches_done if job else 0,
             time_ns=time.time_ns(),
         )
@@ -194,7 +173,7 @@ class Worker:
             state=status.state,
             run=status.run,
             round=status.round,
-            version=self.version,
+            version=self.replica.version,
             time_ns=time.time_ns(),
         )
 
@@ -214,26 +193,51 @@ class Worker:
         return status
 
     def _accept(self, caller: Hotkey, order: Order, order_digest: Digest) -> Status:
-        job = self.job
-        if job and job.digest == order_digest and job.owner == caller and job.refusal is None:
+        known = self.jobs.get(order_digest)
+        if known and known.owner == caller and known.refusal is None:
             return self.status()
-        if job and job.owner != caller and self._unfinished(job):
-            raise Refused(409, f"working for {job.owner[:8]} on round {job.order.round}", Fault.BUSY)
+        busy = [job for job in self.jobs.values() if job.owner != caller and self._awaited(job)]
+        if busy:
+            raise Refused(409, f"working for {busy[0].owner[:8]} on round {busy[0].order.round}", Fault.BUSY)
+        if self.leaving:
+            raise Refused(409, "this miner is ending", Fault.SILENT)
+        if order_digest in self.stopped:
+            raise Refused(409, "stopped before it came", Fault.LATE)
         self._check(order)
-        writer = self.writers.get(order.update.blob.digest)
-        if isinstance(writer, StateWriter) and writer.whole:
-            self.state = (writer.ref.digest, writer.buffer)
-        missing = self._missing(order)
-        self.wanted = {ref.digest: ref for ref in missing}
+        if self.clock() - self.heard.get(order_digest, -math.inf) >= order.deadline_s:
+            _remember(self.heard, order_digest, self.clock())
+        self._take_what_is_needed(order)
+        self._begin(Job(order, order_digest, caller, self.heard[order_digest]))
+        return self.status()
+
+    def _take_what_is_needed(self, order: Order) -> None:
+        """Raises Refused with the blobs that are missing."""
+        update = order.update.blob
+        writer = self.writers.get(update.digest)
+        arrived = isinstance(writer, StateWriter) and writer.whole
+        missing = [ref for ref in self._missing(order) if ref != update or not arrived]
+        self.wanted = {ref.digest: ref for ref in (*missing, *([update] if missing and arrived else []))}
+        if not missing and isinstance(writer, StateWriter) and arrived:
+            self.replica.states.adopt(writer)
         self._drop_unwanted()
         if missing:
             held = {name: writer.held for name, writer in self.writers.items()}
             raise Refused(409, "send the blobs that are missing, then the order again", missing=missing, held=held)
-        self.job = Job(order, order_digest, caller, self.clock())
-        running = asyncio.create_task(self._run(self.job, job))
+
+    def _begin(self, job: Job) -> None:
+        """An order takes the place of those before it; one that says staleness 1 waits for the one at work."""
+        before = self._unfinished()
+        stays = job.order.staleness  # so many of the last ones
+        for other in before[: len(before) - stays]:
+            other.stopping.set()
+            other.settled.set()
+        for other in list(self.jobs.values())[: len(self.jobs) - stays]:
+            other.payload = None
+        self.jobs.pop(job.digest, None)  # refused before, it is at the end now
+        _remember(self.jobs, job.digest, job, KEPT_JOBS)
+        running = asyncio.create_task(self._run(job, before))
         self._running.add(running)
         running.add_done_callback(self._ended)
-        return self.status()
 
     def receive(self, caller: Hotkey, ref: BlobRef, offset: int) -> BlobWriter:
         """Only blobs that the last order was refused for are taken, from where they broke off."""
@@ -248,12 +252,7 @@ class Worker:
         return writer
 
     def _writer(self, ref: BlobRef) -> BlobWriter:
-        if ref.kind != "state":
-            return self.cache.store(ref)
-        buffer, self.spare = self.spare, None  # a second writer of the same state gets memory of its own
-        if buffer is None or len(buffer) != ref.bytes:
-            buffer = np.empty(ref.bytes, np.uint8).data
-        return StateWriter(ref, buffer)
+        return self.replica.states.writer(ref) if ref.kind == "state" else self.cache.store(ref)
 
     def _drop_unwanted(self) -> None:
         for name in self.writers.keys() - self.wanted.keys():
@@ -272,29 +271,38 @@ class Worker:
         except TimeoutError:
             return None
         if job.refusal is not None:
+            job.settled.set()
             raise job.refusal
         return job.reply
 
     def payload(self, caller: Hotkey, order: Digest) -> Buffer:
         job = self._job(caller, order)
         if job.payload is None:
-            raise Refused(404, "no payload for this order yet")
+            raise Refused(404, "no payload for this order yet, or no longer")
         return job.payload
 
     def delivered(self, caller: Hotkey, order: Digest) -> None:
-        job = self.job
-        if job is not None and (job.owner, job.digest) == (caller, order):
-            job.delivered = True
+        job = self.jobs.get(order)
+        if job is not None and job.owner == caller and not job.settled.is_set():
+            job.settled.set()
+            self.uploads.append(self.clock() - job.finished_at)
 
     def stop(self, caller: Hotkey, stop: Stop) -> Status:
-        """Ends the order's work after its micro-batch; before it began, or twice, it is as good."""
-        self._job(caller, stop.order).stopping.set()
+        """Ends the order's work after its micro-batch; before it began, before it came, or twice, it is as good."""
+        job = self.jobs.get(stop.order)
+        if job is None:
+            _remember(self.stopped, stop.order, None)
+        else:
+            self._job(caller, stop.order).stopping.set()
         return self.status()
 
     def receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status:
         if receipt.hotkey != self.hotkey:
             raise Refused(400, f"a receipt for {receipt.hotkey[:8]}", Fault.MALFORMED)
         self.cache.add_receipt(signed)
+        job = self.jobs.get(receipt.order)
+        if job is not None and job.owner == caller:
+            self._loop.call_soon_threadsafe(job.settled.set)
         self.say(
             f"round {receipt.round}: {receipt.verdict}, {receipt.reason}; weight {receipt.weight:.3f}"
             + "".join(f", {name} {value:.4g}" for name, value in receipt.scores.items())
@@ -319,7 +327,7 @@ class Worker:
     def _missing(self, order: Order) -> list[BlobRef]:
         missing = []
         update, tokens, vocabulary = order.update.blob, order.data.tokens, order.data.vocabulary
-        if self.version != order.version and (self.state is None or self.state[0] != update.digest):
+        if self._needs_state(order) and update.digest not in self.replica.states:
             missing.append(update)
         if self.cache.blob(tokens) is None:
             if tokens.bytes <= MAX_SERVED_BYTES:
@@ -328,31 +336,41 @@ class Worker:
                 missing.append(vocabulary)
         return missing
 
-    def _unfinished(self, job: Job) -> bool:
+    def _needs_state(self, order: Order) -> bool:
+        """Whether another version may be in the model when its turn comes."""
+        return {self.replica.version, *(job.order.version for job in self._unfinished())} != {order.version}
+
+    def _awaited(self, job: Job) -> bool:
         """Until it is delivered or refused, or its deadline is over."""
-        ended = job.delivered or job.refusal is not None
-        return not ended and self.clock() - job.accepted < job.order.deadline_s
+        return not job.settled.is_set() and self.clock() - job.heard < job.order.deadline_s
 
     def _job(self, caller: Hotkey, order: Digest) -> Job:
-        if self.job is None or self.job.digest != order or self.job.owner != caller:
+        job = self.jobs.get(order)
+        if job is None or job.owner != caller:
             raise Refused(404, "no such order here")
-        return self.job
+        return job
 
-    async def _run(self, job: Job, previous: Job | None) -> None:
-        """A new order replaces the old one: that ends after its micro-batch, then this begins."""
-        if previous is not None:
-            previous.stopping.set()
-            await previous.finished.wait()
+    async def _run(self, job: Job, before: Sequence[Job]) -> None:
+        """After the micro-batch, or the end, of those before it."""
+        for other in before:
+            await other.finished.wait()
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._work, job)
+            await self._work(job)
         except Refused as refusal:
             job.refusal = refusal
-            self.say(f"round {job.order.round}: refused, {refusal.reason}")
         except ProtocolError as error:
             job.refusal = Refused(409, str(error), error.fault)
-            self.say(f"round {job.order.round}: refused, {error}")
         finally:
+            job.finished_at = self.clock()
             job.finished.set()
+            self._forget_states()
+        if job.refusal is not None:
+            self.say(f"round {job.order.round}: refused, {job.refusal}")
+
+    def _forget_states(self) -> None:
+        """Those that no order waits for."""
+        waiting = {job.order.update.blob.digest for job in self._unfinished()}
+        self.replica.states.keep(waiting, self.replica.state)
 
     def _ended(self, running: asyncio.Task[None]) -> None:
         """Our own fault ends the process: `failed` is what miner.py waits on."""
@@ -361,75 +379,57 @@ class Worker:
         if error is not None and not self.failed.done():
             self.failed.set_exception(error)
 
-    def _work(self, job: Job) -> None:
-        """In the compute thread: model and data, the gradient, its encoding."""
+    async def _work(self, job: Job) -> None:
+        """Model and data, the gradient, its encoding: each in the compute thread."""
+        order = job.order
         if job.stopping.is_set():  # replaced or stopped in the queue: the model stays at the version it has
             raise Refused(409, "stopped before it began", Fault.LATE)
         began = self.clock()
-        order = job.order
-        task, model = self._prepare(order)
-        prepared = self.clock()
-        self.say(f"round {order.round}: {size(order.ranges)} micro-batches on version {order.version[:12]}")
-
-        def should_stop(slowest_s: float) -> bool:
-            left_s = job.accepted + order.deadline_s * (1 - RESERVE) - self.encode_s - self.clock()
-            return job.stopping.is_set() or left_s < slowest_s
-
-        def on_batch() -> None:
-            job.batches_done += 1
-
-        work = compute(task, model, order.ranges, should_stop=should_stop, on_batch=on_batch, clock=self.clock)
-        if work is None:
-            raise Refused(409, "stopped before the first micro-batch was done", Fault.LATE)
+        megabytes = order.update.blob.bytes / 1e6 if self.replica.version != order.version else 0.0
+        task, model = await self._phases.run("load", megabytes, self.replica.prepare, order)
+        self._forget_states()
+        job.began = self.clock()
+        asked = f"{order.budget_s:g} s of micro-batches" if order.budget_s else f"{job.left} micro-batches"
+        self.say(f"round {order.round}: {asked} on version {order.version[:12]}")
+        computation = Computation(task, model)
+        while not self._enough(job):
+            looked = self.clock()
+            await self._phases.run("batch", 1.0, self._compute, job, computation)
+            if self._alone:
+                job.did(self.clock() - looked)
+        if not computation.done:
+            why = "stopped" if job.stopping.is_set() else "no time left"
+            raise Refused(409, f"{why} before the first micro-batch was done", Fault.LATE)
         computed = self.clock()
-        self._encode(job, work, computed - began)
+        codec = load_codec(order.codec_up)
+        size = codec.largest({name: p.shape for name, p in computation.parameters.items()}) / 1e6
+        await self._phases.run("encode", size, job.encode, codec, computation, computed - job.began)
         self.encode_s = self.clock() - computed
-        per_s = work.count / max(computed - prepared, 1e-9)
-        self.figures = (f"loss {work.loss:.3f}", f"{per_s:,.0f} {task.unit}/s")
+        per_s = computation.count / max(computed - job.began, 1e-9)
+        loss = computation.loss / computation.count
+        self.figures = (f"loss {loss:.3f}", f"{per_s:,.0f} {task.unit}/s")
         self.say(
-            f"round {order.round}: loss {work.loss:.4f} over {work.count} {task.unit}; "
-            f"load {prepared - began:.3f} s, compute {computed - prepared:.3f} s, encode {self.encode_s:.3f} s"
+            f"round {order.round}: loss {loss:.4f} over {computation.count} {task.unit}; "
+            f"load {job.began - began:.3f} s, compute {computed - job.began:.3f} s, encode {self.encode_s:.3f} s"
         )
 
-    def _encode(self, job: Job, work: Work, seconds: float) -> None:
-        if not math.isfinite(work.loss):
-            raise Refused(409, f"the loss is {work.loss}", Fault.NONFINITE)
-        order = job.order
-        payload = load_codec(order.codec_up).encode(work.gradient)
-        reply = Reply(
-            run=order.run,
-            round=order.round,
-            hotkey=self.hotkey,
-            order=job.digest,
-            version=order.version,
-            done=work.done,
-            loss=work.loss,
-            seconds=seconds,
-            codec=order.codec_up,
-            payload_digest=digest("payload", payload),
-            payload_bytes=len(memoryview(payload)),
-            residual_before=None,
-            residual_after=None,
-        )
-        job.payload, job.reply = payload, reply
+    def _enough(self, job: Job) -> bool:
+        return job.enough(self.clock(), self.encode_s + min(self.uploads, default=0.0))
 
-    def _prepare(self, order: Order) -> tuple[Task, nn.Module]:
-        """The order's task and data, and its model at the order's version."""
-        if self._built is None or self._built[:2] != (order.task, order.data.tokens.digest):
-            self.version, self._built = None, None
-            task = load_task(order.task.name).from_spec(order.task, order.data, self.find_tokens(order.data))
-            model = task.build_model(self.device, initial=False)
-            if self.compiled:
-                model.compile()
-            self._built = (order.task, order.data.tokens.digest, task, model)
-        _, _, task, model = self._built
-        if self.version != order.version:
-            state = self.state
-            if state is None or state[0] != order.update.blob.digest:
-                raise Refused(409, "the state is gone: send the order again", missing=[order.update.blob])
-            self.version = None  # neither the old one nor yet the new one
-            load_replica(task, model, load_codec(order.codec_down), state[1])
-            self.version = order.version
-            if self.state is state:  # and no newer one has come meanwhile
-                self.state, self.spare = None, state[1]
-        return task, model
+    def _compute(self, job: Job, computation: Computation) -> None:
+        """In the compute thread: micro-batches until it is enough; under virtual time only one."""
+        for index in job.todo:
+            began = self.clock()
+            computation.add(index)
+            job.left -= 1
+            job.batches_done += 1
+            job.did(self.clock() - began)
+            if self._alone or self._enough(job):
+                break
+
+
+def _remember(kept: dict[Digest, V], key: Digest, value: V, most: int = 64) -> None:
+    """The last ones; a stranger's orders shall not pile up."""
+    kept[key] = value
+    while len(kept) > most:
+        del kept[next(iter(kept))]

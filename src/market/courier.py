@@ -1,0 +1,77 @@
+"""Messages that no round waits for: stops, receipts, and what comes of work that came too late."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Coroutine
+from typing import Any
+
+from market import score
+from market.cursor import size
+from market.ports import Network, Store
+from protocol import Digest, Hotkey, Order, Reply, Signed, Stop
+
+AT_ONCE = 8  # on their way to one miner: what an unreachable one misses, the ledger keeps
+
+
+class Courier:
+    """Its tasks are few a miner, and our own fault in one of them surfaces with the next `check`."""
+
+    def __init__(self, network: Network, store: Store) -> None:
+        self._network, self._store = network, store
+        self._tasks: dict[asyncio.Task[object], Hotkey] = {}
+        self._under_way: Counter[Hotkey] = Counter()
+        self._failed: BaseException | None = None
+
+    def tell(self, hotkey: Hotkey, signed: Signed) -> None:
+        self._start(hotkey, self._network.tell(hotkey, signed))
+
+    def stop(self, order: Order, name: Digest) -> None:
+        """`name` is the order's digest."""
+        stop = Stop(run=order.run, round=order.round, hotkey=order.hotkey, order=name)
+        self.tell(order.hotkey, self._network.seal(stop))
+
+    def note_late(self, order: Order, signed: Signed, ordered_at: float, weight: float) -> None:
+        """Should the reply to a round that is closed still come: into the ledger, with a receipt for the miner."""
+        self._start(order.hotkey, self._note_late(order, signed, ordered_at, weight))
+
+    def check(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+
+    async def finish(self, timeout_s: float) -> None:
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        self.check()
+
+    async def close(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _note_late(self, order: Order, signed: Signed, ordered_at: float, weight: float) -> None:
+        answer = await self._network.late(order, signed, order.deadline_s)
+        if answer is not None:
+            done, seconds = size(Reply.parse(answer.body).done), self._network.now() - ordered_at
+            receipt = self._network.seal(score.late_receipt(order, signed.digest, done, seconds, weight))
+            await asyncio.to_thread(self._store.note_late, order.round, answer, receipt)
+            await self._network.tell(order.hotkey, receipt)
+
+    def _start(self, hotkey: Hotkey, coroutine: Coroutine[Any, Any, object]) -> None:
+        if self._under_way[hotkey] >= AT_ONCE:
+            coroutine.close()
+            return
+        task: asyncio.Task[object] = asyncio.create_task(coroutine)
+        self._tasks[task] = hotkey
+        self._under_way[hotkey] += 1
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[object]) -> None:
+        hotkey = self._tasks.pop(task)
+        self._under_way[hotkey] -= 1
+        if not self._under_way[hotkey]:
+            del self._under_way[hotkey]
+        if not task.cancelled():
+            self._failed = self._failed or task.exception()

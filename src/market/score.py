@@ -1,0 +1,120 @@
+"""What a round's outcomes mean: evidence for the ranking, a receipt for each order, a row of metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from market.cursor import indices, size
+from market.planning import Terms
+from market.verify import Contribution
+from protocol import Digest, Fault, Hotkey, Order, Receipt
+from ranking import Evidence
+from tasks import Task
+from values import Faulted, Received
+
+SHOWN = 64  # miners whose utilisation has a metric of its own
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A verified contribution, and the reply that brought it."""
+
+    received: Received
+    contribution: Contribution
+
+
+Outcome = Delivery | Faulted
+
+
+def evidence(task: Task, order: Order, outcome: Outcome) -> Evidence:
+    """Of a time budget the ranges say nothing: whatever was done is the whole of it."""
+    work = outcome.contribution.count if isinstance(outcome, Delivery) else 0
+    ordered = work if order.budget_s else sum(map(task.count, indices(order.ranges)))
+    return Evidence(order.hotkey, outcome.fault if isinstance(outcome, Faulted) else None, work, ordered)
+
+
+def reason(task: Task, terms: Terms, order: Order, e: Evidence, outcome: Outcome) -> str:
+    """Why the receipt says what it says, in one line."""
+    if isinstance(outcome, Faulted):
+        return outcome.reason[:1000]
+    if not order.budget_s:
+        return f"{e.work} of {e.ordered} {task.unit}"
+    batches, seconds = size(outcome.contribution.done), outcome.received.reply.seconds
+    text = f"{e.work} {task.unit} in {batches} micro-batches"
+    if batches == 1 and seconds > terms.round_s:
+        text += f"; one takes {seconds:.1f} s, --round-seconds gives {terms.round_s:g}"
+    return text
+
+
+def receipt(
+    order: Order, name: Digest, e: Evidence, why: str, outcome: Outcome, scores: Mapping[str, float], weight: float
+) -> Receipt:
+    """`name` is the order's digest."""
+    good = outcome if isinstance(outcome, Delivery) else None
+    return Receipt(
+        run=order.run,
+        round=order.round,
+        hotkey=order.hotkey,
+        order=name,
+        verdict=e.fault or "ACCEPTED",
+        reason=why,
+        done=good.contribution.done if good else (),
+        work=e.work,
+        scores=dict(scores),
+        weight=weight,
+        seconds=max(0.0, good.received.seconds) if good else 0.0,
+    )
+
+
+def late_receipt(order: Order, name: Digest, done: int, seconds: float, weight: float) -> Receipt:
+    """For a reply to a round that was closed: noted, not applied."""
+    return Receipt(
+        run=order.run,
+        round=order.round,
+        hotkey=order.hotkey,
+        order=name,
+        verdict=Fault.LATE,
+        reason=f"{done} micro-batches came {seconds:.1f} s after the order, when the round was closed: not applied",
+        done=(),
+        work=0,
+        scores={},
+        weight=weight,
+        seconds=seconds,
+    )
+
+
+def summary(
+    task: Task, round: int, seconds: float, orders: Mapping[Hotkey, Order], outcomes: Mapping[Hotkey, Outcome]
+) -> dict[str, float | int | str]:
+    """The round's row of metrics. `seconds` is all of its time; `loss` the miners' own mean, weighted by accepted work.
+
+    Utilisation is a miner's seconds of computing, as it says, in a second of the round: for display, never for pay.
+    """
+    good = {hotkey: o for hotkey, o in sorted(outcomes.items()) if isinstance(o, Delivery)}
+    work = sum(d.contribution.count for d in good.values())
+    used = {hotkey: d.received.reply.seconds / seconds if seconds else 0.0 for hotkey, d in good.items()}
+    row: dict[str, float | int | str] = {
+        "round": round,
+        "miners": len(good),
+        "faults": len(outcomes) - len(good),
+        "work": work,
+        "seconds": seconds,
+        f"{task.unit}_per_s": work / seconds if seconds else 0.0,
+        "compute_s": max((d.received.reply.seconds for d in good.values()), default=0.0),
+        "bytes_up": sum(d.received.bytes_up for d in good.values()),
+        "bytes_down": sum(d.received.bytes_down for d in good.values()),
+        "utilisation": sum(used.values()) / len(outcomes) if outcomes else 0.0,
+        "batches_done": sum(size(d.contribution.done) for d in good.values()),
+        "batches_lost": sum(size(o.ranges) for hotkey, o in orders.items() if not o.budget_s and hotkey not in good),
+    }
+    if len(outcomes) <= SHOWN:
+        row |= {f"utilisation.{hotkey[:8]}": value for hotkey, value in used.items()}
+    if good:
+        row["loss"] = sum(d.received.reply.loss * d.contribution.count for d in good.values()) / work
+    return row
+
+
+def accepted(outcomes: Mapping[Hotkey, Outcome]) -> Sequence[Contribution]:
+    """In the order of the hotkeys, in which they are summed."""
+    return [o.contribution for _, o in sorted(outcomes.items()) if isinstance(o, Delivery)]
