@@ -17,6 +17,7 @@ from transformers import GPT2LMHeadModel
 from aggregation import load_aggregator
 from codec import load_codec
 from market.learner import Learner
+from market.phases import Charge
 from market.round import Market, Network, Terms
 from market.worker import Worker
 from protocol import DataSpec, Hotkey, Receipt
@@ -86,7 +87,9 @@ class Place:
     said: list[str]
 
 
-def make_worker(folder: Path, keypair: Keypair, said: list[str], clock: Callable[[], float]) -> Worker:
+def make_worker(
+    folder: Path, keypair: Keypair, said: list[str], clock: Callable[[], float], charge: Charge | None = None
+) -> Worker:
     cache = Cache(folder / keypair.ss58_address)
 
     def find_tokens(spec: DataSpec) -> Tokens:
@@ -94,7 +97,16 @@ def make_worker(folder: Path, keypair: Keypair, said: list[str], clock: Callable
         assert path is not None
         return Tokens.open(path)
 
-    return Worker(keypair.ss58_address, frozenset(TASKS), CPU, cache, find_tokens, said.append, clock)
+    return Worker(keypair.ss58_address, frozenset(TASKS), CPU, cache, find_tokens, said.append, clock, charge=charge)
+
+
+def batch_takes(seconds: float) -> Charge:
+    """A micro-batch takes so much virtual time; nothing else takes any."""
+
+    async def charge(phase: str, amount: float) -> None:
+        await asyncio.sleep(seconds * amount if phase == "batch" else 0.0)
+
+    return charge
 
 
 def make_place(
@@ -106,17 +118,26 @@ def make_place(
     miners: Sequence[Keypair] = MINERS[:2],
     aggregation: str = "mean",
     optimizer: Any = OPTIMIZER,
+    batch_s: Sequence[float] = (),
+    bits_per_s: float = float("inf"),
     **terms: object,
 ) -> Place:
-    """Call it inside the loop. The run in `folder` is created, or opened where it exists."""
+    """Call it inside the loop. The run in `folder` is created, or opened where it exists.
+
+    `batch_s`: virtual seconds that each miner's micro-batches take.
+    """
     if store is None:
         run = folder / "run"
         store = Store.open(run, keep=2) if run.exists() else Store.create(run, {"task": "gpt2"}, keep=2)
     said: list[str] = []
     clock = asyncio.get_running_loop().time
-    workers = {k.ss58_address: make_worker(folder / "miners", k, said, clock) for k in miners}
+    charges = [batch_takes(s) for s in batch_s] or [None] * len(miners)
+    workers = {
+        k.ss58_address: make_worker(folder / "miners", k, said, clock, c) for k, c in zip(miners, charges, strict=True)
+    }
     services = {hotkey: wrap(worker) for hotkey, worker in workers.items()}
-    loopback = Loopback(VALIDATOR, services, {k.ss58_address: k for k in miners}, latency_s=0.01)
+    keys = {k.ss58_address: k for k in miners}
+    loopback = Loopback(VALIDATOR, services, keys, latency_s=0.01, bandwidth_bps=bits_per_s)
     asked = replace(TERMS, **terms)
     market = Market(
         asked,

@@ -13,6 +13,7 @@ from codec import Codec
 from protocol import BlobRef, Digest, Update, Version, chain, digest
 from tasks import Task
 from tasks.optimizer import Settings, apply_settings
+from values import Blobs
 
 
 class Learner:
@@ -28,6 +29,8 @@ class Learner:
         self.optimizer = task.optimizer(self.model, config)
         self.base: Version | None = None
         self.blob: Buffer = b""
+        self.keep_before = False
+        self.before: tuple[Digest, Buffer] | None = None  # the version before, where it is to be kept
         self.encode()
 
     @property
@@ -57,8 +60,14 @@ class Learner:
         self.base = self.version
         self.encode()
 
+    @property
+    def blobs(self) -> Blobs:
+        """The states that miners may ask for."""
+        return {self.blob_digest: self.blob, **dict([self.before] if self.before else [])}
+
     def encode(self) -> None:
         state = {**self.parameters, **self.task.buffers(self.model)}
+        self.before = (self.blob_digest, self.blob) if self.keep_before else None
         self.blob = b""  # its memory is the next one's
         self.blob = self.codec.encode(state)
         self.blob_digest: Digest = digest("state", self.blob)

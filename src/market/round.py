@@ -77,6 +77,7 @@ class Market:
         specs = {name: p.shape for name, p in task.trainable(learner.model).items()}
         self.flight = Flight(terms, task, network, store, self.courier, self.phases, self.history, codec, specs)
         self.blobs = task.blobs()
+        learner.keep_before = terms.overlap > 0  # orders that a restart sends again may name it
         self.round = 0  # the oldest that is not committed
         self.empty_rounds = 0
         self.cursor = Cursor()
@@ -149,7 +150,7 @@ class Market:
             await self.flight.wait_for_peer()
             orders = self._plan(round)
             await asyncio.to_thread(self.store.open_round, round, [signed for _, signed in orders])
-        opened = Opened(round, self.network.now(), {**self.blobs, self.learner.blob_digest: self.learner.blob})
+        opened = Opened(round, self.network.now(), {**self.blobs, **self.learner.blobs})
         received = {r.reply.hotkey: r for r in await asyncio.to_thread(self.store.received, round)}
         self.flight.send(opened, orders, received)
         return opened
@@ -181,7 +182,7 @@ class Market:
             return
         orders = [self._order(opened.round, hotkey, ranges, left_s, 0) for hotkey, ranges in self._take(new)]
         await asyncio.to_thread(self.store.add_orders, opened.round, [signed for _, signed in orders])
-        opened.blobs = {**opened.blobs, self.learner.blob_digest: self.learner.blob}
+        opened.blobs = {**opened.blobs, **self.learner.blobs}
         self.flight.send(opened, orders, {})
 
     def _take(self, hotkeys: Sequence[Hotkey]) -> list[tuple[Hotkey, tuple[Range, ...]]]:
