@@ -31,7 +31,7 @@ from aiohttp import web
 from bittensor.sp_core import Keypair
 
 from bench import Figure
-from market.worker import StateWriter
+from market.states import StateWriter
 from protocol import (
     BlobRef,
     DataSpec,

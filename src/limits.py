@@ -38,6 +38,8 @@ class Limits:
     """Open connections from one address."""
     requests_per_peer: int = 8
     """Signed requests of one hotkey at a time."""
+    miners: int = 256
+    """Miner processes that a validator knows by their announcements, at a time."""
     strangers_per_s: float = 100.0
     """Unsigned and refused requests answered in a second; more have to wait their turn."""
 

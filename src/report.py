@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +16,16 @@ if TYPE_CHECKING:
 
     from market.learner import Learner
     from records.console import Console
+    from records.ledger import Total as MinerTotal
     from records.metrics import Metrics
     from records.store import Store
     from tasks import Task
     from values import RoundRecord
 
 Curve = list[tuple[float, float]]  # (rounds done, validation loss)
+Row = Mapping[str, float | int | str]  # a round's metrics
+
+OWN = ("verify", "aggregate", "step", "encode", "evaluate", "commit")  # phases of the validator's own time
 
 
 def finish(
@@ -37,18 +43,8 @@ def finish(
     from records.plot import loss_plot
 
     rounds = store.committed(0)
-    work, busy_s = total(rounds, "work"), total(rounds, "seconds")
     curve: Curve = [(done, values["val_loss"]) for done, values in sorted(store.evaluations().items())]
-    summary: dict[str, object] = {
-        "rounds": len(rounds),
-        "seconds": round(seconds, 2),
-        f"{task.unit}": int(work),
-        f"{task.unit}_per_s": work / busy_s if busy_s else 0.0,
-        "val_loss_before": curve[0][1],
-        **store.evaluations()[int(curve[-1][0])],
-        "bytes_up": int(total(rounds, "bytes_up")),
-        "bytes_down": int(total(rounds, "bytes_down")),
-    }
+    summary = summarised(task, store, rounds, curve, seconds)
     lines: dict[str, Curve] = {"marketplace": curve}
     if config.baseline:
         try:
@@ -60,17 +56,66 @@ def finish(
             console.say(f"no baseline: {error}")
     totals = store.totals()
     metrics.summary({**summary, "weights": {t.hotkey: t.weight for t in totals}})
-    miners = [
-        (t.hotkey, t.accepted, ", ".join(f"{n} {fault}" for fault, n in t.faults.items()) or "none", f"{t.work:,}",
-         f"{t.weight:.3f}")
-        for t in totals
-    ]  # fmt: skip
     loss_plot(folder / "loss.png", lines, f"{folder.name}: {config.task}", "round", "validation loss (nats per token)")
     console.table(
         folder.name, ["", "value"], [(name.replace("_", " "), shown(value)) for name, value in summary.items()]
     )
-    console.table("miners", ["hotkey", "accepted rounds", "faults", f"{task.unit} accepted", "weight"], miners)
+    columns = ["hotkey", "accepted rounds", "faults", f"{task.unit} accepted", "lost", "late", "utilisation", "weight"]
+    console.table("miners (lost, late: micro-batches)", columns, miner_rows(totals, [r.metrics for r in rounds]))
+    console.say(f"validator's own time: {own_time(r.metrics for r in rounds) or 'not measured'}")
     console.say(f"run folder {folder}, plot {folder / 'loss.png'}")
+
+
+def summarised(
+    task: Task, store: Store, rounds: Sequence[RoundRecord], curve: Curve, seconds: float
+) -> dict[str, object]:
+    """The run in a few figures. Of micro-batches `records.ledger.Accounting` says what each figure counts."""
+    work, busy_s = total(rounds, "work"), total(rounds, "seconds")
+    summary: dict[str, object] = {
+        "rounds": len(rounds),
+        "seconds": round(seconds, 2),
+        f"{task.unit}": int(work),
+        f"{task.unit}_per_s": work / busy_s if busy_s else 0.0,
+        "val_loss_before": curve[0][1],
+        **store.evaluations()[int(curve[-1][0])],
+        "bytes_up": int(total(rounds, "bytes_up")),
+        "bytes_down": int(total(rounds, "bytes_down")),
+        **{f"batches_{name}": count for name, count in asdict(store.accounting()).items()},
+        "batches_late": store.late_batches(),
+    }
+    last = rounds[-1].metrics if rounds else {}
+    if "epoch" in last:
+        summary |= {"epoch": last["epoch"], "epoch_done": f"{last['epoch_done']}/{last['epoch_total']}"}
+    if used := [float(r.metrics["utilisation"]) for r in rounds if "utilisation" in r.metrics]:
+        summary["utilisation"] = sum(used) / len(used)
+    return summary
+
+
+def miner_rows(totals: Iterable[MinerTotal], rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """A row a miner. Utilisation is the mean of the rounds that it answered, where they say it."""
+    used: defaultdict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name in row:
+            if name.startswith("utilisation."):
+                used[name.partition(".")[2]].append(float(row[name]))
+    found: list[tuple[str, ...]] = []
+    for t in totals:
+        mine = used[t.hotkey[:8]]
+        faults = ", ".join(f"{n} {fault}" for fault, n in t.faults.items()) or "none"
+        utilisation = f"{sum(mine) / len(mine):.1%}" if mine else ""
+        counts = (f"{t.work:,}", f"{t.lost:,}", f"{t.late:,}")
+        found.append((t.hotkey, str(t.accepted), faults, *counts, utilisation, f"{t.weight:.3f}"))
+    return found
+
+
+def own_time(rows: Iterable[Row]) -> str:
+    """What the validator itself did in these rounds, by phase, in one line; empty where they do not say."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for row in rows:
+        for phase in OWN:
+            if f"{phase}_s" in row:
+                seconds[phase] += float(row[f"{phase}_s"])
+    return ", ".join(f"{phase} {seconds[phase]:,.3f} s" for phase in OWN if phase in seconds)
 
 
 def run_baseline(

@@ -40,8 +40,11 @@ if TYPE_CHECKING:
     from records.store import Store
     from tasks import Task
     from transport.auth import Keypair
-    from transport.dendrite import Dendrite, Endpoint
+    from transport.dendrite import Dendrite
+    from transport.desk import Desk
     from transport.health import HealthServer
+    from transport.peer import Endpoint
+    from transport.roster import Admission, Axons
 
 PROGRAM = "validator.py"
 logger = logging.getLogger("validator")
@@ -75,7 +78,7 @@ def report_round(done: int, store: Store, metrics: Metrics, console: Console) ->
     """The newest round for the display and for metrics.jsonl: what its commit says, and an evaluation after it."""
     head = store.head()
     if head is not None and head.round == done - 1:
-        row = {**head.metrics, **store.evaluations().get(done, {})}
+        row = {**head.metrics, **store.evaluations().get(done, {}), "late_batches": store.late_batches()}
         receipts = [Receipt.parse(signed.body) for signed in head.receipts]
         verdicts = ", ".join(f"{r.hotkey[:8]} {r.verdict}" for r in receipts)
         logger.debug("round %d: committed, version %s, %s", head.round, head.version[:12], verdicts or "no orders")
@@ -95,6 +98,7 @@ async def run(config: ValidatorConfig) -> None:
     from local_miners import LocalMiners
     from records.console import Console
     from records.metrics import Metrics
+    from records.store import Room
     from transport.dendrite import parse_endpoint
 
     with ExitStack() as stack:
@@ -105,7 +109,9 @@ async def run(config: ValidatorConfig) -> None:
             cli.set_threads(config.threads)
             cli.reuse_memory()
             console = stack.enter_context(Console(config.rounds, config.logging.debug))
-            keypair = signing_key(config, endpoints, console)
+            listed, admission = watched_files(config, console)
+            keypair = signing_key(config, [*endpoints, *(listed.endpoints if listed else ())], console)
+            stack.enter_context(Room(folder))
             store = stack.enter_context(closing(runs.open_store(config, folder)))
             local = stack.enter_context(  # they import while we do
                 LocalMiners(config.local, folder / "miners", config.task, config.device, config.threads)
@@ -116,8 +122,8 @@ async def run(config: ValidatorConfig) -> None:
             )
             tensors = stack.enter_context(ThreadPoolExecutor(1, "tensors"))
             endpoints += map(parse_endpoint, local.endpoints(console.say))
-            status = await serve_status(config, folder, keypair, store, console)
-            network = await connect(config, folder, keypair, endpoints, store, console)
+            status = await serve_status(config, folder, keypair, admission, store, console)
+            network = await connect(config, folder, keypair, endpoints, listed, status, store, console)
             runs.begin(config, store, task.data_digest)
         try:
             with cli.mistakes(PROGRAM):
@@ -134,9 +140,9 @@ async def run(config: ValidatorConfig) -> None:
             if market.stopping:
                 raise KeyboardInterrupt
         finally:
-            await network.close()
             if status is not None:
-                await status.close()
+                await status.close()  # which hands requests on to the network
+            await network.close()
         local.stop()  # the baseline gets the whole machine
         console.say(f"model in {report.save_model(task, market.learner, market.round, folder)}")
         gave_up = market.out_of_patience
@@ -180,22 +186,41 @@ def prepare_task(config: ValidatorConfig, device: torch.device, console: Console
     return load_task(config.task).prepare(flags, seed=config.seed, cache=cache, device=device, progress=console.say)
 
 
+def watched_files(config: ValidatorConfig, console: Console) -> tuple[Axons | None, Admission | None]:
+    """What --axons-file and --admit name."""
+    from transport.roster import Admission, Axons
+
+    listed = Axons(config.axons_file, config.tls_ca is not None, console.say) if config.axons_file else None
+    return listed, Admission(config.admit, console.say, time.monotonic) if config.admit else None
+
+
 def signing_key(config: ValidatorConfig, endpoints: Sequence[Endpoint], console: Console) -> Keypair:
     """The wallet's hotkey, made where it is missing and every miner is on this machine."""
+    from transport.peer import is_loopback
     from transport.wallets import load_keypair
 
     loopback = all(endpoint.is_loopback for endpoint in endpoints)
+    if config.admit:
+        loopback = loopback and is_loopback(config.serve.ip)
     wallet = config.wallet
     return load_keypair(wallet.name, wallet.hotkey, str(wallet.path), create=loopback, say=console.say)
 
 
 async def serve_status(
-    config: ValidatorConfig, folder: Path, keypair: Keypair, store: Store, console: Console
-) -> HealthServer | None:
-    """GET /v1/status, where --serve.port asks for it."""
+    config: ValidatorConfig,
+    folder: Path,
+    keypair: Keypair,
+    admission: Admission | None,
+    store: Store,
+    console: Console,
+) -> HealthServer | Desk | None:
+    """GET /v1/status, where --serve.port asks for it; with --admit miners announce themselves there, and pull."""
+    from transport.desk import Desk
     from transport.health import HealthServer
+    from transport.tls import server_context
 
-    if config.serve.port is None:
+    serve = config.serve
+    if serve.port is None:
         return None
 
     def health() -> Health:
@@ -211,8 +236,17 @@ async def serve_status(
             time_ns=time.time_ns(),
         )
 
-    server = HealthServer(health, config.serve.ip, config.serve.port, config.limits)
-    console.say(f"status at http://{config.serve.ip}:{await server.start()}/v1/status")
+    server: HealthServer | Desk
+    tls = server_context(serve.tls_cert, serve.tls_key, "serve") if serve.tls_cert and serve.tls_key else None
+    place = (health, serve.ip, serve.port, config.limits, tls)
+    if admission is not None:
+        server = Desk(keypair, config.task, admission, *place, reaches_tls=config.tls_ca is not None)
+    else:
+        server = HealthServer(*place)
+    at = f"{f'[{serve.ip}]' if ':' in serve.ip else serve.ip}:{await server.start()}"
+    console.say(f"status at http{'s' if tls else ''}://{at}/v1/status")
+    if admission is not None:
+        console.say(f"miners come by: python src/miner.py --validator {at}@{keypair.ss58_address}")
     return server
 
 
@@ -221,17 +255,21 @@ async def connect(
     folder: Path,
     keypair: Keypair,
     endpoints: Sequence[Endpoint],
+    listed: Axons | None,
+    status: HealthServer | Desk | None,
     store: Store,
     console: Console,
 ) -> Dendrite:
-    """Says hello to the miners. ValueError where not one answers in time."""
+    """Says hello to the miners. ValueError where not one answers in time, and none may come later."""
     from transport.dendrite import Dendrite
+    from transport.desk import Desk
     from transport.tls import client_context
 
     pins = folder / "peers.json"  # which hotkey answers at which endpoint
+    known = tuple(dict.fromkeys([*endpoints, *(listed.endpoints if listed else ())]))
     network = Dendrite(
         keypair,
-        endpoints,
+        known,
         json.loads(pins.read_text()) if pins.exists() else {},
         partial(save_pins, pins),
         config.task,
@@ -241,15 +279,25 @@ async def connect(
         client_context(config.tls_ca.expanduser()) if config.tls_ca else None,
     )
     await network.start()
-    there = await network.wait_for_peers(len(endpoints), config.connect_timeout)
-    if not there:
+    later = []  # where more may come from
+    if listed is not None:
+        network.attend(listed.follow(network, tuple(endpoints)))
+        later.append(f"--axons-file {config.axons_file}")
+    if isinstance(status, Desk):
+        status.attach(network)
+        later.append("announcements")
+    there = await network.wait_for_peers(len(known), config.connect_timeout) if known else 0
+    if not there and later:
+        console.say(f"no miner is there yet: waits for {' and '.join(later)}; run folder {folder}")
+    elif not there:
         await network.close()
-        axons = " ".join(map(str, endpoints))
+        axons = " ".join(map(str, known))
         raise ValueError(
             f"--axons {axons}: no miner answered within --connect-timeout {config.connect_timeout:g} s; "
             "start one with python src/miner.py --axon.port PORT"
         )
-    console.say(f"{there} of {len(endpoints)} miners are there; run folder {folder}")
+    else:
+        console.say(f"{there} of {len(known)} miners are there; run folder {folder}")
     return network
 
 
@@ -330,6 +378,7 @@ def check(config: ValidatorConfig) -> None:
     from codec import CODECS
     from ranking import load_ranker
     from tasks import TASKS
+    from transport.tls import check_pair
 
     choices = {"task": TASKS, "codec.up": CODECS, "codec.down": CODECS, "aggregation": AGGREGATORS}
     flags = cli.flatten(config)
@@ -354,8 +403,16 @@ def check(config: ValidatorConfig) -> None:
         )
     config.limits.check()
     cli.check_port("serve.port", config.serve.port or 0)
-    if not config.axons and not config.local:
-        raise ValueError("--axons: no miner named; give the ports of your miners, or --local 2 for two of this machine")
+    check_pair(config.serve.tls_cert, config.serve.tls_key, "serve")
+    if config.serve.port is None:
+        for flag, given in ((f"--admit {config.admit}", config.admit), ("--serve.tls-cert", config.serve.tls_cert)):
+            if given:
+                raise ValueError(f"{flag}: nothing is served; choose a --serve.port, 0 for any free one")
+    if not (config.axons or config.axons_file or config.local or config.admit):
+        raise ValueError(
+            "--axons: no miner named; give the ports of your miners, or --local 2 for two of this machine, "
+            "--axons-file FILE, or --serve.port with --admit"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -367,8 +424,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Processes that share the cores: OpenMP's threads shall soon sleep while they wait. With the default count of
         # spins a nano step beside a busy process takes 190 to 700 ms, with this 40, and undisturbed 19 instead of 16.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    from records.store import DiskFull
+
     try:
         asyncio.run(run(config))
+    except DiskFull as full:
+        cli.fail(PROGRAM, str(full), code=1)
     except KeyboardInterrupt:
         cli.fail(PROGRAM, "stopped; --resume goes on from here", code=130)
 

@@ -1,10 +1,10 @@
-"""A small real miner for the transport's tests: its gradient is the model state that it was given."""
+"""A small real miner for the transport's tests, whose gradient is the state that it was given, and its validator."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +36,10 @@ from protocol import (
 from transport.auth import Guard
 from transport.axon import Axon
 from transport.dendrite import Dendrite, Endpoint
+from transport.desk import Desk
+from transport.membership import Membership
+from transport.peer import Peer, open_session
+from transport.roster import Admission
 from values import Refused
 
 VALIDATOR = Keypair.create_from_uri("//Validator")
@@ -239,6 +243,70 @@ async def dendrite(
         yield network
     finally:
         await network.close()
+
+
+async def until(condition: Callable[[], object], patience_s: float = 60.0) -> None:
+    async with asyncio.timeout(patience_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def nobody_asks() -> Health:
+    raise AssertionError
+
+
+@asynccontextmanager
+async def desk(
+    network: Dendrite,
+    port: int = 0,
+    admit: str = "everyone",
+    limits: Limits | None = None,
+    clock_ns: Callable[[], int] = time.time_ns,
+    said: list[str] | None = None,
+) -> AsyncIterator[tuple[Desk, Endpoint]]:
+    """A validator's server for its miners, who announce themselves five times a second."""
+    lines = [] if said is None else said
+    admission = Admission(admit, lines.append, time.monotonic)
+    server = Desk(
+        *(VALIDATOR, "echo", admission, nobody_asks, "127.0.0.1", port, limits), interval_s=0.2, clock_ns=clock_ns
+    )
+    bound = await server.start()
+    server.attach(network)
+    try:
+        yield server, Endpoint("127.0.0.1", bound, VALIDATOR.ss58_address)
+    finally:
+        await server.close()
+
+
+@asynccontextmanager
+async def member(
+    service: Echo,
+    validator: Endpoint,
+    serves: str | None = None,
+    keypair: Keypair = MINER,
+    said: list[str] | None = None,
+    limits: Limits | None = None,
+) -> AsyncIterator[Membership]:
+    """A miner's place there: announced to serve at "host:port", or pulling. It ends without saying that it leaves."""
+    lines = [] if said is None else said
+    limits = limits or replace(Limits(), poll_s=1.0)
+    membership = Membership(service, keypair, validator, serves, lines.append, limits, interval_s=0.2)
+    try:
+        yield membership
+        if membership.failed.done():
+            membership.failed.result()
+    finally:
+        await membership.close()
+
+
+@asynccontextmanager
+async def caller(validator: Endpoint, keypair: Keypair = MINER, limits: Limits | None = None) -> AsyncIterator[Peer]:
+    """Signed requests of a miner that does as it likes."""
+    session = open_session(limits or Limits())
+    try:
+        yield Peer(validator, validator.hotkey, keypair, session, limits or Limits())
+    finally:
+        await session.close()
 
 
 async def honest_exchange(port: int, path: Path, round: int = 99) -> None:

@@ -14,7 +14,7 @@ def signed(message: Message) -> Signed:
     return Signed(kind=message.kind, signer=VALIDATOR, body=message.text(), signature="0f" * 64)
 
 
-def order(round: int, hotkey: str, deadline_s: float = 10.0) -> Signed:
+def order(round: int, hotkey: str, deadline_s: float = 10.0, ranges: tuple[Range, ...] = ()) -> Signed:
     blob = BlobRef(kind="state", digest=VERSION, bytes=100)
     return signed(
         Order(
@@ -28,7 +28,7 @@ def order(round: int, hotkey: str, deadline_s: float = 10.0) -> Signed:
             data=DataSpec(
                 tokens=BlobRef(kind="data", digest=VERSION, bytes=7), tokenizer="byte", vocabulary=None, source=None
             ),
-            ranges=(Range(round, round + 1),),
+            ranges=ranges or (Range(round, round + 1),),
             deadline_s=deadline_s,
             staleness=0,
             codec_up="fp32",
@@ -45,8 +45,8 @@ def payload(round: int, hotkey: str, size: int = 3000) -> bytes:
     return f"{round} {hotkey}".encode().ljust(size, b".")
 
 
-def received(round: int, hotkey: str, data: bytes) -> Received:
-    reply = Reply(
+def reply(round: int, hotkey: str, data: bytes = b"") -> Reply:
+    return Reply(
         run="run",
         round=round,
         hotkey=hotkey,
@@ -61,10 +61,22 @@ def received(round: int, hotkey: str, data: bytes) -> Received:
         residual_before=None,
         residual_after=None,
     )
-    return Received(reply=reply, signed=signed(reply), bytes_up=len(data) + 500, bytes_down=900)
 
 
-def receipt(round: int, hotkey: str, fault: Fault | None = None, work: int = 512, weight: float = 0.5) -> Signed:
+def received(round: int, hotkey: str, data: bytes) -> Received:
+    what = reply(round, hotkey, data)
+    return Received(reply=what, signed=signed(what), bytes_up=len(data) + 500, bytes_down=900, seconds=1.75)
+
+
+def receipt(
+    round: int,
+    hotkey: str,
+    fault: Fault | None = None,
+    work: int = 512,
+    weight: float = 0.5,
+    done: tuple[Range, ...] = (),
+    seconds: float = 0.0,
+) -> Signed:
     return signed(
         Receipt(
             run="run",
@@ -73,10 +85,11 @@ def receipt(round: int, hotkey: str, fault: Fault | None = None, work: int = 512
             order=VERSION,
             verdict=fault or "ACCEPTED",
             reason="no reply by the deadline" if fault else "",
-            done=() if fault else (Range(round, round + 1),),
+            done=() if fault else done or (Range(round, round + 1),),
             work=0 if fault else work,
             scores={"accepted": 1.0},
             weight=weight,
+            seconds=seconds,
         )
     )
 

@@ -25,6 +25,9 @@ class Given:
     norm: float
     tensors: Tensors
 
+    def load(self) -> Tensors:
+        return self.tensors
+
 
 def contribution(count: int, seed: int, scale: float = 1.0) -> Given:
     """Random tensors of norm `scale`, up to rounding."""

@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "local_miners": frozenset({"protocol"}),
     "ranks": frozenset({"market", "protocol"}),
     # The roots: only here do cores meet edges.
+    "emulation": BELOW | CORES | EDGES | {"codec"},
     "runs": BELOW | CORES | EDGES | {"cli"},
     "report": BELOW | CORES | EDGES | {"cli"},
     "miner": BELOW | CORES | EDGES | {"cli", "codec"},

@@ -24,6 +24,8 @@ from tests.processes import SRC, Process, eventually, program, tiny_flags
 COLOUR = re.compile(rb"\x1b\[(?:[0-9]+;)*(?:3[0-9]|4[0-9]|9[0-7]|10[0-7])[;m]")
 BAR = r"round +\d+/\d+  +[━╸╺]+ +"
 ETA = r"ETA (?:\d+|-):(?:\d\d|--):(?:\d\d|--)"
+EPOCH = r"epoch \d+  \d+/\d+"
+SHARDS = r"  shards [·▁▂▃▄▅▆▇█]{1,16}"
 FIGURES = r"loss \d\.\d{3}  val \d\.\d{3}  [\d,]+ tokens/s"
 
 
@@ -77,6 +79,14 @@ class Terminal(Process):
             width = range(self._screen.columns)
             above = ["".join(line[x].data for x in width).rstrip() for line in self._screen.history.top]
         return "\n".join([*above, *self.lines()])
+
+    def forget(self) -> None:
+        """All that is in sight now, and above it. What is drawn while a terminal gets narrower leaves remains."""
+        above = self._screen.history.top
+        before = len(above)
+        eventually(lambda: len(above) >= before + self._screen.lines, "lines enough to scroll it out of sight")
+        with self._lock:
+            above.clear()
 
     def sees(self, *patterns: str) -> None:
         """Waits until the last lines in sight match the patterns."""
@@ -142,20 +152,28 @@ def test_a_miner_shows_what_it_computes_and_its_receipts(run: Run) -> None:
 
 def test_a_validator_shows_its_rounds_and_its_miners(run: Run) -> None:
     shown = run.validator
-    row = r"5\w{7} \S.* \d/4 +\d+ ms +\d.* .?B +\d.* .?B ACCEPTED +0\.\d{3}"
-    wide = [BAR + FIGURES + "  " + ETA, "miner +state +batches +latency +up +down +verdict +weight", row, row]
+    row = r"5\w{7} \S.* \d/4 +\d+% +\d+ ms +\d.* .?B +\d.* .?B ACCEPTED +0\.\d{3}"
+    head = "miner +state +batches +util +latency +up +down +verdict +weight"
+    wide = [BAR + FIGURES + "  " + ETA, EPOCH + SHARDS, head, row, row]
     shown.sees(*wide)
     assert re.search(rb"\x1b\[[0-9;]*32m", shown.raw)  # green
     assert shown.cursor_hidden
     assert re.search(r"DEBUG validator: round \d+: committed", shown.said())
 
     shown.resize(40)
-    shown.sees(BAR + ETA, FIGURES, "miner +state +verdict +weight", *[r"5\w{7} \S.* ACCEPTED +0\.\d{3}"] * 2)
+    shown.sees(
+        BAR + ETA,
+        FIGURES,
+        f"{EPOCH}(?:{SHARDS})?",
+        "miner +state +verdict +weight",
+        *[r"5\w{7} \S.* ACCEPTED +0\.\d{3}"] * 2,
+    )
     shown.resize(100)
     shown.sees(*wide)
 
 
 def test_a_terminal_is_left_in_order(run: Run) -> None:
+    run.validator.forget()
     run.validator.interrupt()
     assert run.validator.wait() == 130
     assert run.validator.lines()[-1] == "validator.py: stopped; --resume goes on from here"
@@ -191,13 +209,20 @@ async def main(many, rounds):
     with Console(rounds, debug=False) as console:
         async with console.watching(broken if not many else lambda: tuple(links)):
             receipts = [receipt(i, Fault.LATE if i == 160 else "ACCEPTED") for i in range(many)]
+            used = {f"utilisation.{hotkey(i)[:8]}": i / 200 for i in range(many) if i % 2}
+            shards = {"epoch": 3, "epoch_done": 41, "epoch_total": 128, "shards": "32/32 8/32 1/32 0/32"}
+            row = {"loss": 2.5, "val_loss": 2.25, "tokens_per_s": 123, **used, **shards, "late_batches": 7}
             for round in range(rounds - 1):
-                console.round({"round": round, "loss": 2.5, "val_loss": 2.25, "tokens_per_s": 123}, receipts)
+                console.round({"round": round, **row}, receipts)
             console.table(*TABLE)
             console.say("said by a peer \\x1b[2J")
             await asyncio.sleep(3600 if sys.stdout.isatty() and len(sys.argv) == 3 else 0)
 asyncio.run(main(int(sys.argv[1]), int(sys.argv[2])))
 """
+
+
+EPOCH_3 = "epoch 3  41/128"
+LATE = "  late: 7 micro-batches noted"
 
 
 def script(*arguments: str) -> list[str]:
@@ -209,12 +234,15 @@ def test_two_hundred_miners_in_a_small_terminal(tmp_path: Path) -> None:
         shown.sees(
             "said by a peer \ufffd\\[2J",
             BAR + FIGURES + "  " + ETA,
-            "miner +state +batches +latency +up +down +verdict +weight why",
+            EPOCH_3 + LATE + r"  shards █▂▁·",
+            "miner +state +batches +util +latency +up +down +verdict +weight why",
             r"516zGGGG +idle +1/2 +12 ms +3.46 kB +78 B LATE +0\.250 late\ufffd\[2J\ufffd\[31m",
             r"515zGGGG +working .* ACCEPTED +0\.250",
             r"…:1:1:1:1:1\]:8091\ufffd\[2J +away +0 B +0 B",
-            *[r"5zz\wGGGG +idle .*"] * 4,
-            "and 194 more",
+            r"5zzzGGGG +idle .*",
+            r"5zz1GGGG +idle +1/2 +0% .*",
+            r"5zz2GGGG +idle .*",
+            "and 195 more",
         )
 
 
@@ -229,6 +257,7 @@ def test_forty_columns_without_colours(tmp_path: Path) -> None:
             "said by a peer \ufffd\\[2J",
             BAR + ETA,
             FIGURES,
+            EPOCH_3,
             "miner +state +verdict +weight",
             *[r"5zz[z\d]GGGG idle +ACCEPTED +0\.250"] * 3,
             r"…091\ufffd\[2J away",
@@ -256,7 +285,8 @@ def test_a_pipe_gets_plain_lines(colour: dict[str, str]) -> None:
     ended = subprocess.run(script("3", "3"), capture_output=True, text=True, check=True, env={**os.environ, **colour})
     assert "\x1b" not in ended.stdout
     first, second, *table, last = ended.stdout.splitlines()
-    assert [first, second] == [f"round {i}/3  loss 2.500  val 2.250  123 tokens/s" for i in (1, 2)]
+    said = "loss 2.500  val 2.250  123 tokens/s  epoch 3  41/128  late: 7 micro-batches noted"
+    assert [first, second] == [f"round {i}/3  {said}" for i in (1, 2)]
     assert re.fullmatch(r"│ 5zz1G+ │ +2 │ 1 LATE, 3 SILENT │", table[-2])
     assert last == "said by a peer \ufffd[2J"
     assert ended.stderr == ""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import random
 import sqlite3
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from records_samples import HOTKEYS, order, orders, receipt, record
+from records_samples import HOTKEYS, order, orders, receipt, record, reply, signed
 
-from protocol import Fault
-from records.ledger import Ledger, Total
+from market.cursor import merge
+from protocol import Fault, Range, Reply, Signed
+from records.ledger import Accounting, Late, Ledger, Total
+from records.schema import upgrade
 from values import RoundRecord
 
 A, B, C = HOTKEYS
@@ -84,6 +88,34 @@ def test_the_next_round_may_open_before_the_commit(ledger: Ledger) -> None:
     assert ledger.orders(1) == orders(1)
 
 
+def test_several_rounds_may_be_open_and_are_committed_in_turn(ledger: Ledger) -> None:
+    for round in range(3):
+        ledger.open_round(round, orders(round))
+    with pytest.raises(RuntimeError, match="round 1 cannot be committed, the next is 0"):
+        ledger.commit(record(1))
+    ledger.commit(record(0))
+    assert [ledger.orders(round) for round in range(3)] == [orders(round) for round in range(3)]
+    ledger.open_round(2, orders(2, (A,)))
+    ledger.commit(record(1))
+    assert ledger.orders(2) == orders(2, (A,))
+
+
+def test_a_newcomer_gets_an_order_while_the_round_is_open(ledger: Ledger) -> None:
+    ledger.open_round(0, orders(0, (B,)))
+    ledger.open_round(1, orders(1, (B,)))
+    ledger.add_orders(0, [order(0, A)])
+    assert ledger.orders(0) == orders(0, (A, B))
+    assert ledger.orders(1) == orders(1, (B,))  # stays open
+    with pytest.raises(RuntimeError, match="round 0: a miner has an order already"):
+        ledger.add_orders(0, [order(0, C), order(0, A, deadline_s=3.0)])
+    assert ledger.orders(0) == orders(0, (A, B))
+    with pytest.raises(RuntimeError, match=f"the order of {A} has no receipt"):
+        ledger.commit(record(0, (receipt(0, B),)))
+    ledger.commit(record(0, (receipt(0, A), receipt(0, B))))
+    with pytest.raises(RuntimeError, match="round 0 is committed"):
+        ledger.add_orders(0, [order(0, C)])
+
+
 def test_a_committed_round_is_closed(ledger: Ledger) -> None:
     run_rounds(ledger, 2)
     with pytest.raises(RuntimeError, match="round 1 is committed"):
@@ -111,11 +143,122 @@ def test_totals(ledger: Ledger) -> None:
     for round, (a, b) in enumerate(verdicts):
         ledger.open_round(round, orders(round, (A, B)))
         ledger.commit(record(round, (receipt(round, A, a), receipt(round, B, b))))
+    ledger.note_late(1, *late(1, B))
     assert ledger.totals() == [
-        Total(A, 2, {"SILENT": 1}, 1024, 1 / 3),
-        Total(B, 0, {"LATE": 2, "MALFORMED": 1}, 0, 1 / 3),
-        Total(C, 0, {}, 0, 1 / 3),
+        Total(A, 2, {"SILENT": 1}, 1024, 1 / 3, done=2, lost=1, late=0),
+        Total(B, 0, {"LATE": 2, "MALFORMED": 1}, 0, 1 / 3, done=0, lost=3, late=1),
+        Total(C, 0, {}, 0, 1 / 3, done=0, lost=0, late=0),
     ]
+
+
+# --- late work --------------------------------------------------------------------------------------------------------
+
+
+def late(round: int, hotkey: str, seconds: float = 12.5) -> tuple[Signed, Signed]:
+    return signed(reply(round, hotkey)), receipt(round, hotkey, Fault.LATE, seconds=seconds)
+
+
+def test_late_work_is_noted_once_with_its_evidence(ledger: Ledger) -> None:
+    ledger.open_round(0, orders(0, (A, B)))
+    said, told = late(0, B)
+    ledger.note_late(0, said, told)  # before its round is committed, or after
+    ledger.commit(record(0, (receipt(0, A), receipt(0, B, Fault.LATE))))
+    for again in (said, told), late(0, B, 13.0):
+        ledger.note_late(0, *again)
+    assert ledger.late() == [Late(0, B, (Range(0, 1),), 12.5, said, told)]
+    assert ledger.late_batches() == 1
+
+
+def test_what_was_accepted_is_not_late(ledger: Ledger) -> None:
+    ledger.open_round(0, orders(0))
+    ledger.note_late(0, *late(0, A))  # by a validator that is killed then; its restart receives the reply in time
+    ledger.commit(record(0, (receipt(0, A), receipt(0, B), receipt(0, C, Fault.LATE))))
+    assert ledger.late() == []
+    with pytest.raises(RuntimeError, match=f"the work of {A} was accepted"):
+        ledger.note_late(0, *late(0, A))
+    with pytest.raises(sqlite3.IntegrityError):  # it was never ordered
+        ledger.note_late(1, *late(1, A))
+    ledger.open_round(1, orders(1))
+    ledger.note_late(1, *late(1, A))
+    ledger.open_round(1, orders(1, (B,)))  # planned anew: a reply to what was in its place is to no order
+    assert ledger.late() == []
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (reply(0, A), receipt(0, B, Fault.LATE)),
+        (reply(0, A), receipt(1, A, Fault.LATE)),
+        (reply(1, A), receipt(0, A, Fault.LATE)),
+        (reply(0, A), receipt(0, A)),
+    ],
+    ids=["another's", "another round's receipt", "another round's reply", "accepted"],
+)
+def test_only_a_reply_with_its_late_receipt_is_noted(ledger: Ledger, said: Reply, told: Signed) -> None:
+    ledger.open_round(0, orders(0))
+    with pytest.raises(RuntimeError, match="do not fit"):
+        ledger.note_late(0, signed(said), told)
+
+
+# --- accounts ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_became_of_each_micro_batch(ledger: Ledger) -> None:
+    """Against counting them one by one, with rounds open ahead, partial replies, faults and reordered ranges."""
+    rng = random.Random(0)
+    waiting: list[int] = []  # undone or lost, to be ordered again
+    counts, times, top = Counter[str](), Counter[int](), 0
+    plans: dict[int, dict[str, list[int]]] = {}
+    for round in range(40):
+        plan = plans[round] = {}
+        for hotkey in HOTKEYS:
+            again, waiting = waiting[:3], waiting[3:]
+            fresh = rng.randrange(1, 5)
+            plan[hotkey] = [*again, *range(top, top + fresh)]
+            top += fresh
+            times.update(plan[hotkey])
+        mine = [order(round, hotkey, ranges=as_ranges(plan[hotkey])) for hotkey in HOTKEYS]
+        ledger.open_round(round, mine[1:])
+        ledger.add_orders(round, mine[:1])
+        if round < 2:  # three are open at once
+            continue
+        receipts = []
+        for hotkey, indices in plans.pop(round - 2).items():
+            fault = rng.choice([None, None, Fault.LATE])
+            done = [] if fault else rng.sample(indices, rng.randrange(1, len(indices) + 1))
+            receipts.append(receipt(round - 2, hotkey, fault, done=as_ranges(done)))
+            waiting += set(indices) - set(done)
+            counts += Counter(accepted=len(done), **{"lost" if fault else "undone": len(indices) - len(done)})
+        ledger.commit(record(round - 2, tuple(receipts)))
+    open_still = sum(len(indices) for plan in plans.values() for indices in plan.values())
+    found = ledger.accounting()
+    assert found == Accounting(
+        ordered=times.total(), outstanding=open_still, reassigned=times.total() - len(times), **counts
+    )
+    assert found.ordered == found.outstanding + found.accepted + found.undone + found.lost
+    assert found.undone + found.lost - found.reassigned == len(waiting)
+    assert sum(total.lost for total in ledger.totals()) == found.lost
+    assert sum(total.done for total in ledger.totals()) == found.accepted
+
+
+def as_ranges(indices: Iterable[int]) -> tuple[Range, ...]:
+    return merge(Range(i, i + 1) for i in indices)
+
+
+def test_accounts_of_an_empty_ledger(ledger: Ledger) -> None:
+    assert ledger.accounting() == Accounting(0, 0, 0, 0, 0, 0)
+    assert ledger.late_batches() == 0
+
+
+def test_a_resume_reads_all_rounds_with_few_queries(ledger: Ledger) -> None:
+    run_rounds(ledger, 20)
+    statements: list[str] = []
+    ledger._connection.set_trace_callback(statements.append)
+    assert len(ledger.committed(0)) == 20
+    assert len(statements) == 3
+
+
+# --- what lies on the disk --------------------------------------------------------------------------------------------
 
 
 def test_plain_sql_says_who_earned_what_and_why(path: Path, ledger: Ledger) -> None:
@@ -170,8 +313,37 @@ def test_a_newer_schema_is_refused(path: Path, ledger: Ledger) -> None:
     ledger.close()
     with sqlite3.connect(path) as other:
         other.execute("PRAGMA user_version = 99")
-    with pytest.raises(ValueError, match="ledger schema 99, this Pilot reads up to 1"):
+    with pytest.raises(ValueError, match="ledger schema 99, this Pilot reads up to 2"):
         Ledger(path)
+
+
+def test_a_ledger_of_version_1_is_brought_up_to_date(path: Path) -> None:
+    with sqlite3.connect(path) as old:
+        old.executescript((Path(__file__).parent / "golden" / "ledger_1.sql").read_text())
+    ledger, fresh = Ledger(path), Ledger(path.with_name("fresh.sqlite"))
+    tables = "SELECT name, sql FROM sqlite_master ORDER BY name"
+    assert ledger._rows(tables) == fresh._rows(tables)
+    assert ledger._rows("PRAGMA user_version") == [(2,)]
+    assert ledger._rows("PRAGMA foreign_key_check") == []
+    fresh.close()
+
+    kept = [record(round, (receipt(round, A), receipt(round, B, Fault.LATE))) for round in range(2)]
+    assert [(r.round, r.version, r.cursor, r.weights) for r in ledger.committed(0)] == [
+        (r.round, r.version, r.cursor, r.weights) for r in kept
+    ]
+    assert [o.kind for o in ledger.orders(2)] == ["order"]
+    assert ledger.accounting() == Accounting(5, outstanding=1, accepted=2, undone=0, lost=2, reassigned=2)
+    ledger.note_late(1, *late(1, B))
+    ledger.close()
+    again = Ledger(path)
+    assert len(again.late()) == 1
+    assert again.meta() == {"task": '"gpt2"'}
+    again.close()
+
+
+def test_two_validators_may_bring_it_up_to_date_at_once(path: Path, ledger: Ledger) -> None:
+    ledger._connection.executescript(upgrade(1))
+    assert ledger._rows("PRAGMA user_version") == [(2,)]
 
 
 def test_another_file_is_refused_and_left_alone(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Virtual time, and the network inside one process."""
+"""Virtual time, the network inside one process, and the links that it emulates."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from protocol import Fault, Reply, Stop, digest
 from tests.echo import MALLORY, MINER, STATE, TOKENS, VALIDATOR, Echo, blobs_of, make_order, make_receipt
 from transport.auth import unseal
+from transport.links import Link, LinkSpec
 from transport.loopback import Loopback, run
 from values import Faulted
 
@@ -192,3 +193,183 @@ def test_two_runs_are_the_same(tmp_path: Path) -> None:
     first = run(main())
     assert len(first) == 10
     assert run(main()) == first
+
+
+# --- coming and going -------------------------------------------------------------------------------------------------
+
+
+def test_a_change_is_heard_of_by_who_waits() -> None:
+    async def main() -> list[float]:
+        net, times = network(Echo()), []
+
+        async def watch() -> None:
+            for _ in range(3):
+                await net.wait_for_change()
+                times.append(net.now())
+
+        watching = asyncio.create_task(watch())
+        for pause, change in ((5, net.drop), (2, net.restore), (1, net.drop)):
+            await asyncio.sleep(pause)
+            change(MINER.ss58_address)
+        await watching
+        return times
+
+    assert run(main()) == [5, 7, 8]
+
+
+def test_a_miner_that_comes_back_as_another_process_ends_the_exchange_with_the_old_one(tmp_path: Path) -> None:
+    fresh = Echo()
+
+    async def replace(net: Loopback) -> None:
+        await asyncio.sleep(5)
+        net.drop(MINER.ss58_address)
+        net.restore(MINER.ss58_address, fresh)
+
+    net = network(Echo(work_s=60))
+    assert fault(tmp_path, replace, net, deadline_s=100) is Fault.SILENT
+
+    async def again() -> None:
+        order = make_order()
+        await net.exchange(order, net.seal(order), blobs_of(order), tmp_path / "p")
+
+    run(again())
+    assert fresh.deliveries == 1
+
+
+def test_the_same_process_behind_a_line_that_was_cut_goes_on_with_its_next_order(tmp_path: Path) -> None:
+    miner = Echo()
+    net = network(miner)
+    net.drop(MINER.ss58_address)
+    net.restore(MINER.ss58_address, link=LinkSpec(latency_s=2.0))
+
+    async def main() -> float:
+        order = make_order(deadline_s=60)
+        await net.exchange(order, net.seal(order), blobs_of(order), tmp_path / "p")
+        return net.now()
+
+    assert run(main()) == pytest.approx(6 * 2 * 2.0)  # order, two blobs, order, reply, payload: there and back
+
+
+def test_a_late_reply_is_the_miners_word_without_its_payload(tmp_path: Path) -> None:
+    async def main() -> None:
+        miner = Echo(work_s=60)
+        net = network(miner)
+        order = make_order(deadline_s=30)
+        signed = net.seal(order)
+        with pytest.raises(Faulted):
+            await net.exchange(order, signed, blobs_of(order), tmp_path / "p")
+        assert await net.late(order, signed, 20) is None
+        answer = await net.late(order, signed, 100)
+        assert answer is not None
+        assert unseal(answer, Reply, MINER.ss58_address).order == signed.digest
+        assert miner.deliveries == 0
+        other = make_order(round=7)
+        assert await net.late(other, net.seal(other), 100) is None  # the miner never heard of it
+        net.drop(MINER.ss58_address)
+        assert await net.late(order, signed, 100) is None
+
+    run(main())
+    assert not (tmp_path / "p").exists()
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def arrivals(spec: LinkSpec, *transfers: tuple[float, str, float], seed: int = 0) -> list[float]:
+    """When each (start, direction, bytes) has arrived."""
+
+    async def main() -> list[float]:
+        link = Link(spec, seed, "link")
+
+        async def one(start: float, direction: Any, size: float) -> float:
+            await asyncio.sleep(start)
+            await link.travel(direction, size)
+            return asyncio.get_running_loop().time()
+
+        return await asyncio.gather(*(one(*transfer) for transfer in transfers))
+
+    return run(main())
+
+
+BYTE_A_SECOND = LinkSpec(up_bps=8, down_bps=8)
+
+
+@pytest.mark.parametrize(
+    ("transfers", "expected"),
+    [
+        ([(0, "up", 10)], [10]),
+        ([(0, "up", 10), (0, "up", 10)], [20, 20]),
+        ([(0, "up", 10), (0, "down", 10)], [10, 10]),
+        ([(0, "up", 10), (5, "up", 10)], [15, 20]),  # 5 alone, 5 more in 10 s, the other then alone
+        ([(0, "up", 10), (4, "up", 1), (20, "up", 3)], [11, 6, 23]),
+        ([(0, "up", 0), (0, "up", 3)], [0, 3]),
+    ],
+)
+def test_transfers_in_one_direction_share_its_bandwidth(
+    transfers: list[tuple[float, str, float]], expected: list[float]
+) -> None:
+    assert arrivals(BYTE_A_SECOND, *transfers) == pytest.approx(expected)
+
+
+def test_a_transfer_that_is_broken_off_leaves_its_share_to_the_others() -> None:
+    async def main() -> float:
+        link = Link(BYTE_A_SECOND)
+        broken = asyncio.create_task(link.travel("up", 1000))
+        asyncio.get_running_loop().call_later(4, broken.cancel)
+        await link.travel("up", 10)  # 2 until then, 8 alone
+        return asyncio.get_running_loop().time()
+
+    assert run(main()) == pytest.approx(12)
+
+
+@pytest.mark.parametrize(("size", "at"), [(1, 1), (2, 2), (3, 13), (10, 20), (11, 30 + 1), (12, 30 + 2)])
+def test_nothing_moves_in_a_pause(size: float, at: float) -> None:
+    pauses = ((2.0, 12.0), (20.0, 30.0))
+    spec = LinkSpec(up_bps=8, pauses=pauses)
+    assert arrivals(spec, (0, "up", size)) == pytest.approx([at])
+    assert arrivals(LinkSpec(pauses=pauses), (5, "up", size), (15, "down", size)) == pytest.approx([12, 15])
+
+
+def test_jitter_and_loss_cost_what_they_say_and_the_same_each_time() -> None:
+    spec = LinkSpec(up_bps=8, latency_s=1.0, jitter_s=0.5, loss=0.25, timeout_s=3.0)
+    messages = [(1000.0 * n, "up", 0.0) for n in range(2000)]
+    times = arrivals(spec, *messages)
+    taken = [time - start for time, (start, _, _) in zip(times, messages, strict=True)]
+    assert min(taken) >= 1.0
+    mean = sum(taken) / len(taken)
+    assert mean == pytest.approx(1.0 + 0.25 + 3.0 * 0.25 / 0.75, abs=0.15)  # repeated 1/3 times on average
+    assert times == arrivals(spec, *messages)
+    assert times != arrivals(spec, *messages, seed=1)
+    [bulk] = arrivals(LinkSpec(up_bps=8, loss=0.25, timeout_s=0.0), (0, "up", 300))
+    assert bulk == pytest.approx(400)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"up_bps": 0.0},
+        {"down_bps": float("nan")},
+        {"latency_s": -1.0},
+        {"loss": 1.0},
+        {"pauses": ((3.0, 2.0),)},
+        {"pauses": ((0.0, 5.0), (4.0, 6.0))},
+    ],
+)
+def test_no_such_link(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"link|pauses"):
+        LinkSpec(**wrong)
+
+
+def test_states_and_payloads_count_for_as_much_as_they_stand_for(tmp_path: Path) -> None:
+    async def main() -> None:
+        links = {MINER.ss58_address: LinkSpec(up_bps=8 * len(STATE), down_bps=8 * len(STATE))}
+        net = Loopback(VALIDATOR, {MINER.ss58_address: Echo()}, {MINER.ss58_address: MINER}, links=links, scale=100)
+        order = make_order(deadline_s=1000)
+        received = await net.exchange(order, net.seal(order), blobs_of(order), tmp_path / "p")
+        assert 100 * len(STATE) < received.bytes_up < 101 * len(STATE)
+        assert 100 * len(STATE) < received.bytes_down < 101 * len(STATE)
+        assert net.now() == pytest.approx(200, rel=0.01)
+        assert received.seconds == net.now()
+
+    run(main())
+    assert (tmp_path / "p").read_bytes() == STATE

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 
 from records.console import Console
+from records.ledger import Total
 from records.metrics import Metrics
 from records.plot import loss_plot
+from report import miner_rows, own_time
 
 SOURCE = str(Path(__file__).parent.parent / "src")
 ROWS: list[dict[str, float | int | str]] = [
-    {"round": round, "loss": 1 / (round + 3), "note": "fine"} for round in range(3)
+    {"round": round, "loss": 1 / (round + 3), "shards": "4/4 1/4", "utilisation.5AAAAAAA": 0.5} for round in range(3)
 ]
 
 
@@ -63,6 +65,13 @@ def test_a_disk_that_fails_does_not_end_the_run(tmp_path: Path, caplog: pytest.L
     assert caplog.text.count("metrics are not written") == 2
 
 
+def test_rows_that_cannot_be_rewritten_are_the_users_to_know(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, "disabled", "pilot", "demo")
+    (tmp_path / "metrics.jsonl.tmp").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"metrics.jsonl: No space left on device; .*free some space"):
+        metrics.rewrite(ROWS)
+
+
 def run_python(script: str, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": SOURCE}
     command = [sys.executable, "-c", script, *arguments]
@@ -84,6 +93,27 @@ def test_records_import_nothing_heavy() -> None:
         "print([name for name in ('torch', 'matplotlib', 'wandb', 'safetensors') if name in sys.modules])"
     )
     assert run_python(script) == "[]\n"
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+A, B = "5" + "A" * 47, "5" + "B" * 47
+
+
+def test_a_miners_row_has_the_mean_of_the_rounds_that_it_answered() -> None:
+    totals = [Total(A, 3, {}, 4096, 0.75, done=1200, lost=0, late=0), Total(B, 1, {"LATE": 2}, 7, 0.25, 1, 9, 5)]
+    rows = [{"utilisation.5AAAAAAA": 0.5, "utilisation.5BBBBBBB": 0.25}, {"utilisation.5AAAAAAA": 1.0}, {}]
+    assert miner_rows(totals, rows) == [
+        (A, "3", "none", "4,096", "0", "0", "75.0%", "0.750"),
+        (B, "1", "2 LATE", "7", "9", "5", "25.0%", "0.250"),
+    ]
+    assert miner_rows(totals[:1], [])[0][-2] == ""  # nothing is known of it
+
+
+def test_the_validators_own_time_by_phase() -> None:
+    rows = [{"verify_s": 0.5, "step_s": 1000.0, "collect_s": 9.0}, {"verify_s": 0.25, "seconds": 3.0}]
+    assert own_time(rows) == "verify 0.750 s, step 1,000.000 s"
+    assert own_time([{}]) == ""
 
 
 # --- the plot ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -38,6 +39,17 @@ def test_sealed_replies_come_back_in_the_order_of_the_hotkeys(tmp_path: Path) ->
     assert again.received(4) == (expected[1], expected[2], expected[0])
     assert bytes(memoryview(again.payload(4, B))) == payload(4, B)
     assert again.received(5) == ()
+
+
+def test_a_reply_sealed_by_an_earlier_release_has_no_seconds(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    reply = deliver(spool, 0, A)
+    assert spool.received(0)[0].seconds == reply.seconds > 0
+    path = spool.payload_path(0, A).with_name(A + ".reply.json")
+    fields = json.loads(path.read_text())
+    del fields["seconds"]
+    path.write_text(json.dumps(fields))
+    assert spool.received(0) == (replace(reply, seconds=0.0),)
 
 
 def truncate(path: Path) -> None:
@@ -104,6 +116,37 @@ def test_room_is_counted_while_payloads_arrive(tmp_path: Path) -> None:
     there.write_bytes(bytes(600))
     spool.prune(1)
     spool.make_room(here, 400 + before, limits)
+
+
+def test_room_is_counted_over_all_the_rounds_that_are_open(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    limits = replace(Limits(), spool_bytes=10_000, reserve_bytes=0)
+    for round in range(3):  # 3 of 3,000 bytes are on their way at once
+        path = spool.payload_path(round, A)
+        spool.make_room(path, 3000, limits)
+        path.touch()
+    for round in range(3):
+        with pytest.raises(Faulted, match=r"--limits\.spool-bytes"):
+            spool.make_room(spool.payload_path(round, B), 3000, limits)
+    deliver(spool, 0, A)
+    again = Spool(tmp_path)
+    again.make_room(again.payload_path(1, A), 3000, limits)  # goes on from its beginning
+    for books in (spool, again):
+        with pytest.raises(Faulted):
+            books.make_room(books.payload_path(1, B), 6000, limits)
+    spool.prune(3)
+    spool.make_room(spool.payload_path(3, A), 10_000, limits)
+
+
+def test_a_damaged_reply_takes_no_room(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    limits = replace(Limits(), spool_bytes=6000, reserve_bytes=0)
+    path = spool.payload_path(0, A)
+    spool.make_room(path, 3000, limits)
+    deliver(spool, 0, A)
+    flip(path)
+    assert spool.received(0) == ()
+    spool.make_room(path, 6000, limits)
 
 
 def test_the_reserve_on_the_disk_is_kept(tmp_path: Path) -> None:

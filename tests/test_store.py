@@ -6,19 +6,22 @@ import os
 import random
 import select
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
+from io import FileIO
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from records_samples import HOTKEYS, orders, payload, receipt, received, record
+from small_disk import mounted, skip_without
 
 from protocol import Fault, Receipt
-from records.store import Store
+from records.store import DiskFull, Store
 from values import RoundRecord
 
 META = {"task": '"gpt2"', "seed": "1"}
@@ -257,6 +260,71 @@ def test_a_damaged_snapshot_costs_a_longer_replay_and_nothing_else(tmp_path: Pat
     for played in store.committed(snapshot.round):
         check_payloads(store, played)
     store.close()
+
+
+# --- a disk that fills up ---------------------------------------------------------------------------------------------
+
+SMALL = "4m"
+
+
+def fill_up(folder: Path) -> None:
+    """On a small file system of its own: a run whose disk is full, freed, and resumed."""
+    store = Store.create(folder / "demo", META, 2)
+    (folder / "old run").write_bytes(bytes(1 << 20))
+    acknowledged: list[int] = []
+    with pytest.raises(DiskFull, match=r"demo: the disk is full; .* free some space, then --resume"):
+        play_on(store, acknowledged)
+    with pytest.raises(OSError, match="No space left"), open(folder / "rest", "wb", buffering=0) as filler:
+        fill(filler)
+    after = len(acknowledged)
+    head = store.head()
+    assert head is not None
+    assert head.round == acknowledged[-1]
+    with pytest.raises(DiskFull):
+        store.open_round(after, orders(after))
+    with pytest.raises(DiskFull):
+        store.save_snapshot(after, {}, state(after))
+    with pytest.raises(DiskFull):
+        store.seal(received(after, A, written(store, after)))
+    store.close()
+
+    (folder / "old run").unlink()
+    store = Store.open(folder / "demo", 2)
+    rounds = store.committed(0)
+    assert [r.round for r in rounds] == acknowledged
+    for played in rounds:
+        check_payloads(store, played)
+    play_round(store, after)
+    store.close()
+    with closing(sqlite3.connect(folder / "demo" / "ledger.sqlite")) as ledger:
+        assert ledger.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def play_on(store: Store, acknowledged: list[int]) -> None:
+    for round in count():
+        play_round(store, round)
+        acknowledged.append(round)
+
+
+def fill(file: FileIO) -> None:
+    while True:
+        file.write(bytes(512))
+
+
+def written(store: Store, round: int) -> bytes:
+    """A payload, or the part of it that the disk takes."""
+    with suppress(OSError):
+        store.payload_path(round, A).write_bytes(payload(round, A))
+    return payload(round, A)
+
+
+def test_a_disk_that_fills_up_keeps_what_was_committed(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from test_store import fill_up; fill_up(Path(sys.argv[1]))"
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parent / 'src'}"}
+    command = [sys.executable, "-c", code, str(tmp_path / "small")]
+    skip_without(tmp_path / "small")
+    subprocess.run(mounted(tmp_path / "small", SMALL, command), check=True, env=environment)
 
 
 if __name__ == "__main__":

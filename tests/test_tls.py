@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import ssl
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,13 +24,28 @@ from cryptography.hazmat.primitives.serialization import (
 import miner
 import validator
 from limits import Limits
-from tests.echo import MALLORY, MINER, VALIDATOR, Echo, blobs_of, make_order, open_guard, serving
+from tests.echo import (
+    MALLORY,
+    MINER,
+    STATE,
+    VALIDATOR,
+    Echo,
+    blobs_of,
+    dendrite,
+    make_order,
+    nobody_asks,
+    open_guard,
+    serving,
+)
 from tests.processes import Miner, Process, start_miner, start_validator, tiny_flags
 from tests.proxy import line_to
 from tests.test_cli import Main, mistake
 from tests.test_transport import free_port
 from transport.axon import Axon
 from transport.dendrite import Dendrite, Endpoint
+from transport.desk import Desk
+from transport.membership import Membership
+from transport.roster import Admission
 from transport.tls import client_context, server_context
 
 BIG = os.urandom(8 << 20)
@@ -110,6 +126,26 @@ def test_an_exchange_over_a_line_that_breaks(files: Files, tmp_path: Path) -> No
     asyncio.run(main())
     assert (tmp_path / "p").read_bytes() == BIG
     assert not said
+
+
+def test_a_miner_that_pulls_by_it(files: Files, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    async def main() -> None:
+        order, admission = make_order(), Admission("everyone", said.append, time.monotonic)
+        async with dendrite() as network:
+            server = Desk(VALIDATOR, "echo", admission, nobody_asks, "127.0.0.1", 0, tls=files.server())
+            at = Endpoint("127.0.0.1", await server.start(), VALIDATOR.ss58_address, tls=True)
+            server.attach(network)
+            miner = Membership(Echo(), MINER, at, None, said.append, tls=client_context(files.ca))
+            assert await network.wait_for_peer(60)
+            await network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "p")
+            await miner.close()
+            await server.close()
+
+    asyncio.run(main())
+    assert (tmp_path / "p").read_bytes() == STATE
+    assert len(said) == 1
 
 
 # --- what a user is told ----------------------------------------------------------------------------------------------

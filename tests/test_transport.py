@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from tests.echo import (
     open_guard,
     served,
     serving,
+    until,
 )
 from transport.auth import unseal
 from transport.axon import Axon
@@ -37,12 +37,6 @@ def free_port() -> int:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]
         return port
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 async def fault(network: Dendrite, order: Order, path: Path, state: bytes = STATE) -> Faulted:

@@ -27,8 +27,8 @@ class Weighted(Protocol):
         """Euclidean norm over all tensors."""
 
     @property
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """fp32, on the CPU; may be views of a file."""
+    def load(self) -> Callable[[], Mapping[str, torch.Tensor]]:
+        """Decodes its tensors: fp32, on the CPU, perhaps views of a file. Their memory goes with the last reference."""
 
 
 Aggregator = Callable[[Sequence[Weighted]], "Tensors"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -37,13 +37,17 @@ def _weighted_sum(contributions: Sequence[Weighted], factors: Sequence[float]) -
     total = sum(c.count for c in contributions)
     result: Tensors = {}
     for c, factor in zip(contributions, factors, strict=True):
-        weight = factor * (c.count / total)
-        for name, tensor in c.tensors.items():
-            if name in result:
-                result[name] += tensor * weight  # multiply, then add: no fused arithmetic, the same on every device
-            else:
-                result[name] = tensor * weight
+        _add(result, c.load(), factor * (c.count / total))
     return result
+
+
+def _add(result: Tensors, tensors: Mapping[str, torch.Tensor], weight: float) -> None:
+    """A function of its own, so that one contribution is gone before the next is loaded."""
+    for name, tensor in tensors.items():
+        if name in result:
+            result[name] += tensor * weight  # multiply, then add: no fused arithmetic, the same on every device
+        else:
+            result[name] = tensor * weight
 
 
 def global_norm(tensors: dict[str, torch.Tensor]) -> float:

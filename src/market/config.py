@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from limits import Limits
 from tasks.config import AdamWConfig, GPT2Config, NanochatConfig, QuadraticConfig
+
+if TYPE_CHECKING:
+    from market.planning import Terms
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,77 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class RoundConfig(TrainingConfig):
+    """How rounds go, on real machines and emulated ones."""
+
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    batches: int = 4
+    """Micro-batches ordered from each miner in a round; with --round-seconds at least so many."""
+    round_seconds: float = 0.0
+    """Time budget of a round: each miner computes what it can and has its reply here by then. 0: --batches each."""
+    deadline: float | Literal["auto"] | None = None
+    """Seconds from sending an order until its reply must be here. auto closes a round when --quorum of its miners have
+    answered and most would have by their history. None: 300, or twice --round-seconds."""
+    quorum: float = 0.5
+    """--deadline auto: share of a round's miners that must have answered before it may close."""
+    deadline_k: float = 4.0
+    """--deadline auto: a round closes at median + k * MAD of the seconds that replies took lately."""
+    grace: float = 10.0
+    """Seconds that miners have, when a round is closed early or the validator is stopped, to send what they did."""
+    overlap: Literal[0, 1] = 0
+    """1: miners go on with the last version while the validator applies their replies (gradients are a step old)."""
+    coverage: Literal["stream", "once"] = "stream"
+    """stream: work that was lost is ordered again first, and the next epoch does not wait for it; once: no work of the
+    next epoch is ordered before all of this one is accepted."""
+    aggregation: str = "median_norm_mean"
+    """mean, or median_norm_mean (each contribution clipped to the median norm)."""
+
+    def check_rounds(self) -> None:
+        """Raises ValueError for names that nobody knows, and for flags that make no rounds."""
+        from aggregation import AGGREGATORS
+        from codec import CODECS
+        from tasks import TASKS
+
+        names = {"task": (self.task, TASKS), "aggregation": (self.aggregation, AGGREGATORS)}
+        names |= {"codec.up": (self.codec.up, CODECS), "codec.down": (self.codec.down, CODECS)}
+        for flag, (name, known) in names.items():
+            if name not in known:
+                raise ValueError(f"--{flag} {name}: unknown; known: {', '.join(known)}")
+        for flag in ("batches", "round_seconds", "deadline_k", "grace"):
+            value, least = getattr(self, flag), int(flag == "batches")
+            if not least <= value < float("inf"):
+                raise ValueError(f"--{flag.replace('_', '-')} {value}: must be {least} or more")
+        if not 0 < self.quorum <= 1:
+            raise ValueError(f"--quorum {self.quorum:g}: a share of the miners, more than 0 and at most 1")
+        if isinstance(self.deadline, float) and not max(0.1, self.round_seconds) <= self.deadline < float("inf"):
+            raise ValueError(
+                f"--deadline {self.deadline:g}: must be 0.1 or more, and not less than --round-seconds "
+                f"{self.round_seconds:g}; leave it out for twice that"
+            )
+
+    def terms(self, run: str, patience: int) -> Terms:
+        """What the orders of a run say. `patience`: rounds in a row without a good reply."""
+        from market.planning import Terms
+
+        given = self.deadline if isinstance(self.deadline, float) else None
+        return Terms(
+            run,
+            self.batches,
+            given or max(300.0, 2 * self.round_seconds),
+            patience,
+            self.codec.up,
+            self.codec.down,
+            round_s=self.round_seconds,
+            auto=self.deadline == "auto",
+            quorum=self.quorum,
+            deadline_k=self.deadline_k,
+            grace_s=self.grace,
+            overlap=self.overlap,
+            once=self.coverage == "once",
+        )
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     port: int | None = None
     """TCP port for GET /v1/status and, with --admit, for miners that announce themselves or pull their orders; 0 takes
@@ -97,13 +171,12 @@ class ServeConfig:
 
 
 @dataclass(frozen=True)
-class ValidatorConfig(TrainingConfig):
+class ValidatorConfig(RoundConfig):
     """Owns the model and its optimizer; orders gradients from miners, checks, aggregates, steps, scores and pays."""
 
     wallet: WalletConfig = field(default_factory=WalletConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    codec: CodecConfig = field(default_factory=CodecConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     limits: Limits = field(default_factory=Limits)
     axons: tuple[str, ...] = ()
@@ -123,24 +196,6 @@ class ValidatorConfig(TrainingConfig):
     """Folder of the runs."""
     resume: bool = False
     """Continue the run where its ledger ends; its flags are the defaults."""
-    batches: int = 4
-    """Micro-batches ordered from each miner in a round; with --round-seconds at least so many."""
-    round_seconds: float = 0.0
-    """Time budget of a round: each miner computes what it can and has its reply here by then. 0: --batches each."""
-    deadline: float | Literal["auto"] | None = None
-    """Seconds from sending an order until its reply must be here. auto closes a round when --quorum of its miners have
-    answered and most would have by their history. None: 300, or twice --round-seconds."""
-    quorum: float = 0.5
-    """--deadline auto: share of a round's miners that must have answered before it may close."""
-    deadline_k: float = 4.0
-    """--deadline auto: a round closes at median + k * MAD of the seconds that replies took lately."""
-    grace: float = 10.0
-    """Seconds that miners have, when a round is closed early or the validator is stopped, to send what they did."""
-    overlap: Literal[0, 1] = 0
-    """1: miners go on with the last version while the validator applies their replies (gradients are a step old)."""
-    coverage: Literal["stream", "once"] = "stream"
-    """stream: work that was lost is ordered again first, and the next epoch does not wait for it; once: no work of the
-    next epoch is ordered before all of this one is accepted."""
     snapshot_every: int = 50
     """Rounds between snapshots of the model and the optimizer. A restart replays the rounds after the newest."""
     snapshot_keep: int = 2
@@ -151,8 +206,6 @@ class ValidatorConfig(TrainingConfig):
     """Seconds at the start to wait for all the miners named; it goes on with those that are there."""
     broadcast: Literal["full"] = "full"
     """How miners get a new version: full sends the whole state."""
-    aggregation: str = "median_norm_mean"
-    """mean, or median_norm_mean (each contribution clipped to the median norm)."""
     ranking: str = "accepted_work"
     """accepted_work (share of accepted work), or your own package.module:Class."""
     baseline: bool = False

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from typing_extensions import Buffer
 
 from aggregation.means import global_norm
@@ -16,18 +16,21 @@ from market.cursor import indices, within
 from protocol import Fault, Hotkey, Order, ProtocolError, Range, Reply
 
 if TYPE_CHECKING:
-    from codec import Specs
+    from codec import Specs, Tensors
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """A verified gradient. Its weight is `count`, the validator's own count over the ranges done."""
+    """A verified gradient. Its weight is `count`, the validator's own count over the ranges done.
+
+    It holds no tensors: a round's contributions together take the memory of one, however many there are.
+    """
 
     hotkey: Hotkey
     done: tuple[Range, ...]
     count: int
     norm: float
-    tensors: dict[str, torch.Tensor]  # fp32, on the CPU, views of the spooled payload where the codec allows
+    load: Callable[[], Tensors]  # fp32, on the CPU, views of the spooled payload where the codec allows
 
 
 def verify(
@@ -48,8 +51,8 @@ def verify(
         raise ProtocolError(f"encoded as {reply.codec}, not {order.codec_up}")
     if not reply.done or not within(reply.done, order.ranges):
         raise ProtocolError(f"did {list(reply.done)[:3]}, ordered were {list(order.ranges)[:3]}", Fault.WRONG_DATA)
-    tensors = codec.decode(payload, specs)
-    norm = global_norm(tensors)
+    load = partial(codec.decode, payload, specs)  # again when it is summed: the bytes are the same
+    norm = global_norm(load())
     if not math.isfinite(norm):
         raise ProtocolError("NaN or infinity in the gradient", Fault.NONFINITE)
-    return Contribution(order.hotkey, reply.done, sum(map(count, indices(reply.done))), norm, tensors)
+    return Contribution(order.hotkey, reply.done, sum(map(count, indices(reply.done))), norm, load)

@@ -35,9 +35,11 @@ _PLAIN_WIDTH = 160  # columns of a file or a pipe, which has none of its own
 _QUIET_S = 1.0  # plain lines: at most one a second, but every evaluation and the last round
 _REDRAW_S = 0.25
 _BAR = (8, 20)  # columns: at least this many beside the figures, and at most
+_HOTKEY = 8  # characters of it that tell miners apart
 _FOLDED = 16  # columns that a table's names may be folded to
 _SAID_LINES = 4  # of the terminal's height, kept for what was said last
 _SPEED_ROUNDS = 50  # the ETA is by the mean of that many
+_SHARD = "·▁▂▃▄▅▆▇█"  # nothing of it is done, … all
 _NOISY = ("matplotlib", "PIL", "asyncio", "urllib3", "filelock", "fsspec")  # their DEBUG is not about the run
 
 
@@ -127,7 +129,7 @@ def _drawn(drawing: asyncio.Task[None]) -> None:
 
 
 class Console(_Screen):
-    """Shows the rounds of a run: a bar with the newest figures, and a row a miner."""
+    """Shows the rounds of a run: a bar with the newest figures, the epoch's progress, and a row a miner."""
 
     def __init__(self, total_rounds: int, debug: bool) -> None:
         super().__init__(debug)
@@ -136,20 +138,23 @@ class Console(_Screen):
         self._times: deque[tuple[float, int]] = deque(maxlen=_SPEED_ROUNDS)  # (when, rounds done)
         self._links: tuple[Link, ...] = ()
         self._receipts: dict[Hotkey, Receipt] = {}  # the last of each miner
+        self._used: dict[str, float] = {}  # of the last round, by the hotkey's beginning: computing / round time
         self._last_line = -_QUIET_S
 
     def round(self, row: Mapping[str, float | int | str], receipts: Iterable[Receipt] = ()) -> None:
-        """A committed round: `round` (from 0), and where known `loss`, `val_loss` (nats) and `<unit>_per_s`."""
+        """A committed round: `round` (from 0), and where known `loss`, `val_loss` (nats), `<unit>_per_s`, the epoch's
+        progress (market.coverage), `utilisation.<8 of the hotkey>`, and `late_batches`, noted since the start."""
         done = int(row["round"]) + 1
         now = time.monotonic()
         self._receipts.update((receipt.hotkey, receipt) for receipt in receipts)
         if self.live:
             self._seen.update(row)
+            self._used = {key[-_HOTKEY:]: float(row[key]) for key in row if key.startswith("utilisation.")}
             self._times.append((now, done))
             self._view.refresh()
         elif "val_loss" in row or done == self._total or now - self._last_line >= _QUIET_S:
             self._last_line = now
-            self.say(f"round {done}/{self._total}  {'  '.join(_figures(row))}")
+            self.say("  ".join([f"round {done}/{self._total}", *_figures(row), *_progress(row)]))
 
     @contextlib.asynccontextmanager
     async def watching(self, links: Callable[[], tuple[Link, ...]]) -> AsyncIterator[None]:
@@ -185,6 +190,8 @@ class Console(_Screen):
         done = int(self._seen.get("round", -1)) + 1
         label = f"round {done}/{self._total}"
         head = list(_bar(width, label, done, self._total, _figures(self._seen), f"ETA {self._eta(done)}"))
+        if progress := [*_progress(self._seen), *_shards(self._seen)]:
+            head.append(_as_fits(progress, width))
         yield from head
         if self._links:
             yield from self._rows(width, max(1, height - len(head) - 1 - _SAID_LINES))
@@ -194,9 +201,13 @@ class Console(_Screen):
         links = self._links
         if len(links) > room:
             links = tuple(sorted(links, key=self._quietness)[: max(1, room - 1)])
-        yield _miners([(link, self._receipts.get(link.hotkey or "")) for link in links], width)
+        yield _miners([self._row(link) for link in links], width)
         if hidden := len(self._links) - len(links):
             yield Text(f"and {hidden} more", style="dim", no_wrap=True)
+
+    def _row(self, link: Link) -> dict[_Column, Text]:
+        hotkey = link.hotkey or ""
+        return _cells(link, self._receipts.get(hotkey), self._used.get(hotkey[:_HOTKEY]))
 
     def _quietness(self, link: Link) -> int:
         receipt = self._receipts.get(link.hotkey or "")
@@ -220,49 +231,52 @@ class _Column:
     style: str = ""
 
 
-_NAME = _Column("miner", 8)
+_NAME = _Column("miner", _HOTKEY)
 _STATE = _Column("state", 13)
 _BATCHES = _Column("batches", 7, right=True)
+_USED = _Column("util", 4, right=True)
 _LATENCY = _Column("latency", 7, right=True)
 _UP = _Column("up", 8, right=True)
 _DOWN = _Column("down", 8, right=True)
 _VERDICT = _Column("verdict", 10)
 _WEIGHT = _Column("weight", 6, right=True)
 _WHY = _Column("why", 16, style="dim")
-_COLUMNS = (_NAME, _STATE, _BATCHES, _LATENCY, _UP, _DOWN, _VERDICT, _WEIGHT)
-_LEFT_OUT = (_DOWN, _UP, _LATENCY, _BATCHES, _WEIGHT, _VERDICT)  # the first first
+_COLUMNS = (_NAME, _STATE, _BATCHES, _USED, _LATENCY, _UP, _DOWN, _VERDICT, _WEIGHT)
+_LEFT_OUT = (_DOWN, _UP, _LATENCY, _BATCHES, _USED, _WEIGHT, _VERDICT)  # the first first
+_OPTIONAL = (_USED,)  # only where there is something in it
 
 
-def _miners(rows: Sequence[tuple[Link, Receipt | None]], width: int) -> Table:
+def _miners(cells: Sequence[dict[_Column, Text]], width: int) -> Table:
     """As many of the columns as `width` has room for, with short names where it is scarce; no cell is wrapped."""
-    cells = [_cells(link, receipt) for link, receipt in rows]
-    widths = {column: max(column.width, *(row[column].cell_len for row in cells)) for column in _COLUMNS}
+    columns = [column for column in _COLUMNS if column not in _OPTIONAL or any(row[column] for row in cells)]
+    widths = {column: max(column.width, *(row[column].cell_len for row in cells)) for column in columns}
     lacking = sum(widths.values()) + len(widths) - 1 - width
     widths[_NAME] = max(_NAME.width, widths[_NAME] - max(0, lacking))
     for column in _LEFT_OUT:
         if sum(widths.values()) + len(widths) - 1 <= width:
             break
-        del widths[column]
+        widths.pop(column, None)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     room = width - sum(widths.values()) - len(widths)
     if room >= _WHY.width and any(row[_WHY] for row in cells):
         widths[_WHY] = room
-    for column, columns in widths.items():
+    for column, wide in widths.items():
         justify = "right" if column.right else "left"
-        table.add_column(column.title, justify=justify, style=column.style, no_wrap=True, width=columns)  # type: ignore[arg-type]
+        table.add_column(column.title, justify=justify, style=column.style, no_wrap=True, width=wide)  # type: ignore[arg-type]
     for row in cells:
         row[_NAME] = _end_of(row[_NAME], widths[_NAME])
         table.add_row(*(row[column] for column in widths))
     return table
 
 
-def _cells(link: Link, receipt: Receipt | None) -> dict[_Column, Text]:
+def _cells(link: Link, receipt: Receipt | None, used: float | None) -> dict[_Column, Text]:
     good = receipt is not None and receipt.verdict == "ACCEPTED"
     quiet = {"away": "yellow", "idle": "dim"}
     return {
-        _NAME: _end_of(_text(link.hotkey[:8] if link.hotkey else link.endpoint), 21),
+        _NAME: _end_of(_text(link.hotkey[:_HOTKEY] if link.hotkey else link.endpoint), 21),
         _STATE: _text(_short(link.state), quiet.get(link.state, "")),
         _BATCHES: _text(f"{min(link.batches_done, link.batches)}/{link.batches}" if link.batches else ""),
+        _USED: _text("" if used is None else f"{used:.0%}"),
         _LATENCY: _text(_seconds(link.latency_s)),
         _UP: _text(_size(link.bytes_up)),
         _DOWN: _text(_size(link.bytes_down)),
@@ -356,9 +370,27 @@ def _bar(
     line.add_row(*parts)
     yield line
     if not beside and figures:
-        while len("  ".join(figures)) > width and len(figures) > 1:
-            figures = figures[:-1]
-        yield Text("  ".join(figures), no_wrap=True, overflow="ellipsis")
+        yield _as_fits(figures, width)
+
+
+def _as_fits(parts: Sequence[str], width: int) -> Text:
+    """A line of as many of the parts as it has room for, the first ones."""
+    while len("  ".join(parts)) > width and len(parts) > 1:
+        parts = parts[:-1]
+    return Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
+
+
+def _progress(row: Mapping[str, float | int | str]) -> list[str]:
+    """How far the epoch is, and what came too late for it."""
+    epoch = [f"epoch {row['epoch']}  {row['epoch_done']}/{row['epoch_total']}"] if "epoch" in row else []
+    return epoch + ([f"late: {row['late_batches']} micro-batches noted"] if row.get("late_batches") else [])
+
+
+def _shards(row: Mapping[str, float | int | str]) -> list[str]:
+    """Of "4/4 3/4 0/4" a character a shard."""
+    parts = [map(int, shard.split("/")) for shard in str(row.get("shards", "")).split()]
+    marks = [_SHARD[-(-done * (len(_SHARD) - 2) // total) if done < total else -1] for done, total in parts]
+    return [f"shards {''.join(marks)}"] if marks else []
 
 
 def _figures(row: Mapping[str, float | int | str]) -> list[str]:

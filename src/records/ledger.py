@@ -2,6 +2,7 @@
 
     sqlite3 runs/demo/ledger.sqlite "SELECT round, hotkey, fault, reason FROM receipts WHERE fault IS NOT NULL"
     sqlite3 runs/demo/ledger.sqlite "SELECT hotkey, sum(work) FROM receipts GROUP BY hotkey"
+    sqlite3 runs/demo/ledger.sqlite "SELECT round, hotkey, done, seconds FROM late"
 
 One transaction commits a round. Orders, receipts and their signatures are kept as they were signed, so each row is
 evidence by itself.
@@ -19,59 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protocol import Hotkey, Order, Receipt, Signed
+from protocol import Fault, Hotkey, Order, Range, Receipt, Reply, Signed
+from records.schema import VERSION, upgrade
 from values import RoundRecord
-
-SCHEMA_VERSION = 1
-SCHEMA = """
-CREATE TABLE meta (
-    key TEXT PRIMARY KEY,
-    value TEXT NOT NULL
-);
-CREATE TABLE rounds (
-    round INTEGER PRIMARY KEY,
-    version TEXT NOT NULL,       -- of the model, after the round
-    cursor TEXT NOT NULL,        -- JSON: the next index to order, and the ranges that came back
-    ranker TEXT NOT NULL,        -- JSON: its state
-    metrics TEXT NOT NULL,       -- JSON
-    committed_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
-);
-CREATE TABLE orders (            -- of committed rounds and of the open one
-    round INTEGER NOT NULL,
-    hotkey TEXT NOT NULL,
-    body TEXT NOT NULL,
-    signer TEXT NOT NULL,
-    signature TEXT NOT NULL,
-    PRIMARY KEY (round, hotkey)
-);
-CREATE TABLE receipts (
-    round INTEGER NOT NULL REFERENCES rounds (round),
-    hotkey TEXT NOT NULL,
-    fault TEXT,                  -- NULL: accepted
-    reason TEXT NOT NULL,
-    done TEXT NOT NULL,          -- JSON: the accepted index ranges [[start, stop], …]
-    work INTEGER NOT NULL,       -- examples or tokens in them, by the validator's own count
-    scores TEXT NOT NULL,        -- JSON: name to number
-    weight REAL NOT NULL,        -- what it earned in this round
-    body TEXT NOT NULL,
-    signer TEXT NOT NULL,
-    signature TEXT NOT NULL,
-    PRIMARY KEY (round, hotkey),
-    FOREIGN KEY (round, hotkey) REFERENCES orders (round, hotkey)
-);
-CREATE TABLE weights (           -- of every known miner, ordered in this round or not
-    round INTEGER NOT NULL REFERENCES rounds (round),
-    hotkey TEXT NOT NULL,
-    weight REAL NOT NULL,
-    PRIMARY KEY (round, hotkey)
-);
-CREATE TABLE evaluations (
-    round INTEGER NOT NULL,
-    name TEXT NOT NULL,
-    value REAL,                  -- NULL: not a number
-    PRIMARY KEY (round, name)
-);
-"""
 
 
 @dataclass(frozen=True)
@@ -83,6 +34,67 @@ class Total:
     faults: dict[str, int]
     work: int  # examples or tokens
     weight: float  # after the last committed round
+    done: int  # micro-batches, accepted
+    lost: int  # micro-batches in orders that ended in a fault
+    late: int  # micro-batches of these that came after the round was closed
+
+
+@dataclass(frozen=True)
+class Late:
+    """Work that a miner sent after its round was closed: it was ordered again, and is in nobody's pay."""
+
+    round: int
+    hotkey: Hotkey
+    done: tuple[Range, ...]
+    seconds: float  # from the order to the reply, on the validator's clock
+    reply: Signed
+    receipt: Signed
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """Micro-batches, each counted once for every order that names it.
+
+    ordered = outstanding + accepted + undone + lost, and lost + undone - reassigned still wait to be ordered again.
+    """
+
+    ordered: int
+    outstanding: int  # in orders of rounds that are not committed
+    accepted: int  # in the model
+    undone: int  # left out of a reply that was accepted: its time was over
+    lost: int  # in orders that ended in a fault
+    reassigned: int  # ordered again, after they were undone or lost
+
+
+# Of a JSON list of ranges, such as receipts.done, the micro-batches in it.
+_SIZE = "(SELECT coalesce(sum(json_extract(value, '$[1]') - json_extract(value, '$[0]')), 0) FROM json_each({}))"
+_ORDERED, _DONE = _SIZE.format("orders.body, '$.ranges'"), _SIZE.format("receipts.done")
+# Those in orders that were settled, by whether the reply was accepted.
+_SETTLED = f"""
+SELECT fault IS NULL, sum({_ORDERED}) FROM receipts JOIN orders USING (round, hotkey) GROUP BY fault IS NULL
+"""
+# All that were ever ordered, and how many different ones: of each range what lies beyond all before it.
+_DIFFERENT = """
+WITH ranges AS (
+    SELECT json_extract(value, '$[0]') AS start, json_extract(value, '$[1]') AS stop
+    FROM orders, json_each(orders.body, '$.ranges')
+), beyond AS (
+    SELECT start, stop,
+        max(stop) OVER (ORDER BY start, stop ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS reached
+    FROM ranges
+)
+SELECT coalesce(sum(stop - start), 0), coalesce(sum(max(0, stop - max(start, coalesce(reached, 0)))), 0) FROM beyond
+"""
+_INSERT_LATE = """
+INSERT INTO late (round, hotkey, done, seconds, reply, receipt) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
+"""
+_UNSETTLED = """
+SELECT hotkey FROM orders WHERE round = ?1 EXCEPT SELECT hotkey FROM receipts WHERE round = ?1 LIMIT 1
+"""
+# What a killed validator noted as late, and its restart took in time after all.
+_NOT_LATE = """
+DELETE FROM late WHERE round = ?1 AND hotkey IN (SELECT hotkey FROM receipts WHERE round = ?1 AND fault IS NULL)
+"""
 
 
 class Ledger:
@@ -96,23 +108,25 @@ class Ledger:
             self._prepare(path)
         except sqlite3.DatabaseError as error:
             self.close()
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise
             raise ValueError(f"{path}: not a ledger ({error}); choose another --run") from None
         except ValueError:
             self.close()
             raise
 
     def _prepare(self, path: Path) -> None:
-        (schema,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if schema > SCHEMA_VERSION:
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version > VERSION:
             raise ValueError(
-                f"{path}: ledger schema {schema}, this Pilot reads up to {SCHEMA_VERSION}; "
+                f"{path}: ledger schema {version}, this Pilot reads up to {VERSION}; "
                 "update Pilot, or choose another --run"
             )
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")  # in WAL mode NORMAL may lose the last commits
         self._connection.execute("PRAGMA foreign_keys = ON")
-        if schema == 0:
-            self._connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        if version < VERSION:
+            self._connection.executescript(upgrade(version))
 
     def close(self) -> None:
         with self._lock:
@@ -136,12 +150,22 @@ class Ledger:
 
         An order must be here before it is sent. Raises RuntimeError where the round is committed.
         """
-        rows = [(round, Order.parse(o.body).hotkey, o.body, o.signer, o.signature) for o in orders]
         with self._transaction() as db:
-            if round < _next(db):
-                raise RuntimeError(f"round {round} is committed, its orders cannot change")
+            _check_open(db, round)
             db.execute("DELETE FROM orders WHERE round >= ?", (round,))
-            db.executemany("INSERT INTO orders VALUES (?, ?, ?, ?, ?)", rows)
+            _insert_orders(db, round, orders)
+
+    def add_orders(self, round: int, orders: Sequence[Signed]) -> None:
+        """Keep more orders of an open round, of miners that came after it was opened.
+
+        Raises RuntimeError where the round is committed, or a miner has an order in it already: then none is kept.
+        """
+        with self._transaction() as db:
+            _check_open(db, round)
+            try:
+                _insert_orders(db, round, orders)
+            except sqlite3.IntegrityError:
+                raise RuntimeError(f"round {round}: a miner has an order already, and gets no other") from None
 
     def orders(self, round: int) -> tuple[Signed, ...]:
         """In the order of the hotkeys; empty where the round was never opened."""
@@ -149,7 +173,10 @@ class Ledger:
         return tuple(_signed("order", *row) for row in rows)
 
     def commit(self, record: RoundRecord) -> None:
-        """The one transaction that makes a round done. Raises RuntimeError unless it follows the last committed one."""
+        """The one transaction that makes a round done.
+
+        Raises RuntimeError unless it follows the last committed one, with a receipt for each of its orders.
+        """
         receipts = [_receipt_row(record.round, signed) for signed in record.receipts]
         with self._transaction() as db:
             if record.round != _next(db):
@@ -163,6 +190,9 @@ class Ledger:
                 "INSERT INTO weights VALUES (?, ?, ?)",
                 [(record.round, hotkey, weight) for hotkey, weight in sorted(record.weights.items())],
             )
+            if unsettled := db.execute(_UNSETTLED, (record.round,)).fetchone():
+                raise RuntimeError(f"round {record.round}: the order of {unsettled[0]} has no receipt")
+            db.execute(_NOT_LATE, (record.round,))
 
     def head(self) -> RoundRecord | None:
         """The last committed round."""
@@ -174,20 +204,60 @@ class Ledger:
         rounds = self._rows(
             "SELECT round, version, cursor, ranker, metrics FROM rounds WHERE round >= ? ORDER BY round", since
         )
-        return [self._record(*row) for row in rounds]
+        receipts: dict[int, list[Signed]] = {}
+        for round, *row in self._rows(
+            "SELECT round, signer, body, signature FROM receipts WHERE round >= ? ORDER BY round, hotkey", since
+        ):
+            receipts.setdefault(round, []).append(_signed("receipt", *row))
+        weights: dict[int, dict[Hotkey, float]] = {}
+        for round, hotkey, weight in self._rows(
+            "SELECT round, hotkey, weight FROM weights WHERE round >= ? ORDER BY round, hotkey", since
+        ):
+            weights.setdefault(round, {})[hotkey] = weight
+        return [
+            RoundRecord(
+                round=round,
+                version=version,
+                cursor=cursor,
+                receipts=tuple(receipts.get(round, ())),
+                weights=weights.get(round, {}),
+                ranker=ranker,
+                metrics=json.loads(metrics),
+            )
+            for round, version, cursor, ranker, metrics in rounds
+        ]
 
-    def _record(self, round: int, version: str, cursor: str, ranker: str, metrics: str) -> RoundRecord:
-        receipts = self._rows("SELECT signer, body, signature FROM receipts WHERE round = ? ORDER BY hotkey", round)
-        weights = self._rows("SELECT hotkey, weight FROM weights WHERE round = ? ORDER BY hotkey", round)
-        return RoundRecord(
-            round=round,
-            version=version,
-            cursor=cursor,
-            receipts=tuple(_signed("receipt", *row) for row in receipts),
-            weights=dict(weights),
-            ranker=ranker,
-            metrics=json.loads(metrics),
-        )
+    # --- late work ------------------------------------------------------------------------------------------------
+
+    def note_late(self, round: int, reply: Signed, receipt: Signed) -> None:
+        """Keep a reply that came after its round was closed, and the receipt that tells its miner so; the first stays.
+
+        Raises RuntimeError where that miner's work of the round was accepted, or the two do not belong together.
+        """
+        what, verdict = Reply.parse(reply.body), Receipt.parse(receipt.body)
+        key = (round, what.hotkey)
+        if key != (what.round, verdict.hotkey) or verdict.round != round or verdict.verdict != Fault.LATE:
+            raise RuntimeError(f"round {round}: {what.hotkey}'s reply and a receipt {verdict.verdict} do not fit")
+        row = (*key, json.dumps(what.done), verdict.seconds, reply.model_dump_json(), receipt.model_dump_json())
+        with self._transaction() as db:
+            if db.execute("SELECT 1 FROM receipts WHERE (round, hotkey) = (?, ?) AND fault IS NULL", key).fetchone():
+                raise RuntimeError(f"round {round}: the work of {what.hotkey} was accepted, it is not late")
+            db.execute(_INSERT_LATE, row)
+
+    def late(self) -> list[Late]:
+        """All late work, by rounds, in the order of the hotkeys."""
+        rows = self._rows("SELECT round, hotkey, done, seconds, reply, receipt FROM late ORDER BY round, hotkey")
+        return [
+            Late(
+                round=round,
+                hotkey=hotkey,
+                done=tuple(Range(*r) for r in json.loads(done)),
+                seconds=seconds,
+                reply=Signed.parse(reply),
+                receipt=Signed.parse(receipt),
+            )
+            for round, hotkey, done, seconds, reply, receipt in rows
+        ]
 
     # --- evaluations and totals -----------------------------------------------------------------------------------
 
@@ -207,24 +277,50 @@ class Ledger:
         return found
 
     def totals(self) -> list[Total]:
-        """Every miner that was ever ordered or weighed, in the order of the hotkeys."""
+        """Every miner that was ever ordered or weighed, in the order of the hotkeys. Reads every committed order."""
         weights: dict[str, float] = dict(
             self._rows("SELECT hotkey, weight FROM weights WHERE round = (SELECT max(round) FROM rounds)")
         )
-        accepted = dict.fromkeys(weights, 0)
-        work = dict.fromkeys(weights, 0)
-        faults: dict[str, dict[str, int]] = {hotkey: {} for hotkey in weights}
-        counts = "SELECT hotkey, fault, count(*), sum(work) FROM receipts GROUP BY hotkey, fault"
-        for hotkey, fault, count, worked in self._rows(counts):
-            work[hotkey] = work.get(hotkey, 0) + worked
-            if fault is None:
-                accepted[hotkey] = count
-            else:
-                faults.setdefault(hotkey, {})[fault] = count
-        return [
-            Total(hotkey, accepted.get(hotkey, 0), faults.get(hotkey, {}), work[hotkey], weights.get(hotkey, 0.0))
-            for hotkey in sorted(work)
-        ]
+        late = dict(self._rows(f"SELECT hotkey, sum({_SIZE.format('late.done')}) FROM late GROUP BY hotkey"))
+        found = {hotkey: Total(hotkey, 0, {}, 0, weight, 0, 0, 0) for hotkey, weight in weights.items()}
+        counts = f"""
+            SELECT hotkey, fault, count(*), sum(work), sum({_ORDERED}), sum({_DONE})
+            FROM receipts JOIN orders USING (round, hotkey) GROUP BY hotkey, fault
+        """
+        for hotkey, fault, count, work, ordered, done in self._rows(counts):
+            before = found.get(hotkey) or Total(hotkey, 0, {}, 0, 0.0, 0, 0, 0)
+            found[hotkey] = Total(
+                hotkey=hotkey,
+                accepted=before.accepted + (0 if fault else count),
+                faults=before.faults | ({fault: count} if fault else {}),
+                work=before.work + work,
+                weight=before.weight,
+                done=before.done + done,
+                lost=before.lost + (ordered if fault else 0),
+                late=late.get(hotkey, 0),
+            )
+        return [found[hotkey] for hotkey in sorted(found)]
+
+    def late_batches(self) -> int:
+        """Micro-batches in all late work."""
+        [(batches,)] = self._rows(f"SELECT coalesce(sum({_SIZE.format('late.done')}), 0) FROM late")
+        return int(batches)
+
+    def accounting(self) -> Accounting:
+        """What became of every micro-batch that was ordered. Reads every order."""
+        with self._lock:  # one moment for both
+            ordered, different = self._connection.execute(_DIFFERENT).fetchone()
+            settled = dict(self._connection.execute(_SETTLED).fetchall())
+            [(accepted,)] = self._connection.execute(f"SELECT coalesce(sum({_DONE}), 0) FROM receipts").fetchall()
+        answered, lost = settled.get(True, 0), settled.get(False, 0)
+        return Accounting(
+            ordered=ordered,
+            outstanding=ordered - answered - lost,
+            accepted=accepted,
+            undone=answered - accepted,
+            lost=lost,
+            reassigned=ordered - different,
+        )
 
     # --- the connection -------------------------------------------------------------------------------------------
 
@@ -249,6 +345,16 @@ def _next(db: sqlite3.Connection) -> int:
     """The round to commit next: rounds are 0, 1, …, without a gap."""
     (next_round,) = db.execute("SELECT coalesce(max(round) + 1, 0) FROM rounds").fetchone()
     return int(next_round)
+
+
+def _check_open(db: sqlite3.Connection, round: int) -> None:
+    if round < _next(db):
+        raise RuntimeError(f"round {round} is committed, its orders cannot change")
+
+
+def _insert_orders(db: sqlite3.Connection, round: int, orders: Sequence[Signed]) -> None:
+    rows = [(round, Order.parse(o.body).hotkey, o.body, o.signer, o.signature) for o in orders]
+    db.executemany("INSERT INTO orders VALUES (?, ?, ?, ?, ?)", rows)
 
 
 def _signed(kind: str, signer: str, body: str, signature: str) -> Signed:

@@ -41,10 +41,16 @@ class Metrics:
             self._wandb.log(row)
 
     def rewrite(self, rows: Iterable[Row]) -> None:
-        """Replace all rows at once: after a restart the file says what the ledger says, and so does W&B's new run."""
+        """Replace all rows at once: after a restart the file says what the ledger says, and so does W&B's new run.
+
+        Raises ValueError where the file cannot be written.
+        """
         rows = list(rows)
-        with replacing(self._path) as file:
-            file.writelines(_line(row).encode() for row in rows)
+        try:
+            with replacing(self._path) as file:
+                file.writelines(_line(row).encode() for row in rows)
+        except OSError as error:
+            raise ValueError(f"{self._path}: {error.strerror}; mend that (a full disk: free some space)") from None
         if self._wandb:
             for row in rows:
                 self._wandb.log(row)

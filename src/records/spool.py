@@ -13,7 +13,7 @@ import mmap
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from typing_extensions import Buffer
 
 from durable import hash_rest, make_folder, replacing, sync_file
 from limits import Limits
-from protocol import Count, Fault, Hasher, Hotkey, Part, Reply, Signed
+from protocol import Count, Fault, Hasher, Hotkey, Part, Reply, Seconds, Signed
 from values import Faulted, Received
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,11 @@ class _Seal(Part):
     signed: Signed
     bytes_up: Count
     bytes_down: Count
+    seconds: Seconds = 0.0  # as in `Received`; earlier releases left it out
+
+
+def _seal(r: Received) -> _Seal:
+    return _Seal(signed=r.signed, bytes_up=r.bytes_up, bytes_down=r.bytes_down, seconds=r.seconds)
 
 
 class Spool:
@@ -46,32 +51,53 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self._folder = make_folder(folder)
-        self._sizes: dict[Path, int] = {}  # bytes of each round, when the last one began
-        self._expected: dict[Path, int] = {}  # bytes of the payloads of the last round, also where they still arrive
+        self._lock = threading.Lock()
+        self._sealed: dict[Path, int] | None = None  # bytes of the received replies, by their round's folder
+        self._expected: dict[Path, int] = {}  # bytes that each payload will have which is not one of them yet
 
     def payload_path(self, round: int, hotkey: Hotkey) -> Path:
         """Where the payload of this miner's reply goes; its folder exists."""
         return make_folder(self._round(round)) / (_HOTKEY.validate_python(hotkey) + _PAYLOAD)
 
     def make_room(self, path: Path, size: int, limits: Limits) -> None:
-        """Before a payload of `size` bytes is written to its `payload_path`. Raises Faulted where it does not fit.
-
-        Only the last round that was asked about is looked at file by file: the rounds before it change no more.
-        """
-        folder = path.parent
-        if folder not in self._sizes:
-            self._sizes = {f: _size(f, self._expected)[0] for f in self._folder.iterdir() if f.is_dir()}
-            self._expected = {}
-        spooled, missing = _size(folder, self._expected)
-        spooled += sum(total for other, total in self._sizes.items() if other != folder)
-        free = shutil.disk_usage(folder).free - missing
+        """Before a payload of `size` bytes is written to its `payload_path`. Raises Faulted where it does not fit."""
+        if self._sealed is None:
+            self._look()
+            assert self._sealed is not None
+        coming = missing = 0
+        with self._lock:
+            expected = {**self._expected, path: size}
+            sealed = sum(self._sealed.values())
+        for other, total in expected.items():
+            there = _size(other)
+            if there is not None or other == path:  # else it was of no use, and is gone
+                coming += max(there or 0, total)
+                missing += max(0, total - (there or 0))
+        spooled = sealed + coming - size
+        free = shutil.disk_usage(path.parent).free - missing + size
         if limits.spool_bytes and spooled + size > limits.spool_bytes:
             keeps = f"the spool keeps {spooled >> 20} MB of the {limits.spool_bytes >> 20} MB of --limits.spool-bytes"
             raise Faulted(Fault.UNVERIFIED, f"no room for {size >> 20} MB: {keeps}; raise it, or save snapshots sooner")
         if free - size < limits.reserve_bytes:
             left = f"{free >> 20} MB are free on the validator's disk, {limits.reserve_bytes >> 20} MB are kept free"
             raise Faulted(Fault.UNVERIFIED, f"no room for {size >> 20} MB: {left}; delete old runs or other files")
-        self._expected[path] = size
+        with self._lock:
+            self._expected[path] = size
+
+    def _look(self) -> None:
+        """What lies here from before. The books are kept from then on, for all the rounds that are open at once."""
+        self._sealed = {}
+        for path in self._folder.glob("*/*"):
+            if path.suffix != _PAYLOAD or path.with_name(path.stem + _REPLY).exists():
+                self._count(path.parent, _size(path) or 0)
+            else:
+                self._expected[path] = _size(path) or 0
+
+    def _count(self, folder: Path, more: int) -> None:
+        """Bytes that came, or went. Before the first look they are not counted."""
+        with self._lock:
+            if self._sealed is not None:
+                self._sealed[folder] = self._sealed.get(folder, 0) + more
 
     def payload(self, round: int, hotkey: Hotkey) -> Buffer:
         """A payload as it lies in its file: a private map, so that views of it cost no memory and outlive the file."""
@@ -88,10 +114,13 @@ class Spool:
         """Make a reply durable, and its payload, which lies whole in its `payload_path`. Now it is received."""
         reply = received.reply
         payload = self.payload_path(reply.round, reply.hotkey)
-        seal = _Seal(signed=received.signed, bytes_up=received.bytes_up, bytes_down=received.bytes_down)
+        text = _seal(received).model_dump_json().encode()
         sync_file(payload)
         with replacing(payload.with_name(reply.hotkey + _REPLY)) as file:  # syncs the folder for both
-            file.write(seal.model_dump_json().encode())
+            file.write(text)
+        with self._lock:
+            self._expected.pop(payload, None)
+        self._count(payload.parent, reply.payload_bytes + len(text))
 
     def received(self, round: int) -> tuple[Received, ...]:
         """The received replies of a round whose payloads are whole, in the order of the hotkeys.
@@ -111,6 +140,7 @@ class Spool:
             beginning = path.suffix == _PAYLOAD and not path.with_name(path.stem + _REPLY).exists()
             if path.name.split(".")[0] not in whole and not beginning:
                 logger.warning("round %d: %s is deleted: not part of a whole reply", round, path.name)
+                self._count(folder, -(_size(path) or 0))
                 path.unlink()
         return tuple(whole[hotkey] for hotkey in sorted(whole))
 
@@ -119,20 +149,20 @@ class Spool:
         for folder in self._folder.iterdir():
             if folder.name.isdecimal() and int(folder.name) < before:
                 shutil.rmtree(folder)
-                self._sizes.pop(folder, None)
+                with self._lock:
+                    (self._sealed or {}).pop(folder, None)
+                    self._expected = {path: size for path, size in self._expected.items() if path.parent != folder}
 
     def _round(self, round: int) -> Path:
         return self._folder / f"{round:08d}"
 
 
-def _size(folder: Path, expected: Mapping[Path, int]) -> tuple[int, int]:
-    """Bytes that the files of a folder have or will have, and how many of them are not there yet."""
-    there: dict[Path, int] = {}
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):  # another thread seals a reply: its temporary file has just got its name
-            there[path] = path.stat().st_size
-    whole = {path: max(size, expected.get(path, 0)) for path, size in there.items()}
-    return sum(whole.values()), sum(whole.values()) - sum(there.values())
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None where it is gone."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def _open(round: int, hotkey: str, path: Path) -> Received:
@@ -149,4 +179,6 @@ def _open(round: int, hotkey: str, path: Path) -> Received:
         hash_rest(file, hasher)
     if hasher.hexdigest() != reply.payload_digest:
         raise ValueError("its payload does not have its digest")
-    return Received(reply=reply, signed=seal.signed, bytes_up=seal.bytes_up, bytes_down=seal.bytes_down)
+    return Received(
+        reply=reply, signed=seal.signed, bytes_up=seal.bytes_up, bytes_down=seal.bytes_down, seconds=seal.seconds
+    )

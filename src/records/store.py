@@ -6,13 +6,17 @@
                 lock            held by the validator that uses the folder
 
 A restart loads the newest whole snapshot and applies the committed rounds after it from the spool. What a ledger
-transaction names is durable before it, so this works from whatever a SIGKILL leaves.
+transaction names is durable before it, so this works from whatever a SIGKILL leaves. A disk that is full raises
+`DiskFull`: what was to be written is not there, and all that was committed is.
 """
 
 from __future__ import annotations
 
+import errno
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer
@@ -20,7 +24,7 @@ from typing_extensions import Buffer
 from durable import FileLock, make_folder
 from limits import Limits
 from protocol import Hotkey, Signed
-from records.ledger import Ledger, Total
+from records.ledger import Accounting, Late, Ledger, Total
 from records.snapshots import Snapshot, Snapshots
 from records.spool import Spool
 from values import Received, RoundRecord
@@ -31,20 +35,43 @@ if TYPE_CHECKING:
 _LEDGER = "ledger.sqlite"
 
 
+class DiskFull(Exception):
+    """There is no room for what was to be written. Its text says in one line what the user does."""
+
+
+class Room:
+    """Around what writes into a run's folder: where it raises because the disk is full, `DiskFull` is raised."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        by_ledger = isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL
+        if by_ledger or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            raise DiskFull(
+                f"{self._folder}: the disk is full; what was committed is whole: free some space, then --resume"
+            ) from error
+
+
 class Store:
     """Made by `create` or `open`. Methods may be called from any thread; each is durable when it returns."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
+        self.folder, self._room = folder, Room(folder)
         try:
             self._lock = FileLock(folder / "lock")
         except BlockingIOError as holder:
             raise ValueError(f"--run {folder.name}: another validator (pid {holder}) is using it") from None
         try:
-            self._snapshots = Snapshots(folder / "snapshots", keep)
-            self._spool = Spool(folder / "spool")
-            self._ledger = Ledger(folder / _LEDGER)
-        except ValueError:
+            with self._room:
+                self._snapshots = Snapshots(folder / "snapshots", keep)
+                self._spool = Spool(folder / "spool")
+                self._ledger = Ledger(folder / _LEDGER)
+        except (ValueError, DiskFull):
             self._lock.release()
             raise
 
@@ -78,20 +105,28 @@ class Store:
         return self._ledger.meta()
 
     def set_meta(self, values: Mapping[str, str]) -> None:
-        self._ledger.set_meta(values)
+        with self._room:
+            self._ledger.set_meta(values)
 
     # --- a round, in the order of its life ------------------------------------------------------------------------
 
     def open_round(self, round: int, orders: Sequence[Signed]) -> None:
         """Before any of the orders is sent. Takes the place of every uncommitted round from `round` on."""
-        self._ledger.open_round(round, orders)
+        with self._room:
+            self._ledger.open_round(round, orders)
+
+    def add_orders(self, round: int, orders: Sequence[Signed]) -> None:
+        """More orders of an open round, of miners that came after it was opened; before any of them is sent."""
+        with self._room:
+            self._ledger.add_orders(round, orders)
 
     def orders(self, round: int) -> tuple[Signed, ...]:
         return self._ledger.orders(round)
 
     def payload_path(self, round: int, hotkey: Hotkey) -> Path:
         """Where a reply's payload is to be written."""
-        return self._spool.payload_path(round, hotkey)
+        with self._room:
+            return self._spool.payload_path(round, hotkey)
 
     def make_room(self, path: Path, size: int, limits: Limits) -> None:
         """Before a payload of `size` bytes is written to its `payload_path`. Raises Faulted where it does not fit."""
@@ -103,14 +138,16 @@ class Store:
 
     def seal(self, received: Received) -> None:
         """The payload lies whole in its `payload_path`: make it and its reply durable, then count it as received."""
-        self._spool.seal(received)
+        with self._room:
+            self._spool.seal(received)
 
     def received(self, round: int) -> tuple[Received, ...]:
         """What a restart finds of a round, in the order of the hotkeys; what is not whole is deleted."""
         return self._spool.received(round)
 
     def commit(self, record: RoundRecord) -> None:
-        self._ledger.commit(record)
+        with self._room:
+            self._ledger.commit(record)
 
     def committed(self, since: int) -> list[RoundRecord]:
         return self._ledger.committed(since)
@@ -121,17 +158,33 @@ class Store:
     # --- once in a while ------------------------------------------------------------------------------------------
 
     def add_evaluation(self, round: int, values: Mapping[str, float]) -> None:
-        self._ledger.add_evaluation(round, values)
+        with self._room:
+            self._ledger.add_evaluation(round, values)
 
     def evaluations(self) -> dict[int, dict[str, float]]:
         return self._ledger.evaluations()
 
+    def note_late(self, round: int, reply: Signed, receipt: Signed) -> None:
+        """A reply that came after its round was closed, and the receipt that tells its miner so; the first stays."""
+        with self._room:
+            self._ledger.note_late(round, reply, receipt)
+
+    def late(self) -> list[Late]:
+        return self._ledger.late()
+
+    def late_batches(self) -> int:
+        return self._ledger.late_batches()
+
     def totals(self) -> list[Total]:
         return self._ledger.totals()
 
+    def accounting(self) -> Accounting:
+        return self._ledger.accounting()
+
     def save_snapshot(self, round: int, header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Path:
         """The state with the rounds before `round` applied. Then deletes what of the spool no snapshot needs."""
-        path = self._snapshots.save(round, header, tensors)
+        with self._room:
+            path = self._snapshots.save(round, header, tensors)
         self.prune()
         return path
 

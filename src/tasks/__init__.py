@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from tasks.optimizer import Settings
     from tasks.tokens import Tokens
 
-TASKS: dict[str, str] = {"gpt2": "tasks.gpt2:GPT2", "nanochat": "tasks.nanochat:Nanochat"}
+TASKS: dict[str, str] = {
+    "gpt2": "tasks.gpt2:GPT2",
+    "nanochat": "tasks.nanochat:Nanochat",
+    "quadratic": "tasks.quadratic:Quadratic",
+}
 
 Batch = Any  # each task's own; only its `loss` reads one
 

@@ -135,6 +135,40 @@ class NanochatConfig(TextConfig):
 
 
 @dataclass(frozen=True)
+class QuadraticConfig:
+    """A noisy quadratic with a known optimum: micro-batches cost next to nothing, for emulations and smoke tests."""
+
+    dimension: int = 2560
+    """Parameters, of 4 bytes each."""
+
+    samples: int = 256
+    """Samples in an epoch: half of them come from the seed, the others are their mirror images."""
+
+    batch_size: int = 8
+    """Samples in a micro-batch, the unit in which work is handed out."""
+
+    condition: float = 100.0
+    """Largest curvature over the smallest: the larger, the more steps it takes."""
+
+    noise: float = 0.1
+    """Standard deviation of the samples of a micro-batch in each coordinate, about an optimum below 1/4 in each."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("dimension", self.dimension), ("batch_size", self.batch_size)):
+            if not 1 <= value <= 1 << 20:
+                raise ValueError(f"--quadratic.{name} {value}: must lie between 1 and 2^20")
+        if self.samples < 2 or self.samples % 2 or self.samples * self.dimension > 16 << 20:
+            raise ValueError(
+                f"--quadratic.samples {self.samples}: must be even, and with --quadratic.dimension {self.dimension} "
+                "make at most 16 MB"
+            )
+        if not 1 <= self.condition <= 1e9:
+            raise ValueError(f"--quadratic.condition {self.condition}: must lie between 1 and 1e9")
+        if not 0 <= self.noise <= 1e3:
+            raise ValueError(f"--quadratic.noise {self.noise}: must lie between 0 and 1000")
+
+
+@dataclass(frozen=True)
 class AdamWConfig:
     """The optimizer that moves the model, and its schedule; the task nanochat has its own."""
 

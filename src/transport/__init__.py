@@ -1,16 +1,25 @@
 """The wire: the only place that knows HTTP and signatures. What crosses its border inwards is typed and verified.
 
-auth      envelopes and signed requests (btauth/1), who may call
-door      the HTTP server's outside: connections, patience and answers are rationed
-axon      a miner's server: bytes → typed messages → `Service` → signed envelopes
-health    GET /v1/status, by itself: a validator's
-peer      one miner as its caller sees it: an endpoint, signed requests, its clock
-exchange  one order's whole way to a miner and back, whatever breaks on it
-dendrite  the validator's client: hello, pinned hotkeys, the miners that are there
-pump      bulk off the event loop, and a floor under its speed
-loopback  the same network inside one process, under a virtual clock
-wallets   key files
-tls       certificates
+auth        envelopes and signed requests (btauth/1), who may call
+door        an HTTP server's outside: connections, patience and answers are rationed
+server      and its inside: who calls, and what they send
+axon        a miner's server: bytes → typed messages → `Service` → signed envelopes
+desk        a validator's, for miners that announce themselves or pull
+health      GET /v1/status, by itself: a validator's
+peer        signed requests to an endpoint, and its clock
+contact     one miner as its validator sees it: a `Peer`, or a `Mailbox`
+exchange    one order's whole way to a miner and back, whatever breaks on it
+mailbox     the same where the miner makes every request
+dendrite    the validator's client: hello, pinned hotkeys, the miners that are there
+roster      who may come, and where they are, from watched files
+announcer   a miner tells its validator that it is there
+puller      a miner fetches its orders and brings its work
+membership  the two of them
+pump        bulk off the event loop, and a floor under its speed
+links       how fast and reliable a line is, for loopback
+loopback    the same network inside one process, under a virtual clock
+wallets     key files
+tls         certificates
 """
 
 from __future__ import annotations
@@ -20,6 +29,8 @@ from typing import Protocol
 from typing_extensions import Buffer
 
 from protocol import BlobRef, Digest, Health, Hello, Hotkey, Order, Receipt, Reply, Signed, Status, Stop
+
+ANNOUNCE_S = 5.0  # between two announcements of a miner
 
 
 class BlobWriter(Protocol):

@@ -1,6 +1,7 @@
-"""The validator's client: finds its miners, gives orders, fetches replies and payloads. `market.round`'s `Network`.
+"""The validator's client: finds its miners, gives orders, fetches replies and payloads. The market's `Network`.
 
-A miner is whoever signs hello's nonce with the hotkey that its endpoint is pinned to.
+A miner is whoever signs hello's nonce with the hotkey that its endpoint is pinned to, or who calls at the `Desk`. They
+may come and go at any time.
 """
 
 from __future__ import annotations
@@ -9,20 +10,26 @@ import asyncio
 import logging
 import ssl
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from limits import Limits
 from protocol import Fault, Hello, Hotkey, Message, Order, ProtocolError, Signed, new_nonce, one_line
 from transport.auth import Keypair, seal, unseal
-from transport.exchange import Exchange, Room
+from transport.contact import Contact
+from transport.exchange import Exchange, Push, Room
+from transport.mailbox import Mailbox, Pull
 from transport.peer import Endpoint, Lost, Peer, open_session, parse_endpoint
 from values import Blobs, Faulted, Link, Received, Refused
 
 __all__ = ["Dendrite", "Endpoint", "Peer", "parse_endpoint"]
 
 HELLO_INTERVAL_S = 1.0
+RARELY = 5  # times that interval, to who announced itself: it is said hello to whenever it does that
+RETIRED = 64  # miners that were removed, to which receipts and stops still go
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +39,7 @@ def anything_goes(path: Path, size: int) -> None:
 
 
 class Dendrite:
-    """The miners at `endpoints`, over HTTP.
+    """The miners at `endpoints`, and those that are added later, over HTTP.
 
     `pins` are hotkeys by "host:port", from earlier runs; `save_pins` keeps them when a first contact on loopback adds
     one. `say` gets a line, once, about an endpoint that cannot be used. `room` refuses payloads that do not fit on the
@@ -53,7 +60,7 @@ class Dendrite:
         hello_interval_s: float = HELLO_INTERVAL_S,
     ) -> None:
         self._keypair = keypair
-        self._endpoints = tuple(endpoints)
+        self._endpoints = tuple(endpoints)  # from the start
         self._pins = dict(pins)
         self._save_pins = save_pins
         self._task = task
@@ -62,25 +69,99 @@ class Dendrite:
         self._room = room
         self._tls = tls
         self._hello_interval_s = hello_interval_s
-        self._peers: tuple[Peer, ...] = ()
+        self._contacts: list[Contact] = []
+        self._retired: deque[Contact] = deque(maxlen=RETIRED)
+        self._tending: dict[Contact, asyncio.Task[None]] = {}
+        self._attended: set[asyncio.Task[None]] = set()
+        self._calls: set[asyncio.Task[object]] = set()  # that wait for a miner
 
     async def start(self) -> None:
         """Opens the session, and says hello to whoever is not there yet from now on."""
+        loop = asyncio.get_running_loop()
         self._session = open_session(self._limits)
         self._background = ThreadPoolExecutor(1, "room")
-        self._peers = tuple(
-            Peer(e, e.hotkey or self._pins.get(str(e)), self._keypair, self._session, self._limits, self._tls)
-            for e in self._endpoints
-        )
-        self._change = asyncio.get_running_loop().create_future()  # done when `peers()` has grown, or tending has died
-        self._tending = asyncio.create_task(self._tend_all())
-        self._tending.add_done_callback(lambda _: self._changed())
+        self._change = loop.create_future()  # done when `peers()` may be others, or something of ours has died
+        self._died: asyncio.Future[None] = loop.create_future()  # our own failure in the background
+        self._closed = False
+        for endpoint in self._endpoints:
+            self.add(endpoint)
 
     async def close(self) -> None:
-        self._tending.cancel()
-        await asyncio.gather(self._tending, return_exceptions=True)
+        """Whatever still waits for a miner is cancelled first."""
+        self._closed = True
+        calls = self._calls - {asyncio.current_task()}
+        tasks = {*calls, *self._tending.values(), *self._attended}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)  # their callers ask for what came of it
         await self._session.close()
         self._background.shutdown()
+
+    # --- who is there -------------------------------------------------------------------------------------------------
+
+    def add(self, endpoint: Endpoint, announced: bool = False) -> Peer:
+        """A miner that listens there; said hello to from now on. One that announced itself hears of complaints."""
+        peer = Peer(
+            *(endpoint, endpoint.hotkey or self._pins.get(str(endpoint)), self._keypair, self._session, self._limits),
+            self._tls,
+        )
+        peer.announced = announced
+        self.join(peer)
+        self._tending[peer] = self._watched(self._tend(peer))
+        return peer
+
+    def remove(self, endpoint: Endpoint) -> None:
+        """It gets no more orders; an exchange under way ends by itself."""
+        for contact in self._contacts:
+            if isinstance(contact, Peer) and contact.endpoint == endpoint:
+                self.part(contact)
+                return
+
+    def join(self, contact: Contact) -> None:
+        """A miner that is tended elsewhere."""
+        self._contacts.append(contact)
+        contact.changed = self._changed
+        self._changed()
+
+    def part(self, contact: Contact) -> None:
+        """It gets no more orders; receipts and stops still go there. Nothing happens where it has parted already."""
+        if contact in self._contacts:
+            self._contacts.remove(contact)
+            self._retired.append(contact)
+            if contact in self._tending:
+                self._tending.pop(contact).cancel()
+            self._changed()
+
+    def find(self, hotkey: Hotkey) -> Contact | None:
+        """The miner of this hotkey, rather one that is reachable."""
+        known = [c for c in self._contacts if c.hotkey == hotkey]
+        return next((c for c in known if c.reachable), known[0] if known else None)
+
+    def attend(self, job: Coroutine[object, object, None]) -> None:
+        """Runs until `close`; should it fail, that is ours, and the next call here raises it."""
+        task = self._watched(job)
+        self._attended.add(task)
+        task.add_done_callback(self._attended.discard)
+
+    def _watched(self, job: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(job)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._died.done():
+            self._died.set_exception(error)
+            self._changed()
+
+    def _changed(self) -> None:
+        self._change.set_result(None)
+        self._change = asyncio.get_running_loop().create_future()
+
+    def _raise_if_dead(self) -> None:
+        if self._died.done():
+            self._died.result()
 
     # --- Network ------------------------------------------------------------------------------------------------------
 
@@ -92,11 +173,17 @@ class Dendrite:
 
     def peers(self) -> tuple[Hotkey, ...]:
         """Those that answered hello, were not lost since, and do the task; sorted."""
-        return tuple(sorted(p.hotkey for p in self._peers if p.reachable and p.hotkey))
+        return tuple(sorted({c.hotkey for c in self._contacts if c.reachable and c.hotkey}))
 
     def links(self) -> tuple[Link, ...]:
-        """Every endpoint as it is now, in the order given."""
-        return tuple(peer.link() for peer in self._peers)
+        """Every miner as it is now, in the order in which they were added."""
+        return tuple(contact.link() for contact in self._contacts)
+
+    async def wait_for_change(self) -> None:
+        """Until somebody comes or goes. Raises what has failed here in the background."""
+        self._raise_if_dead()
+        await asyncio.wait({self._change})
+        self._raise_if_dead()
 
     async def wait_for_peer(self, timeout_s: float) -> bool:
         return await self.wait_for_peers(1, timeout_s) >= 1
@@ -112,27 +199,35 @@ class Dendrite:
             await asyncio.wait({self._change}, timeout=left_s)
 
     async def exchange(
-        self, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int | None = None
+        self,
+        order: Order,
+        signed: Signed,
+        blobs: Blobs,
+        path: Path,
+        largest: int | None = None,
+        accepted: Callable[[], object] | None = None,
     ) -> Received:
         """Order out; reply in; its payload, with the right digest, of at most `largest` bytes, in the file `path`.
 
-        Raises Faulted.
+        `accepted` is called when the miner has taken the order. Raises Faulted.
         """
         self._raise_if_dead()
-        peer = self._find(order.hotkey)
-        if peer is None:
+        contact = None if self._closed else self.find(order.hotkey)
+        if contact is None:
             raise Faulted(Fault.SILENT, "no endpoint has answered with this hotkey")
-        exchange = Exchange(peer, order, signed, blobs, path, largest, self._limits, self._room, self._background)
+        exchange = self._exchange(contact, order, signed, blobs, path, largest)
+        exchange.on_accepted = accepted or exchange.on_accepted
         try:
-            async with asyncio.timeout(order.deadline_s) as deadline:
-                return await exchange.run()
+            with self._call():
+                async with asyncio.timeout(order.deadline_s) as deadline:
+                    return await exchange.run()
         except TimeoutError:
             if not deadline.expired():
                 raise
             if exchange.accepted:
                 faulted = Faulted(Fault.LATE, f"no whole reply within {order.deadline_s:g} s")
             else:
-                peer.reachable = False
+                contact.reachable = False
                 faulted = Faulted(Fault.SILENT, f"did not take the order within {order.deadline_s:g} s")
         except ProtocolError as error:
             faulted = Faulted(error.fault, str(error))
@@ -144,72 +239,88 @@ class Dendrite:
         logger.debug("round %d: %s: %s", order.round, order.hotkey, faulted)
         raise faulted
 
+    def _exchange(
+        self, contact: Contact, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int | None
+    ) -> Exchange:
+        what = (order, signed, blobs, path, largest, self._limits, self._room, self._background)
+        return Pull(contact, *what) if isinstance(contact, Mailbox) else Push(contact, *what)
+
+    async def late(self, order: Order, signed: Signed, timeout_s: float) -> Signed | None:
+        """After its round was closed: the signed reply to an order, if it still comes. Its payload is not fetched."""
+        contact = self._known(order.hotkey)
+        if contact is None:
+            return None
+        try:
+            with self._call():
+                async with asyncio.timeout(timeout_s):
+                    return await contact.late(order, signed)
+        except TimeoutError:
+            return None
+
     async def tell(self, hotkey: Hotkey, signed: Signed) -> bool:
         """Delivers a receipt or a stop; False where the miner is away or refuses it."""
-        peer = self._find(hotkey)
-        if peer is None:
+        contact = self._known(hotkey)
+        if contact is None:
             return False
-        body = signed.model_dump_json().encode()
-        for _ in range(2):  # an idle connection may have been closed under us
-            try:
-                await peer.call("POST", f"/v1/{signed.kind}", "status", body=body)
-                return True
-            except Lost:
-                continue
-            except (Refused, ProtocolError):
-                return False
-        return False
+        with self._call():
+            return await contact.tell(signed)
 
-    def _find(self, hotkey: Hotkey) -> Peer | None:
-        known = [p for p in self._peers if p.hotkey == hotkey]
-        return next((p for p in known if p.reachable), known[0] if known else None)
+    def _known(self, hotkey: Hotkey) -> Contact | None:
+        """Also one that was removed."""
+        if self._closed:
+            return None
+        return self.find(hotkey) or next((c for c in reversed(self._retired) if c.hotkey == hotkey), None)
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Around all that waits for a miner, so that `close` can end it."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls.add(task)
+        try:
+            yield
+        finally:
+            self._calls.discard(task)
 
     # --- hello --------------------------------------------------------------------------------------------------------
-
-    async def _tend_all(self) -> None:
-        try:
-            async with asyncio.TaskGroup() as group:
-                for peer in self._peers:
-                    group.create_task(self._tend(peer))
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
 
     async def _tend(self, peer: Peer) -> None:
         while True:
             if not peer.reachable:
-                await self._greet(peer)
-            await asyncio.sleep(self._hello_interval_s)
+                await self.greet(peer)
+            await asyncio.sleep(self._hello_interval_s * (RARELY if peer.announced else 1))
 
-    async def _greet(self, peer: Peer) -> None:
+    async def greet(self, peer: Peer) -> bool:
+        """Says hello. True where it is as it should be, and so reachable; else its complaint says why not."""
         nonce = new_nonce()
         try:
             signed = Signed.parse(await peer.hello(nonce))
             hello = unseal(signed, Hello, signed.signer)
         except Lost as lost:
-            if lost.hint:
-                self._complain(peer, f"{one_line(lost.hint)}; not used")
-            return
+            if lost.hint or peer.announced:
+                self._complain(peer, f"{one_line(lost.hint or str(lost))}; not used")
+            return False
         except (Refused, ProtocolError) as error:
             self._complain(peer, f"no valid hello ({one_line(str(error))}); not used")
-            return
+            return False
         if objection := self._objection(peer, nonce, signed.signer, hello):
             self._complain(peer, objection)
-            return
+            return False
         if peer.hotkey is None:
             self._pins[str(peer.endpoint)] = signed.signer
             self._save_pins(dict(self._pins))
             peer.hotkey = signed.signer
         peer.reachable, peer.complaint = True, ""
-        self._changed()
+        return True
 
     def _objection(self, peer: Peer, nonce: str, signer: Hotkey, hello: Hello) -> str | None:
         if hello.nonce != nonce or hello.hotkey != signer:
             return "its hello is not an answer to ours; not used"
         if peer.hotkey not in (None, signer):
             return f"answers as {signer}, but is pinned to {peer.hotkey}; not used, until the pin is removed"
-        twin = self._find(signer)
+        twin = self.find(signer)
         if twin is not None and twin is not peer and twin.reachable:
-            return f"the same miner ({signer}) as at {twin.endpoint}; not used twice"
+            return f"the same miner ({signer}) as at {twin.name}; not used twice"
         if self._task not in hello.tasks:
             does = one_line(", ".join(hello.tasks)) or "none"
             return f"does not do task {self._task} (it does: {does}); start that miner with --tasks {self._task}"
@@ -218,13 +329,7 @@ class Dendrite:
     def _complain(self, peer: Peer, text: str) -> None:
         if text != peer.complaint:
             peer.complaint = text
-            self._say(f"--axons {peer.endpoint}: {text}")
-
-    def _changed(self) -> None:
-        self._change.set_result(None)
-        self._change = asyncio.get_running_loop().create_future()
-
-    def _raise_if_dead(self) -> None:
-        """Tending never ends by itself: its failure is ours."""
-        if self._tending.done():
-            self._tending.result()
+            if peer.announced:
+                logger.debug("announced %s: %s", peer.endpoint, text)
+            else:
+                self._say(f"--axons {peer.endpoint}: {text}")

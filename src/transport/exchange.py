@@ -1,7 +1,8 @@
 """One order's whole way to one miner and back. Connections may fail at any point of it.
 
 Every step can be repeated. What was sent or fetched is not sent or fetched again: a blob goes on from where the miner
-says that it holds it, a payload from where the file ends, and both are verified as a whole.
+says that it holds it, a payload from where the file ends, and both are verified as a whole. `Push` calls the miner;
+where the miner calls, it is `mailbox.Pull`.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import random
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
@@ -24,8 +25,9 @@ from typing_extensions import Buffer
 from limits import Limits
 from protocol import MAX_BLOB_BYTES, BlobRef, Digest, Fault, Order, ProtocolError, Reply, Signed, Status
 from transport.auth import open_reply, unseal
+from transport.contact import Contact
 from transport.download import Download
-from transport.peer import Lost, Peer
+from transport.peer import Lost, Peer, pause
 from transport.pump import CHUNK, pump
 from values import Blobs, Faulted, Received, Refused
 
@@ -38,12 +40,12 @@ RESENT = 8  # times its size that a blob is sent at most: who lacks it then has 
 Room = Callable[[Path, int], None]  # raises Faulted where a file of so many bytes may not be written
 
 
-class Exchange:
+class Exchange(ABC):
     """Cancelled by its caller at the deadline; `accepted` tells how far it came."""
 
     def __init__(
         self,
-        peer: Peer,
+        peer: Contact,
         order: Order,
         signed: Signed,
         blobs: Blobs,
@@ -56,6 +58,7 @@ class Exchange:
         self.peer, self.order, self.signed, self.blobs, self.path = peer, order, signed, blobs, path
         self.largest, self.limits, self.room, self.background = largest, limits, room, background
         self.accepted = False
+        self.on_accepted: Callable[[], object] = lambda: None
         self.bytes_up = 0
         self.bytes_down = 0
         self.sent: Counter[Digest] = Counter()  # bytes of each blob; an attempt counts as a CHUNK at least
@@ -63,7 +66,7 @@ class Exchange:
 
     async def run(self) -> Received:
         """Raises Faulted, ProtocolError."""
-        restarts = 0
+        began, restarts = time.monotonic(), 0
         download: Download | None = None
         job: Future[None] | None = None
         try:
@@ -73,6 +76,7 @@ class Exchange:
                 self.peer.doing = "ordering"
                 await self._offer()
                 self.accepted = True
+                self.on_accepted()
                 self.peer.doing = "working"
                 job = job or self.background.submit(download.prepare, self.largest or 0)
                 try:
@@ -80,12 +84,11 @@ class Exchange:
                     await asyncio.wrap_future(job)
                     await self._fetch(download, reply)
                     self.peer.doing, self.peer.batches_done = "done", self.peer.batches
-                    self.peer.reachable = True  # whatever broke on the way
-                    return Received(reply, signed, self.bytes_up, self.bytes_down)
+                    return Received(reply, signed, self.bytes_up, self.bytes_down, time.monotonic() - began)
                 except Refused as refused:
                     if refused.status != 404 and not refused.missing:
-                        raise _faulted(refused) from None
-                await asyncio.sleep(_pause(restarts))  # it was restarted and knows nothing: it gets the order again
+                        raise faulted(refused) from None
+                await asyncio.sleep(pause(restarts))  # it was restarted and knows nothing: it gets the order again
                 restarts += 1
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -95,9 +98,60 @@ class Exchange:
             if self.peer.doing != "done":
                 self.peer.doing = "idle"
             if job is not None and not job.cancel():
-                await asyncio.wait({asyncio.wrap_future(job)})
+                await asyncio.gather(asyncio.wrap_future(job), return_exceptions=True)  # who was cancelled asks not
             if download is not None:
                 download.close()
+
+    @abstractmethod
+    async def _offer(self) -> None:
+        """Until the order is accepted, with the blobs that the miner lacks. Raises Faulted."""
+
+    @abstractmethod
+    async def _await_reply(self) -> tuple[Signed, Reply]:
+        """Raises Refused 404 where the miner knows nothing of the order any more, Faulted, ProtocolError."""
+
+    @abstractmethod
+    async def _bring(self, download: Download, size: int) -> None:
+        """Until all `size` bytes of the payload are held. Raises as `_await_reply` does."""
+
+    async def _fetch(self, download: Download, reply: Reply) -> None:
+        """The payload into the file; anything but the signed length and digest is MALFORMED."""
+        size, most = reply.payload_bytes, min(self.largest or MAX_BLOB_BYTES, self.limits.payload_bytes)
+        if size > most:
+            raise ProtocolError(f"payload: {size} bytes, at most {most}")
+        download.expect(reply.payload_digest, size)
+        await self._bring(download, size)
+        if not download.finish() and download.found:
+            download.restart()
+            await self._bring(download, size)
+        if not download.finish():
+            raise ProtocolError("payload: not the bytes that the reply's digest names")
+
+    def _blob(self, ref_digest: Digest, size: int, kind: str, offset: int) -> memoryview:
+        """What is left of a blob, to be sent. Raises Faulted for one that the order does not name, or too often."""
+        blob = self.blobs.get(ref_digest)
+        if blob is None or memoryview(blob).nbytes != size:
+            raise Faulted(Fault.MALFORMED, f"asks for a {kind} that is not of this order")
+        if offset >= size:
+            raise Faulted(Fault.MALFORMED, f"holds {offset} of the {size} bytes of the {kind}, and asks for it")
+        if self.sent[ref_digest] > RESENT * (size + 4 * CHUNK):
+            raise Faulted(Fault.SILENT, f"was sent the {kind} {RESENT} times over, and still lacks it")
+        return memoryview(blob).cast("B")[offset:]
+
+    def _log(self, what: str, size: int, began: float) -> None:
+        seconds = time.monotonic() - began
+        logger.debug("round %d: %s: %s, %d bytes, %.3f s", self.order.round, self.peer.name, what, size, seconds)
+
+
+class Push(Exchange):
+    """The miner serves, and is called."""
+
+    peer: Peer
+
+    async def run(self) -> Received:
+        received = await super().run()
+        self.peer.reachable = True  # whatever broke on the way
+        return received
 
     # --- out ----------------------------------------------------------------------------------------------------------
 
@@ -111,11 +165,11 @@ class Exchange:
         """True where the order is accepted; else the miner has got some of what it lacks."""
         body = self.signed.model_dump_json().encode()
         try:
-            await self._call("POST", "/v1/order", "status", body=body)
+            await self._call("POST", "/v1/order", body=body)
             return True
         except Refused as refused:
             if not refused.missing:
-                raise _faulted(refused) from None
+                raise faulted(refused) from None
             missing, held = refused.missing, refused.held
         for ref in missing:
             if ref in taken:
@@ -126,24 +180,16 @@ class Exchange:
 
     async def _push(self, ref: BlobRef, offset: int) -> bool:
         """The rest of a blob. False where the miner says that it holds another part of it."""
-        blob = self.blobs.get(ref.digest)
-        if blob is None or memoryview(blob).nbytes != ref.bytes:
-            raise Faulted(Fault.MALFORMED, f"asks for a {ref.kind} that is not of this order")
-        if offset >= ref.bytes:
-            raise Faulted(
-                Fault.MALFORMED, f"holds {offset} of the {ref.bytes} bytes of the {ref.kind}, and asks for it"
-            )
-        if self.sent[ref.digest] > RESENT * (ref.bytes + 4 * CHUNK):
-            raise Faulted(Fault.SILENT, f"was sent the {ref.kind} {RESENT} times over, and still lacks it")
+        rest = self._blob(ref.digest, ref.bytes, ref.kind, offset)
         target = f"/v1/blob?kind={ref.kind}&digest={ref.digest}&bytes={ref.bytes}&offset={offset}"
         self.peer.doing, self.peer.moving, self.peer.moved = f"sending {ref.kind}", ref.bytes, offset
         before, began = self.peer.bytes_down, time.monotonic()
         try:
-            await self._call("PUT", target, "status", blob=memoryview(blob).cast("B")[offset:])
+            await self._call("PUT", target, blob=rest)
         except Refused as refused:
             if not refused.missing:
-                raise _faulted(refused) from None
-            await asyncio.sleep(_pause(0))
+                raise faulted(refused) from None
+            await asyncio.sleep(pause(0))
             return False
         finally:
             sent = self.peer.bytes_down - before
@@ -156,28 +202,17 @@ class Exchange:
     # --- back ---------------------------------------------------------------------------------------------------------
 
     async def _await_reply(self) -> tuple[Signed, Reply]:
-        wait_s = self.limits.poll_s
-        target = f"/v1/reply?order={self.signed.digest}&wait={max(1, round(wait_s))}"
         while True:
-            status, body = await self._persist(partial(self._call, "GET", target, "reply", wait_s=wait_s))
+            status, body = await self._persist(partial(self.peer.poll_reply, self.signed))
+            self.bytes_up += len(body)
             signed = Signed.parse(body)
             if status == 200:
                 return signed, open_reply(signed, self.order, self.signed.digest)
             self.peer.batches_done = unseal(signed, Status, self.order.hotkey).batches_done
             await asyncio.sleep(0.05)  # it is still working; one that does not wait shall not keep us busy
 
-    async def _fetch(self, download: Download, reply: Reply) -> None:
-        """The payload into the file; anything but the signed length and digest is MALFORMED."""
-        size, most = reply.payload_bytes, min(self.largest or MAX_BLOB_BYTES, self.limits.payload_bytes)
-        if size > most:
-            raise ProtocolError(f"payload: {size} bytes, at most {most}")
-        download.expect(reply.payload_digest, size)
+    async def _bring(self, download: Download, size: int) -> None:
         await self._persist(partial(self._fetch_rest, download, size))
-        if not download.finish() and download.found:
-            download.restart()
-            await self._persist(partial(self._fetch_rest, download, size))
-        if not download.finish():
-            raise ProtocolError("payload: not the bytes that the reply's digest names")
 
     async def _fetch_rest(self, download: Download, size: int) -> None:
         left = size - download.held
@@ -206,21 +241,14 @@ class Exchange:
             raise Lost(f"{self.peer.endpoint}: the payload broke off")
         self._log("payload fetched", download.held - before, began)
 
-    def _log(self, what: str, size: int, began: float) -> None:
-        seconds = time.monotonic() - began
-        logger.debug("round %d: %s: %s, %d bytes, %.3f s", self.order.round, self.peer.endpoint, what, size, seconds)
-
     # --- both ---------------------------------------------------------------------------------------------------------
 
-    async def _call(
-        self, method: str, target: str, answer: str, body: bytes = b"", blob: Buffer | None = None, wait_s: float = 0
-    ) -> tuple[int, bytes]:
-        status, text = await self.peer.call(method, target, answer, body=body, blob=blob, wait_s=wait_s)
+    async def _call(self, method: str, target: str, *, body: bytes = b"", blob: Buffer | None = None) -> None:
+        """A request that is answered with the miner's status."""
+        _, text = await self.peer.call(method, target, "status", body=body, blob=blob)
         self.bytes_down += len(body)
         self.bytes_up += len(text)
-        if answer == "status":
-            unseal(Signed.parse(text), Status, self.order.hotkey)
-        return status, text
+        unseal(Signed.parse(text), Status, self.order.hotkey)
 
     async def _persist(self, step: Callable[[], Awaitable[T]]) -> T:
         """Repeats a step until the miner has been away for `away_s`, or came and moved nothing in that time.
@@ -241,7 +269,7 @@ class Exchange:
                     self.peer.reachable = False
                 if away:
                     raise Faulted(Fault.SILENT, str(lost)) from None
-            await asyncio.sleep(_pause(attempt))
+            await asyncio.sleep(pause(attempt))
             attempt += 1
 
     @property
@@ -249,10 +277,5 @@ class Exchange:
         return self.bytes_up + self.bytes_down
 
 
-def _pause(attempt: int) -> float:
-    """Seconds before another attempt: doubling from 0.05 to 1, with jitter so that many do not come at once."""
-    return min(1.0, 0.05 * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1.5)
-
-
-def _faulted(refused: Refused) -> Faulted:
+def faulted(refused: Refused) -> Faulted:
     return Faulted(refused.fault or Fault.SILENT, f"refused with {refused.status}: {refused.reason}")

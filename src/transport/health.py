@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable
 
 from aiohttp import web
@@ -20,9 +21,11 @@ def health_response(health: Health) -> web.Response:
 class HealthServer:
     """Answers with `health()`, unsigned, and nothing else."""
 
-    def __init__(self, health: Callable[[], Health], host: str, port: int, limits: Limits) -> None:
+    def __init__(
+        self, health: Callable[[], Health], host: str, port: int, limits: Limits, tls: ssl.SSLContext | None = None
+    ) -> None:
         self._health = health
-        self._door = Door(self._answer, host, port, limits, flag="serve")
+        self._door = Door(self._answer, host, port, limits, flag="serve", tls=tls)
 
     async def start(self) -> int:
         """The bound port. Raises ValueError where it cannot be bound."""

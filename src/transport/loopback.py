@@ -4,6 +4,9 @@
 
 What a run does depends only on its inputs: no sockets, no threads, no waiting. (Signatures are the one exception:
 sr25519 salts them, so envelopes differ from run to run while their bodies and digests do not.)
+
+Each miner is behind a link of its own (`transport.links`). A request takes the way there, with its bytes, and the way
+back, with the answer's. A transfer that is broken off begins anew.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from protocol import Fault, Hotkey, Message, Order, ProtocolError, Receipt, Signed, Stop, digest
+from protocol import BlobRef, Fault, Hotkey, Message, Order, ProtocolError, Receipt, Reply, Signed, Stop, digest
 from transport import Service
 from transport.auth import Keypair, open_reply, seal, unseal
+from transport.links import Link, LinkSpec
 from values import Blobs, Faulted, Received, Refused
 
 CHUNK = 1 << 20
@@ -72,10 +76,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 class Loopback:
-    """The validator's `Network` over services in this process; each miner signs with its own keypair.
-
-    A request takes `latency_s`, and its bytes `bandwidth_bps` (bits per second), of the running loop's time.
-    """
+    """The validator's `Network` over services in this process; each miner signs with its own keypair."""
 
     def __init__(
         self,
@@ -84,23 +85,38 @@ class Loopback:
         keypairs: Mapping[Hotkey, Keypair],
         latency_s: float = 0.0,
         bandwidth_bps: float = math.inf,
+        *,
+        links: Mapping[Hotkey, LinkSpec] | None = None,
+        seed: int = 0,
+        scale: float = 1.0,
     ) -> None:
+        """Miners without one among the `links` have one with this latency and bandwidth (bits per second).
+
+        `seed` is of what is random about links. States and payloads count for `scale` times their bytes, in time and in
+        the figures: a small model stands for a large one.
+        """
         self._keypair = keypair
         self._caller: Hotkey = keypair.ss58_address
         self._services = dict(services)
         self._keypairs = dict(keypairs)
-        self._latency_s = latency_s
-        self._bandwidth_bps = bandwidth_bps
+        self._seed, self._scale = seed, scale
+        plain = LinkSpec(up_bps=bandwidth_bps, down_bps=bandwidth_bps, latency_s=latency_s)
+        specs = {hotkey: (links or {}).get(hotkey, plain) for hotkey in self._keypairs}
+        self._links = {hotkey: Link(spec, seed, hotkey) for hotkey, spec in specs.items()}
         self._away: set[Hotkey] = set()
         self._change = asyncio.Event()  # set, and replaced, whenever a miner goes or comes
 
     def drop(self, hotkey: Hotkey) -> None:
-        """The miner goes: exchanges under way with it end as SILENT."""
+        """The miner goes: exchanges under way with it end as SILENT. What it works on is its owner's to end."""
         self._away.add(hotkey)
         self._changed()
 
-    def restore(self, hotkey: Hotkey) -> None:
+    def restore(self, hotkey: Hotkey, service: Service | None = None, link: LinkSpec | None = None) -> None:
+        """The miner is there again; with a `service`, as another process, behind another link where one is given."""
         self._away.discard(hotkey)
+        self._services[hotkey] = service or self._services[hotkey]
+        if link is not None and link != self._links[hotkey].spec:
+            self._links[hotkey] = Link(link, self._seed, hotkey)
         self._changed()
 
     def _changed(self) -> None:
@@ -122,37 +138,52 @@ class Loopback:
         try:
             async with asyncio.timeout(timeout_s):
                 while not self.peers():
-                    await self._change.wait()
+                    await self.wait_for_change()
         except TimeoutError:
             return False
         return True
 
+    async def wait_for_change(self) -> None:
+        """Until somebody comes or goes."""
+        await self._change.wait()
+
     async def exchange(
-        self, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int | None = None
+        self,
+        order: Order,
+        signed: Signed,
+        blobs: Blobs,
+        path: Path,
+        largest: int | None = None,
+        accepted: Callable[[], object] | None = None,
     ) -> Received:
         """As the dendrite's: raises Faulted SILENT, LATE, or what the miner refused with."""
         if order.hotkey not in self.peers():
             raise Faulted(Fault.SILENT, "away")
-        work = asyncio.create_task(self._exchange(order, signed, blobs, path, largest))
-        gone = asyncio.create_task(self._until_gone(order.hotkey))
+        whole = self._exchange(order, signed, blobs, path, largest, accepted or (lambda: None))
         try:
-            await asyncio.wait({work, gone}, timeout=order.deadline_s, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                return work.result()
-            if gone.done():
-                raise Faulted(Fault.SILENT, "went away")
-            raise Faulted(Fault.LATE, f"no reply within {order.deadline_s:g} s")
+            received = await self._while_there(order.hotkey, whole, order.deadline_s)
         except ProtocolError as error:
             raise Faulted(error.fault, str(error)) from None
         except Refused as refused:
             raise Faulted(refused.fault or Fault.SILENT, f"refused with {refused.status}: {refused.reason}") from None
-        finally:
-            work.cancel()
-            gone.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+        except _Gone:
+            raise Faulted(Fault.SILENT, "went away") from None
+        if received is None:
+            raise Faulted(Fault.LATE, f"no reply within {order.deadline_s:g} s")
+        return received
+
+    async def late(self, order: Order, signed: Signed, timeout_s: float) -> Signed | None:
+        """The reply to an order whose round is closed, if it comes in time; never its payload."""
+        if order.hotkey not in self.peers():
+            return None
+        try:
+            answer = await self._while_there(order.hotkey, self._answer(order, signed), timeout_s)
+        except (ProtocolError, Refused, _Gone):
+            return None
+        return None if answer is None else answer[1]
 
     async def tell(self, hotkey: Hotkey, signed: Signed) -> bool:
-        await self._travel(len(signed.body))
+        await self._links[hotkey].travel("down", len(signed.body))
         if hotkey not in self.peers():
             return False
         service = self._services[hotkey]
@@ -163,59 +194,105 @@ class Loopback:
                 service.receipt(self._caller, unseal(signed, Receipt, self._caller), signed)
         except Refused:
             return False
+        await self._links[hotkey].travel("up", 0)
         return True
 
     # --- an exchange --------------------------------------------------------------------------------------------------
 
-    async def _until_gone(self, hotkey: Hotkey) -> None:
-        while hotkey not in self._away:
-            await self._change.wait()
+    async def _while_there(self, hotkey: Hotkey, work: Coroutine[Any, Any, T], timeout_s: float) -> T | None:
+        """Its result; None where that takes longer. Raises _Gone where the miner goes, or begins anew, before."""
+        doing = asyncio.create_task(work)
+        gone = asyncio.create_task(self._until_gone(hotkey))
+        try:
+            await asyncio.wait({doing, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if doing.done():
+                return doing.result()
+            if gone.done():
+                raise _Gone
+            return None
+        finally:
+            gone.cancel()
+            while not doing.done():  # more than once: wait_for swallows a cancellation that comes as its wait ends
+                doing.cancel()
+                await asyncio.sleep(0)
 
-    async def _exchange(self, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int | None) -> Received:
-        service = self._services[order.hotkey]
-        bytes_down = await self._offer(service, signed, blobs)
-        reply = None
-        while reply is None:
-            await self._travel(0)
-            reply = await service.reply(self._caller, signed.digest, POLL_S)
-        answer = seal(self._keypairs[order.hotkey], reply)
-        open_reply(answer, order, signed.digest)
+    async def _until_gone(self, hotkey: Hotkey) -> None:
+        service = self._services[hotkey]
+        while hotkey not in self._away and self._services[hotkey] is service:
+            await self.wait_for_change()
+
+    async def _exchange(
+        self,
+        order: Order,
+        signed: Signed,
+        blobs: Blobs,
+        path: Path,
+        largest: int | None,
+        accepted: Callable[[], object],
+    ) -> Received:
+        began = self.now()
+        service, link = self._services[order.hotkey], self._links[order.hotkey]
+        bytes_down = await self._offer(service, link, signed, blobs)
+        accepted()
+        reply, answer = await self._answer(order, signed)
         if largest is not None and reply.payload_bytes > largest:
             raise ProtocolError(f"payload: {reply.payload_bytes} bytes, at most {largest}")
+        await link.travel("down", 0)
         payload = service.payload(self._caller, signed.digest)
         if (memoryview(payload).nbytes, digest("payload", payload)) != (reply.payload_bytes, reply.payload_digest):
             raise ProtocolError("payload: not the bytes that the reply's digest names")
-        bytes_up = len(answer.body) + reply.payload_bytes
-        await self._travel(bytes_up)
+        scaled = round(reply.payload_bytes * self._scale)
+        await link.travel("up", scaled)
         path.write_bytes(payload)
         service.delivered(self._caller, signed.digest)
-        return Received(reply, answer, bytes_up, bytes_down)
+        return Received(reply, answer, len(answer.body) + scaled, bytes_down, self.now() - began)
 
-    async def _offer(self, service: Service, signed: Signed, blobs: Blobs) -> int:
+    async def _answer(self, order: Order, signed: Signed) -> tuple[Reply, Signed]:
+        """Long polls until the reply is there."""
+        service, link = self._services[order.hotkey], self._links[order.hotkey]
+        while True:
+            await link.travel("down", 0)
+            reply = await service.reply(self._caller, signed.digest, POLL_S)
+            answer = None if reply is None else seal(self._keypairs[order.hotkey], reply)
+            await link.travel("up", len(answer.body) if answer else 0)
+            if answer is not None:
+                return open_reply(answer, order, signed.digest), answer
+
+    async def _offer(self, service: Service, link: Link, signed: Signed, blobs: Blobs) -> int:
         """Until the order is accepted, with the blobs that it lacks, each once. Returns the bytes sent."""
         bytes_down = 0
         sent: set[str] = set()
         while True:
-            await self._travel(len(signed.body))
+            await link.travel("down", len(signed.body))
             bytes_down += len(signed.body)
-            try:
-                service.order(self._caller, unseal(signed, Order, self._caller), signed.digest)
+            missing = self._order(service, signed)
+            await link.travel("up", 0)
+            if not missing:
                 return bytes_down
-            except Refused as refused:
-                if not refused.missing:
-                    raise
-                missing = refused.missing
             for ref in missing:
                 if ref.digest in sent or ref.digest not in blobs:
                     raise Faulted(Fault.MALFORMED, f"asks for a {ref.kind} that is not of this order, or asks again")
                 sent.add(ref.digest)
                 data = memoryview(blobs[ref.digest]).cast("B")
-                await self._travel(len(data))
-                bytes_down += len(data)
+                size = round(len(data) * self._scale) if ref.kind == "state" else len(data)
+                await link.travel("down", size)
+                bytes_down += size
                 writer = service.receive(self._caller, ref, 0)
                 for start in range(0, len(data), CHUNK):
                     writer.write(data[start : start + CHUNK])
                 writer.commit()
+                await link.travel("up", 0)
 
-    async def _travel(self, size: int) -> None:
-        await asyncio.sleep(self._latency_s + 8 * size / self._bandwidth_bps)
+    def _order(self, service: Service, signed: Signed) -> tuple[BlobRef, ...]:
+        """The blobs that are missing, if any: else it is accepted. Raises Refused."""
+        try:
+            service.order(self._caller, unseal(signed, Order, self._caller), signed.digest)
+        except Refused as refused:
+            if not refused.missing:
+                raise
+            return refused.missing
+        return ()
+
+
+class _Gone(Exception):
+    """The miner went away."""

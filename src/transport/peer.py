@@ -1,8 +1,10 @@
-"""One miner as the validator sees it over HTTP: its endpoint, signed requests to it, its clock, what it is doing."""
+"""Signed requests to a peer over HTTP: its endpoint, its clock, what of it may be repeated."""
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import random
 import re
 import ssl
 import time
@@ -15,10 +17,11 @@ from typing_extensions import Buffer
 from yarl import URL
 
 from limits import Limits
-from protocol import Hotkey, ProtocolError, Refusal
-from transport.auth import Keypair, is_bittensor_address, sign_request
+from protocol import Hotkey, Order, ProtocolError, Refusal, Signed
+from transport.auth import Keypair, is_bittensor_address, open_reply, sign_request
+from transport.contact import Contact
 from transport.pump import CHUNK, Pace
-from values import Link, Refused
+from values import Refused
 
 
 class Lost(Exception):
@@ -32,9 +35,14 @@ class Lost(Exception):
         self.hint = hint
 
 
+def pause(attempt: int, most: float = 1.0) -> float:
+    """Seconds before another attempt: doubling from 0.05 to `most`, with jitter so that many do not come at once."""
+    return min(most, 0.05 * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1.5)
+
+
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a miner listens; its hotkey where the command line says so."""
+    """Where a peer listens; its hotkey where the command line, or its announcement, says so."""
 
     host: str  # an IPv6 address in brackets
     port: int
@@ -46,34 +54,42 @@ class Endpoint:
 
     @property
     def is_loopback(self) -> bool:
-        try:
-            return self.host == "localhost" or ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:  # a name
-            return False
+        return is_loopback(self.host.strip("[]"))
 
 
-def parse_endpoint(text: str, tls: bool = False) -> Endpoint:
+def is_loopback(host: str) -> bool:
+    """Of an address without brackets, or localhost; any other name may be anywhere."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def parse_endpoint(text: str, tls: bool = False, flag: str = "axons", whose: str = "miner") -> Endpoint:
     """What --axons takes: 8091 (on this machine), host:8091, or host:8091@ss58, which is needed off loopback.
 
-    Raises ValueError.
+    Raises ValueError that names the flag.
     """
     address, at, hotkey = text.partition("@")
     host, colon, port = address.rpartition(":")
     host = host if colon else "127.0.0.1"
     if not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
-        raise ValueError(f"--axons {text}: {port!r} is no port; write 8091 or host:8091, ports are 1 to 65535")
+        raise ValueError(f"--{flag} {text}: {port!r} is no port; write 8091 or host:8091, ports are 1 to 65535")
     if not re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", host):
-        raise ValueError(f"--axons {text}: {host!r} is no host; write host:8091, or [address]:8091 for IPv6")
+        raise ValueError(f"--{flag} {text}: {host!r} is no host; write host:8091, or [address]:8091 for IPv6")
     if at and not is_bittensor_address(hotkey):
-        raise ValueError(f"--axons {text}: {hotkey!r} is no ss58 address; the miner prints its own when it starts")
+        raise ValueError(f"--{flag} {text}: {hotkey!r} is no ss58 address; the {whose} prints its own when it starts")
     endpoint = Endpoint(host, int(port), hotkey if at else None, tls)
     if not at and not endpoint.is_loopback:
-        raise ValueError(f"--axons {text}: not on this machine; write {endpoint}@<the miner's ss58 address>")
+        raise ValueError(f"--{flag} {text}: not on this machine; write {endpoint}@<the {whose}'s ss58 address>")
     return endpoint
 
 
-class Peer:
-    """Requests to one miner. Connection failures become Lost, error statuses Refused."""
+class Peer(Contact):
+    """Requests to one peer. Connection failures become Lost, error statuses Refused.
+
+    For its validator it is a miner; a miner calls its validator by one too.
+    """
 
     def __init__(
         self,
@@ -84,28 +100,46 @@ class Peer:
         limits: Limits,
         tls: ssl.SSLContext | None = None,
     ) -> None:
+        super().__init__(str(endpoint), hotkey)
         self.endpoint = endpoint
-        self.hotkey = hotkey  # None until the first hello
-        self.reachable = False  # answered hello, and not lost since
-        self.complaint = ""  # what was last said about it, so that it is said once
-        self.doing = "idle"  # this and what follows is for display
-        self.moving = self.moved = 0  # bytes of the transfer under way, and how many of them went
-        self.batches_done = self.batches = 0
-        self.latency_s = 0.0
-        self.bytes_up = self.bytes_down = 0
         self._clock_offset_ns = 0
         self._keypair, self._session, self._limits = keypair, session, limits
         self._tls: ssl.SSLContext | bool = tls or True
         self._base = f"http{'s' if endpoint.tls else ''}://{endpoint}"
 
-    def link(self) -> Link:
-        state = self.doing if self.reachable else "away"
-        if self.reachable and self.moving:
-            state += f" {100 * self.moved // self.moving} %"
-        return Link(
-            str(self.endpoint), self.hotkey, state, self.batches_done, self.batches, self.latency_s, self.bytes_up,
-            self.bytes_down,
-        )  # fmt: skip
+    async def tell(self, signed: Signed) -> bool:
+        body = signed.model_dump_json().encode()
+        for _ in range(2):  # an idle connection may have been closed under us
+            try:
+                await self.call("POST", f"/v1/{signed.kind}", "status", body=body)
+                return True
+            except Lost:
+                continue
+            except (Refused, ProtocolError):
+                return False
+        return False
+
+    async def late(self, order: Order, signed: Signed) -> Signed | None:
+        attempt = 0
+        while True:
+            try:
+                status, body = await self.poll_reply(signed)
+                if status == 200:
+                    envelope = Signed.parse(body)
+                    open_reply(envelope, order, signed.digest)
+                    return envelope
+                attempt = 0
+            except Lost:
+                attempt += 1
+            except (Refused, ProtocolError):
+                return None
+            await asyncio.sleep(pause(attempt))
+
+    async def poll_reply(self, signed: Signed) -> tuple[int, bytes]:
+        """200 and the reply to an order, or 202 and how far it is, after `poll_s` at most. Raises as `call` does."""
+        wait_s = self._limits.poll_s
+        target = f"/v1/reply?order={signed.digest}&wait={max(1, round(wait_s))}"
+        return await self.call("GET", target, "reply", wait_s=wait_s)
 
     async def hello(self, nonce: str) -> bytes:
         """The answer to an unsigned hello. Raises Lost, Refused, ProtocolError."""
@@ -164,7 +198,7 @@ class Peer:
         self, method: str, target: str, headers: dict[str, str], data: bytes | memoryview, answer_s: float
     ) -> aiohttp.ClientResponse:
         """Up to the answer's head, for which the peer has `answer_s` from the last byte on. Raises Lost."""
-        if data:
+        if data or isinstance(data, memoryview):
             headers = {**headers, "Content-Length": str(len(data)), "Content-Type": "application/octet-stream"}
         try:
             async with Pace(self._limits) as pace:
@@ -223,9 +257,9 @@ class Peer:
         if isinstance(cause, ssl.SSLCertVerificationError):
             hint = f"--tls-ca does not make its certificate trusted: {cause.verify_message}"
         elif isinstance(cause, ssl.SSLError):
-            hint = f"no TLS that we could speak ({cause.reason}); a miner that serves without TLS needs no --tls-ca"
+            hint = f"no TLS that we could speak ({cause.reason}); one that serves without TLS needs no --tls-ca"
         elif isinstance(error, aiohttp.ServerDisconnectedError) and not self.endpoint.tls:
-            hint = "hangs up without an answer; a miner that serves TLS needs --tls-ca here"
+            hint = "hangs up without an answer; one that serves TLS needs --tls-ca here"
         return Lost(f"{self.endpoint}: {str(error) or type(error).__name__}", hint)
 
 
@@ -238,9 +272,11 @@ class RefusedAt(Refused):
 
 
 def open_session(limits: Limits) -> aiohttp.ClientSession:
-    """No proxies, cookies, compression or limits but one on connections to a single miner."""
+    """No proxies, cookies, compression or limits but one on connections to a single peer."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, limit_per_host=4, keepalive_timeout=limits.header_s / 2),
+        connector=aiohttp.TCPConnector(
+            limit=0, limit_per_host=limits.requests_per_peer, keepalive_timeout=limits.header_s / 2
+        ),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"Accept-Encoding": "identity"},
         auto_decompress=False,

@@ -6,19 +6,29 @@ import ssl
 from pathlib import Path
 
 
-def server_context(cert: Path, key: Path) -> ssl.SSLContext:
-    """From PEM files. Raises ValueError that names the flag."""
+def check_pair(cert: Path | None, key: Path | None, server: str) -> None:
+    """Raises ValueError where only one of --SERVER.tls-cert and --SERVER.tls-key is given."""
+    if (cert is None) != (key is None):
+        given, other = ("cert", "key") if cert else ("key", "cert")
+        raise ValueError(f"--{server}.tls-{given}: TLS needs --{server}.tls-{other} too")
+
+
+def server_context(cert: Path | None, key: Path | None, server: str = "axon") -> ssl.SSLContext | None:
+    """From PEM files; None where none are given. Raises ValueError that names the flag, --SERVER.tls-…"""
+    if cert is None or key is None:
+        return None
+    cert, key = cert.expanduser(), key.expanduser()
     for flag, path in (("cert", cert), ("key", key)):
         if not path.is_file():
-            raise ValueError(f"--axon.tls-{flag} {path}: no such file; name a PEM file")
+            raise ValueError(f"--{server}.tls-{flag} {path}: no such file; name a PEM file")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
         context.load_cert_chain(cert, key, password=_no_password)
     except (ssl.SSLError, ValueError, OSError) as error:
         raise ValueError(
-            f"--axon.tls-cert {cert}: no certificate in PEM form that fits the unencrypted key of "
-            f"--axon.tls-key {key} ({_reason(error)})"
+            f"--{server}.tls-cert {cert}: no certificate in PEM form that fits the unencrypted key of "
+            f"--{server}.tls-key {key} ({_reason(error)})"
         ) from None
     return context
 

@@ -1,0 +1,203 @@
+"""Days of a marketplace in seconds: plays a trace of who was up when, on an emulated network, in virtual time.
+
+python scripts/simulate.py --make spot                          # eight spot machines, a day, the quadratic task
+python scripts/simulate.py --make diurnal --out homes.csv       # only make the trace
+python scripts/simulate.py --trace homes.csv --deadline auto --overlap 1 --task gpt2 --measure
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+import cli
+from emulation.config import STATE_MB, SimulateConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from emulation.traces import Interval
+    from emulation.world import Conditions, Moment, World
+    from tasks import Task
+
+PROGRAM = "simulate.py"
+LINES = 24  # of the table
+HOUR_S = 3600.0
+PATIENCE = 1 << 30  # rounds without a good reply: nights are long
+MEMORY = Path("/dev/shm")  # files in memory: a disk would be asked some thousand times to have written
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = cli.parse(SimulateConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
+    with cli.mistakes(PROGRAM):
+        config.check()
+        intervals = trace_of(config)
+        if config.out is not None:
+            write(config, config.out, intervals)
+            return
+        cli.set_threads(config.threads)
+    try:
+        with folder_of(config) as folder:
+            simulate(config, folder, intervals)
+    except KeyboardInterrupt:
+        cli.fail(PROGRAM, "stopped", code=130)
+
+
+def trace_of(config: SimulateConfig) -> tuple[Interval, ...]:
+    from emulation.traces import make_trace, read_trace
+
+    if config.trace is not None:
+        return read_trace(config.trace)
+    intervals = make_trace(config.make, config.miners, HOUR_S * (config.hours or 24), config.seed)
+    if not intervals:
+        raise ValueError(f"--make {config.make}: nobody is ever up; give more --miners, or more --hours")
+    return intervals
+
+
+def write(config: SimulateConfig, out: Path, intervals: Sequence[Interval]) -> None:
+    from emulation.traces import write_trace
+
+    try:
+        write_trace(out, intervals)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot write it ({error.strerror or error})") from None
+    up_s = sum(i.end - i.start for i in intervals)
+    print(f"{out}: {len(intervals)} times that one of {len({i.miner for i in intervals})} miners is up, ", end="")
+    print(f"{up_s / HOUR_S:.1f} hours in all; play it with --trace {out}")
+
+
+@contextmanager
+def folder_of(config: SimulateConfig) -> Iterator[Path]:
+    if config.keep is not None:
+        config.keep.mkdir(parents=True)
+        yield config.keep
+        return
+    with tempfile.TemporaryDirectory(prefix="pilot-simulate-", dir=MEMORY if MEMORY.is_dir() else None) as name:
+        yield Path(name)
+
+
+def simulate(config: SimulateConfig, folder: Path, intervals: Sequence[Interval]) -> None:
+    from emulation.costs import measure
+    from emulation.plot import plot_moments
+    from tasks import load_task
+    from transport.loopback import run
+
+    with cli.mistakes(PROGRAM):
+        device, cache = cli.pick_device(config.device), config.cache.expanduser()
+        task = load_task(config.task).prepare(
+            getattr(config, config.task), seed=config.seed, cache=cache, device=device, progress=print
+        )
+    if config.measure:
+        costs = measure(task, config.optimizer_flags, config.codec.up, config.codec.down)
+        config = replace(config, costs=replace(config.costs, **costs))
+    began = time.perf_counter()
+    moments = run(play(config, folder, task, device, intervals))
+    real_s = time.perf_counter() - began
+    plot_moments(config.plot, moments, task.unit, f"{config.task}: {config.trace or config.make}")
+    summary = {**totals(moments, task.unit), "real_seconds": round(real_s, 2)}
+    print("\n".join(f"{name.replace('_', ' '):36} {value}" for name, value in summary.items()))
+    print(f"picture in {config.plot}" + (f", run in {config.keep}" if config.keep else ""))
+    print(json.dumps(summary))
+
+
+async def play(
+    config: SimulateConfig, folder: Path, task: Task, device: torch.device, intervals: Sequence[Interval]
+) -> list[Moment]:
+    """Prints the table as time goes on. Returns a moment a round."""
+    from emulation.world import World
+
+    seconds = HOUR_S * config.hours or max(i.end for i in intervals)
+    steps = config.rounds or (math.ceil(seconds / config.round_seconds) if config.round_seconds else 200)
+    with cli.mistakes(PROGRAM):
+        terms, conditions = config.terms("simulation", PATIENCE), conditions_of(config, task)
+        world = World(folder, task, config.optimizer_flags, terms, conditions, intervals, steps, device)
+    print("\n".join(introduction(config, world, task)))
+    print(f"{'hours':>7} {'up':>5} {'util.':>6} {'MB up':>10} {'MB down':>10} {task.unit:>10} {'loss':>10}  faults")
+    moments: list[Moment] = []
+    shown: Moment | None = None
+    async for moment in world.play(seconds):
+        moments.append(moment)
+        if moment.time - (shown.time if shown else 0.0) >= seconds / LINES:
+            print(line(moment, shown), flush=True)
+            shown = moment
+    return moments
+
+
+def conditions_of(config: SimulateConfig, task: Task) -> Conditions:
+    from emulation.world import Conditions
+
+    parameters = task.trainable(task.build_model("cpu", initial=False)).values()
+    megabytes = 4e-6 * sum(p.numel() for p in parameters)
+    wanted = config.state_mb or (STATE_MB if config.task == "quadratic" else megabytes)
+    return Conditions(
+        config.costs,
+        config.link.spec(),
+        config.ending,
+        scale=wanted / megabytes,
+        seed=config.seed,
+        eval_every=config.eval_every,
+        aggregation=config.aggregation,
+    )
+
+
+def introduction(config: SimulateConfig, world: World, task: Task) -> list[str]:
+    """The cost model, and what else holds."""
+    link, scale = config.link, world.conditions.scale
+    return [
+        f"{len(world.machines)} miners of speed {', '.join(f'{m.speed:.2f}' for m in world.machines[:16])}"
+        + (", …" if len(world.machines) > 16 else ""),
+        f"{scale * world.state_mb:.1f} MB of state down and of gradient up a round"
+        + (f" (the {config.task}'s {1000 * world.state_mb:.1f} KB, {scale:.0f} times)" if scale != 1 else ""),
+        f"link: {link.up_mbps:g} Mbit/s up, {link.down_mbps:g} down, {link.latency_ms:g} ms one way"
+        + (f" and up to {link.jitter_ms:g} more" if link.jitter_ms else "")
+        + (f", {link.loss:.1%} lost" if link.loss else ""),
+        "costs, measured now:" if config.measure else "costs:",
+        *config.costs.table(),
+    ]
+
+
+def line(moment: Moment, before: Moment | None) -> str:
+    """What happened since the line before."""
+    past = asdict(before) if before else defaultdict(float)
+    up, down, work = (getattr(moment, name) - past[name] for name in ("bytes_up", "bytes_down", "work"))
+    faults = ", ".join(f"{count} {fault}" for fault, count in sorted(moment.faults.items()))
+    return (
+        f"{moment.time / HOUR_S:7.2f} {moment.up:5} {moment.utilisation(before):6.3f} {up / 1e6:10,.0f} "
+        f"{down / 1e6:10,.0f} {work:10,} {moment.loss:10.6f}  {faults}"
+    )
+
+
+def totals(moments: Sequence[Moment], unit: str) -> dict[str, float | int | str]:
+    """Of the whole time; the loss is that of the last model."""
+    end = moments[-1]
+    row: dict[str, float | int | str] = {
+        "virtual_seconds": round(end.time, 1),
+        "rounds": end.rounds,
+        "available_miner_seconds": round(end.available_s, 1),
+        "utilisation": round(end.utilisation(), 4),
+        f"accepted_{unit}": end.work,
+        f"{unit}_per_available_miner_second": round(end.work / max(end.available_s, 1e-9), 4),
+        "micro_batches_accepted": end.accepted,
+        "micro_batches_lost": end.batches - end.accepted,
+        "preemptions": end.preemptions,
+        "bytes_up": end.bytes_up,
+        "bytes_down": end.bytes_down,
+    }
+    return row | {f"faults_{name}": count for name, count in sorted(end.faults.items())} | end.evaluation
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""A noisy quadratic with a known optimum: a task for emulations, whose micro-batches cost some 100 µs.
+
+    loss of sample w at x:   f_w(x) = 0.5 / d * sum_j h_j (x_j - c_wj)^2,   c_wj = o_j + noise * e_wj
+
+The curvatures h_j lie evenly on a logarithmic scale between 1 / condition and 1; the optimum o is the seed's. The e_wj
+are the bytes of the token file, of mean 0 over all samples and of variance v_j, close to 1. So the mean loss is
+
+    f(x) = 0.5 / d * sum_j h_j ((x_j - o_j)^2 + noise^2 v_j),   least at o, where it is `floor`.
+
+The model of "Which Algorithmic Choices Matter at Which Batch Sizes? Insights From a Noisy Quadratic Model"
+(Zhang et al. 2019), with finitely many samples.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
+
+import numpy as np
+import torch
+from blake3 import blake3
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import nn
+
+from protocol import MAX_INDEX, PROTOCOL, DataSpec, Digest, ProtocolError, TaskSpec
+from tasks.config import AdamWConfig, QuadraticConfig
+from tasks.language import Dimension, EpochOrders, Shape, check_tokens, served_blobs
+from tasks.optimizer import Settings, adamw, adamw_settings
+from tasks.tokens import Tokens, write
+from values import Blobs
+
+Batch = tuple[torch.Tensor, float]  # the sum of the samples' c_w - o, (d,), and of their losses at the optimum
+
+CPU = torch.device("cpu")
+BYTE_DEVIATION = math.sqrt((256**2 - 1) / 12)  # of a uniform byte
+
+
+class QuadraticShape(Shape):
+    """Everything but the samples."""
+
+    dimension: Dimension
+    batch_size: Dimension
+    condition: Annotated[float, Field(ge=1, le=1e9)]
+    noise: Annotated[float, Field(ge=0, le=1e3)]
+    seed: Annotated[int, Field(ge=0, le=MAX_INDEX)]
+
+
+class _Point(nn.Module):
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(dimension))
+
+
+class Quadratic:
+    """The task (tasks.Task). Sample w is the training tokens [w d, w d + d), one byte each."""
+
+    unit: ClassVar[str] = "samples"
+
+    def __init__(self, shape: QuadraticShape, data: DataSpec, tokens: Tokens) -> None:
+        """Raises ValueError where the samples are fewer than a micro-batch."""
+        self.shape = shape
+        self._data, self._tokens = data, tokens
+        self._samples = len(tokens.train) // shape.dimension
+        self._orders = EpochOrders(shape.seed, self._samples)
+        if not self.batches_per_epoch:
+            raise ValueError(
+                f"--quadratic.samples {self._samples}: less than a micro-batch; raise them, or lower "
+                f"--quadratic.batch-size {shape.batch_size}"
+            )
+        d = shape.dimension
+        exponents = np.linspace(-1, 0, d, dtype=np.float64)
+        self.curvatures = torch.from_numpy(np.float32(shape.condition**exponents / d))  # (d,): h / d
+        self.optimum = torch.from_numpy(_optimum(shape.seed, d))  # (d,)
+
+    @cached_property
+    def _noise(self) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """(samples, d): c_w - o. (samples,): the loss of each at the optimum. Reads all samples, once."""
+        d, scale = self.shape.dimension, np.float32(self.shape.noise / BYTE_DEVIATION)
+        noise = (self._tokens.train[: self._samples * d].reshape(-1, d).astype(np.float32) - np.float32(127.5)) * scale
+        return np.asarray(noise), 0.5 * np.square(noise, dtype=np.float64) @ self.curvatures.double().numpy()
+
+    @property
+    def floor(self) -> float:
+        """The least mean loss over all samples that any x has."""
+        return float(self._noise[1].mean())
+
+    @classmethod
+    def prepare(
+        cls,
+        config: QuadraticConfig,
+        *,
+        seed: int,
+        cache: Path,
+        device: torch.device = CPU,
+        progress: Callable[[str], None] = lambda line: None,
+    ) -> Self:
+        """Makes the samples. Raises ValueError, in one line, for what the user can mend."""
+        if not 0 <= seed <= MAX_INDEX:
+            raise ValueError(f"--seed {seed}: must lie between 0 and 2^53")
+        half = np.frombuffer(_stream("samples", seed, config.samples // 2 * config.dimension), np.uint8)
+        cache.mkdir(parents=True, exist_ok=True)
+        path = cache / f"quadratic-{seed}-{config.dimension}-{config.samples}.tokens"
+        write(path, [half, 255 - half], [], np.uint8)  # a sample and its mirror image: their mean is the optimum
+        tokens = Tokens.open(path)
+        data = DataSpec(tokens=tokens.ref(), tokenizer="byte", vocabulary=None, source=None, validation=0.0)
+        shape = QuadraticShape(
+            dimension=config.dimension,
+            batch_size=config.batch_size,
+            condition=config.condition,
+            noise=config.noise,
+            seed=seed,
+        )
+        return cls(shape, data, tokens)
+
+    @classmethod
+    def from_spec(cls, spec: TaskSpec, data: DataSpec, tokens: Tokens) -> Self:
+        shape = QuadraticShape.parse(spec)
+        check_tokens(data, tokens, 256)
+        try:
+            return cls(shape, data, tokens)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
+
+    def spec(self) -> TaskSpec:
+        return TaskSpec(name="quadratic", parameters=self.shape.model_dump())
+
+    @property
+    def data_spec(self) -> DataSpec:
+        return self._data
+
+    @property
+    def data_digest(self) -> Digest:
+        return self._data.tokens.digest
+
+    def blobs(self) -> Blobs:
+        return served_blobs(self._data, self._tokens, None)
+
+    # --- the model ----------------------------------------------------------------------------------------------------
+
+    def build_model(self, device: torch.device | str, initial: bool) -> nn.Module:
+        """It starts at 0, with or without `initial`."""
+        return _Point(self.shape.dimension).to(device)
+
+    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return dict(model.named_parameters())
+
+    def buffers(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return {}
+
+    def optimizer(self, model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
+        return adamw(model, config)  # x is a vector, so there is no weight decay: the optimum is the loss's own
+
+    def settings(self, config: AdamWConfig, step: int, steps: int, units: int) -> Settings:
+        return adamw_settings(config, step, steps)
+
+    def flops(self, model: nn.Module) -> float:
+        """Four a coordinate for the loss, two for its gradient."""
+        return 6.0 * self.shape.dimension
+
+    def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        return {"task": self.spec().model_dump(), "floor": self.floor}, {}
+
+    # --- the data -----------------------------------------------------------------------------------------------------
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self._orders.windows // self.shape.batch_size
+
+    def batch(self, index: int) -> Batch:
+        noise, at_optimum = self._noise
+        samples = self._orders.batch(index, self.shape.batch_size)
+        return torch.from_numpy(noise[samples].sum(axis=0)), float(at_optimum[samples].sum())
+
+    def count(self, index: int) -> int:
+        return self.shape.batch_size
+
+    # --- the loss -----------------------------------------------------------------------------------------------------
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Summed over the batch's samples; fp32 scalar."""
+        noise, at_optimum = batch
+        x = next(model.parameters())
+        apart, curvatures = x - self.optimum.to(x.device), self.curvatures.to(x.device)
+        pull = curvatures * noise.to(x.device)
+        return torch.addcmul(pull, curvatures, apart, value=-0.5 * self.shape.batch_size).dot(-apart) + at_optimum
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """`val_loss`, the mean over all samples, exactly; `excess_loss`, by how much it is above the least."""
+        apart = next(model.parameters()).double().cpu() - self.optimum
+        excess = 0.5 * float(self.curvatures.double() @ apart.square())
+        return {"val_loss": self.floor + excess, "excess_loss": excess}
+
+
+def _stream(use: str, seed: int, size: int) -> bytes:
+    """blake3's output stream: the same on every machine and for ever."""
+    return blake3(struct.pack("<Q", seed), derive_key_context=f"{PROTOCOL} quadratic {use}").digest(length=size)
+
+
+def _optimum(seed: int, dimension: int) -> NDArray[np.float32]:
+    """(dimension,): uniform in [-1/4, 1/4): some hundred steps of AdamW at its default learning rate."""
+    words = np.frombuffer(_stream("optimum", seed, 4 * dimension), "<u4")
+    return ((words / 2.0**31 - 1) / 4).astype(np.float32)

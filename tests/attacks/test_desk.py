@@ -1,0 +1,200 @@
+"""Strangers at a validator's desk: each costs a bounded share, and the miners that are known go on meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from limits import Limits
+from protocol import Announce, Refusal
+from tests.attacks.caller import Caller
+from tests.echo import MALLORY, MINER, STATE, VALIDATOR, Echo, blobs_of, dendrite, desk, make_order, member, until
+from transport.auth import Keypair, seal, sign_request
+from transport.dendrite import Dendrite
+from transport.desk import Desk
+
+ZEROS = "0" * 64
+SIGNED = [
+    ("POST", f"/v1/announce?session={'0' * 32}"),
+    ("GET", f"/v1/next?session={'0' * 32}&taken={ZEROS}&wait=1"),
+    ("GET", f"/v1/blob?order={ZEROS}&digest={ZEROS}&offset=0"),
+    ("POST", f"/v1/working?order={ZEROS}"),
+    ("POST", f"/v1/refusal?order={ZEROS}"),
+    ("POST", f"/v1/reply?order={ZEROS}"),
+    ("PUT", f"/v1/payload?order={ZEROS}&digest={ZEROS}&bytes=2&offset=0"),
+]
+
+
+@dataclass
+class Scene:
+    """A desk with one honest miner, which pulls."""
+
+    network: Dendrite
+    server: Desk
+    caller: Caller
+    folder: Path
+    rounds: int = 0
+
+    async def works(self) -> None:
+        order = make_order(round=self.rounds)
+        self.rounds += 1
+        await self.network.exchange(order, self.network.seal(order), blobs_of(order), self.folder / "p")
+        assert (self.folder / "p").read_bytes() == STATE
+
+
+@asynccontextmanager
+async def scene(folder: Path, admit: str = "everyone", limits: Limits | None = None) -> AsyncIterator[Scene]:
+    limits = limits or Limits()
+    async with (
+        dendrite(limits=limits) as network,
+        desk(network, admit=admit, limits=limits) as (server, at),
+        member(Echo(), at),
+        aiohttp.ClientSession() as session,
+    ):
+        await until(network.peers)
+        found = Scene(network, server, Caller(session, at.port), folder)
+        await found.works()
+        yield found
+        await found.works()
+
+
+def headers(method: str, target: str, body: bytes, signer: Keypair, receiver: Keypair = VALIDATOR) -> dict[str, str]:
+    return sign_request(signer, method, target, receiver.ss58_address, body)
+
+
+def announcement(keypair: Keypair, endpoint: str | None = None) -> bytes:
+    message = Announce(
+        hotkey=keypair.ss58_address,
+        endpoint=endpoint,
+        tls=False,
+        tasks=("echo",),
+        codecs=(),
+        leaving=False,
+        time_ns=time.time_ns(),
+    )
+    return seal(keypair, message).model_dump_json().encode()
+
+
+@pytest.mark.parametrize(("method", "target"), SIGNED)
+def test_without_a_signature_with_a_wrong_one_and_from_one_not_admitted(
+    method: str, target: str, tmp_path: Path
+) -> None:
+    (tmp_path / "admitted").write_text(MINER.ss58_address)
+
+    async def main() -> None:
+        async with scene(tmp_path, str(tmp_path / "admitted")) as there:
+            send, body, covered = there.caller.send, b"" if method == "GET" else b"{}", b"{}" * (method == "POST")
+            for signature, status in (
+                ({}, 401),
+                (headers(method, target, covered, MALLORY), 403),
+                (headers(method, target + "0", covered, MINER), 401),
+                (headers(method, target, covered, MINER, MALLORY), 403),
+            ):
+                got, refusal = await send(method, target, signature, body or None)
+                assert (got, "Traceback" in refusal.reason) == (status, False)
+            assert there.server.connections <= 8
+
+    asyncio.run(main())
+
+
+def test_a_replayed_announcement_and_one_for_another() -> None:
+    async def main() -> None:
+        async with dendrite() as network, desk(network) as (_, at), aiohttp.ClientSession() as session:
+            send, target, body = Caller(session, at.port).send, SIGNED[0][1], announcement(MINER)
+            once = headers("POST", target, body, MINER)
+            assert (await send("POST", target, once, body))[0] == 200
+            assert (await send("POST", target, once, body))[0] == 401
+            stolen = await send("POST", target, headers("POST", target, body, MALLORY), body)
+            assert stolen[0] == 401
+            assert "signed by" in stolen[1].reason
+            assert [link.hotkey for link in network.links()] == [MINER.ss58_address]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"{}", 400),
+        (b"[" * 10_000, 400),
+        (b"\xff" * 100, 400),
+        (b"{" + b" " * (1 << 20) + b"}", 413),
+    ],
+    ids=["empty", "no fields", "deep", "not UTF-8", "long"],
+)
+@pytest.mark.parametrize(("method", "target"), [pair for pair in SIGNED if pair[0] == "POST"])
+def test_bodies_that_are_no_messages(method: str, target: str, body: bytes, status: int, tmp_path: Path) -> None:
+    async def main() -> tuple[int, Refusal]:
+        async with scene(tmp_path) as there:
+            with contextlib.suppress(aiohttp.ClientConnectionError):
+                return await there.caller.send(method, target, headers(method, target, body, MINER), body)
+            return status, Refusal(reason="hung up")
+
+    assert asyncio.run(main())[0] == status
+
+
+def test_a_flood_of_announcements_is_rationed_and_miners_go_on(tmp_path: Path) -> None:
+    """Keys cost nothing: a thousand of them, each with an endpoint where nobody is."""
+    limits = replace(Limits(), strangers_per_s=50.0, miners=20)
+
+    async def main() -> None:
+        async with scene(tmp_path, limits=limits) as there:
+            outcomes: Counter[int] = Counter()
+
+            async def flood() -> None:
+                while True:
+                    key = Keypair.create_from_uri(f"//{secrets.token_hex(8)}")
+                    target, body = SIGNED[0][1], announcement(key, ":9")
+                    with contextlib.suppress(aiohttp.ClientError):
+                        status, _ = await there.caller.send("POST", target, headers("POST", target, body, key), body)
+                        outcomes[status] += 1
+
+            began = time.monotonic()
+            flooding = [asyncio.create_task(flood()) for _ in range(20)]
+            most = 0
+            while there.rounds < 10 or outcomes[409] < 50:
+                await there.works()
+                most = max(most, len(there.network.links()))
+            took_s = time.monotonic() - began
+            for task in flooding:
+                task.cancel()
+            await asyncio.wait(flooding)
+            assert outcomes.total() <= 50.0 * took_s + 10 + 20  # so many a second, those of a quiet time, those in hand
+            assert most == 20
+
+    asyncio.run(main())
+
+
+def test_a_poll_that_never_takes_its_letter_keeps_nobody_waiting_for_ever(tmp_path: Path) -> None:
+    """It gets the same one again, and what waits for it gives up."""
+    limits = replace(Limits(), message_s=0.3)
+
+    async def main() -> None:
+        async with (
+            dendrite(limits=limits) as network,
+            desk(network, limits=limits) as (_, at),
+            aiohttp.ClientSession() as session,
+        ):
+            call = Caller(session, at.port)
+            (target, body), poll = (SIGNED[0][1], announcement(MINER)), SIGNED[1][1]
+            await call.send("POST", target, headers("POST", target, body, MINER), body)
+            polling = asyncio.create_task(call.send("GET", poll, headers("GET", poll, b"", MINER)))
+            await until(network.peers)
+            for _ in range(2):
+                assert not await network.tell(MINER.ss58_address, network.seal(make_order()))
+                assert (await polling)[0] == 200
+                polling = asyncio.create_task(call.send("GET", poll, headers("GET", poll, b"", MINER)))
+            assert (await polling)[0] == 202  # nothing waits any more
+
+    asyncio.run(main())

@@ -1,0 +1,205 @@
+"""A run of four rounds that kept its word, as a draft to break in one place, and who writes it as a validator would."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from bittensor.sp_core import Keypair
+
+from protocol import (
+    BlobRef,
+    DataSpec,
+    Fault,
+    Message,
+    Order,
+    Range,
+    Receipt,
+    Reply,
+    Signed,
+    TaskSpec,
+    Update,
+    Version,
+    chain,
+    digest,
+)
+from ranking import Evidence
+from ranking.accepted_work import AcceptedWork
+from records.cache import Cache
+from records.store import Store
+from transport.auth import seal
+from values import Received, RoundRecord
+
+KEYS = {name: Keypair.create_from_uri(f"//{name}") for name in ("Validator", "A", "B", "Mallory")}
+VALIDATOR, A, B, MALLORY = (keypair.ss58_address for keypair in KEYS.values())
+A, B = sorted([A, B])
+BY_HOTKEY = {keypair.ss58_address: keypair for keypair in KEYS.values()}
+UNITS = 10  # in a micro-batch
+Place = tuple[int, str]
+
+
+def span(*ends: int) -> tuple[Range, ...]:
+    return tuple(Range(*pair) for pair in zip(ends[::2], ends[1::2], strict=True))
+
+
+STATES = [digest("state", b"%d" % version) for version in range(5)]
+V0 = chain(None, STATES[0])
+V1 = chain(V0, STATES[1])
+V2 = chain(V1, STATES[2])
+V3 = chain(V2, STATES[3])
+
+
+def order(round: int, hotkey: str, ranges: tuple[Range, ...], version: Version, base: Version | None) -> Order:
+    [state] = [state for state in STATES if chain(base, state) == version]
+    return Order(
+        run="run",
+        round=round,
+        hotkey=hotkey,
+        version=version,
+        update=Update(broadcast="full", base=base, blob=BlobRef(kind="state", digest=state, bytes=100)),
+        state_digest=None,
+        task=TaskSpec(name="gpt2", parameters={}),
+        data=DataSpec(tokens=BlobRef(kind="data", digest=V0, bytes=7), tokenizer="byte", vocabulary=None, source=None),
+        ranges=ranges,
+        deadline_s=10.0,
+        staleness=0,
+        codec_up="fp32",
+        codec_down="fp32",
+    )
+
+
+@dataclass
+class Draft:
+    """A run before it is signed and written. What was done of an order that was accepted; faults of the others."""
+
+    orders: dict[Place, Order]
+    done: dict[Place, tuple[Range, ...]]
+    faults: dict[Place, Fault]
+    replies: dict[Place, tuple[Range, ...]]  # in the spool
+    late: dict[Place, tuple[Range, ...]]
+    cursors: list[tuple[int, tuple[Range, ...]]]
+    versions: list[Version]
+    snapshots: dict[int, Version]
+    coverage: str = "once"
+    receipts: dict[Place, dict[str, object]] = field(default_factory=dict)  # what they say otherwise
+    keys: dict[tuple[str, int, str], str] = field(default_factory=dict)  # who signed otherwise: kind, round, hotkey
+    held: list[Receipt] = field(default_factory=list)  # by B besides
+
+
+def draft() -> Draft:
+    """Four rounds and an open one: B's work partly done, then late, then nobody's; an epoch is four micro-batches."""
+    return Draft(
+        orders={
+            (0, A): order(0, A, span(0, 2), V0, None),
+            (0, B): order(0, B, span(2, 4), V0, None),
+            (1, A): order(1, A, span(3, 4), V1, V0),
+            (2, A): order(2, A, span(4, 6), V2, V1),
+            (2, B): order(2, B, span(6, 8), V2, V1),
+            (3, A): order(3, A, span(6, 7), V3, V2),
+            (4, A): order(4, A, span(6, 8), V3, V2),
+        },
+        done={(0, A): span(0, 2), (0, B): span(2, 3), (1, A): span(3, 4), (2, A): span(4, 6)},
+        faults={(2, B): Fault.LATE, (3, A): Fault.SILENT},
+        replies={(0, A): span(0, 2), (0, B): span(2, 3), (1, A): span(3, 4), (2, A): span(4, 6)},
+        late={(2, B): span(6, 7)},
+        cursors=[(4, span(3, 4)), (4, ()), (8, span(6, 8)), (8, span(6, 8))],
+        versions=[V1, V2, V3, V3],
+        snapshots={1: V1, 3: V3},
+    )
+
+
+class Writer:
+    """Signs a draft and writes it, with the store that a validator has and the caches that miners have."""
+
+    def __init__(self, place: Path, run: Draft) -> None:
+        self.run, self.folder = run, place / "runs" / "run"
+        self.caches = {hotkey: Cache(place / hotkey) for hotkey in (A, B)}
+        self.miners = [place / hotkey for hotkey in (A, B)]
+        self.ranker = AcceptedWork()
+        self.orders = {where: self.seal(order, VALIDATOR) for where, order in run.orders.items()}
+        with closing(Store.create(self.folder, {"coverage": json.dumps(run.coverage)}, keep=2)) as store:
+            for round in range(len(run.versions)):
+                self.write_round(store, round)
+            store.open_round(4, [signed for where, signed in self.orders.items() if where[0] == 4])
+        for receipt in run.held:
+            self.caches[B].add_receipt(self.seal(receipt, VALIDATOR))
+
+    def seal(self, message: Message, by: str) -> Signed:
+        said = message.model_dump()
+        by = self.run.keys.get((message.kind, said["round"], said["hotkey"]), by)
+        return seal(BY_HOTKEY[by], message)
+
+    def write_round(self, store: Store, round: int) -> None:
+        run = self.run
+        if round in run.snapshots:
+            store.save_snapshot(round, {"version": run.snapshots[round]}, {"w": torch.zeros(2)})
+        hotkeys = [hotkey for at, hotkey in run.orders if at == round]
+        store.open_round(round, [self.orders[round, hotkey] for hotkey in hotkeys])
+        for hotkey in hotkeys:
+            if (round, hotkey) in run.replies:
+                payload = f"{round} {hotkey}".encode()
+                reply = self.reply((round, hotkey), run.replies[round, hotkey], payload)
+                store.payload_path(round, hotkey).write_bytes(payload)
+                store.seal(Received(reply=reply, signed=self.seal(reply, hotkey), bytes_up=1, bytes_down=1))
+        given = [Evidence(h, run.faults.get((round, h)), self.work((round, h)), self.work((round, h))) for h in hotkeys]
+        scores, weights = self.ranker.update(given), self.ranker.weights()
+        receipts = [self.receipt((round, h), dict(scores[h]), weights.get(h, 0.0)) for h in hotkeys]
+        signed = [self.seal(receipt, VALIDATOR) for receipt in receipts]
+        store.commit(
+            RoundRecord(
+                round=round,
+                version=run.versions[round],
+                cursor=json.dumps({"next": run.cursors[round][0], "returned": run.cursors[round][1]}),
+                receipts=tuple(signed),
+                weights=weights,
+                ranker=json.dumps(self.ranker.state_dict()),
+                metrics={"round": round, "epoch_total": 4},
+            )
+        )
+        for hotkey, envelope in zip(hotkeys, signed, strict=True):
+            self.caches[hotkey].add_receipt(envelope)
+        for (at, hotkey), done in run.late.items():
+            if at == round:
+                reply = self.reply((at, hotkey), done, b"never fetched")
+                receipt = self.receipt((at, hotkey), {}, 0.0).model_copy(update={"seconds": 12.0})
+                store.note_late(round, self.seal(reply, hotkey), self.seal(receipt, VALIDATOR))
+
+    def reply(self, place: Place, done: tuple[Range, ...], payload: bytes) -> Reply:
+        return Reply(
+            run="run",
+            round=place[0],
+            hotkey=place[1],
+            order=self.orders[place].digest,
+            version=self.run.orders[place].version,
+            done=done,
+            loss=1.5,
+            seconds=0.25,
+            codec="fp32",
+            payload_digest=digest("payload", payload),
+            payload_bytes=len(payload),
+            residual_before=None,
+            residual_after=None,
+        )
+
+    def work(self, place: Place) -> int:
+        return UNITS * sum(stop - start for start, stop in self.run.done.get(place, ()))
+
+    def receipt(self, place: Place, scores: dict[str, float], weight: float) -> Receipt:
+        fault = self.run.faults.get(place)
+        receipt = Receipt(
+            run="run",
+            round=place[0],
+            hotkey=place[1],
+            order=self.orders[place].digest,
+            verdict=fault or "ACCEPTED",
+            reason="so it was",
+            done=self.run.done.get(place, ()),
+            work=self.work(place),
+            scores=scores,
+            weight=weight,
+            seconds=0.0 if fault else 1.0,
+        )
+        return receipt.model_copy(update=self.run.receipts.get(place, {}))
