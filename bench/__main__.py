@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHES = ("startup", "tokenizer", "transport", "roundtrip", "junk", "model", "nanochat", "overhead")
+BENCHES = (
+    *("startup", "tokenizer", "transport", "roundtrip", "junk", "model", "nanochat", "overhead"),
+    *("volatile", "scale", "chaos"),
+)
 RESULTS = Path(__file__).with_name("results.jsonl")
 
 

@@ -64,14 +64,18 @@ class ChaosConfig:
     """once: an epoch begins when the last one is accepted."""
     latency: float = 0.02
     """Seconds that each line delays each direction."""
-    patience: float = 120.0
+    patience: float = 300.0
     """Seconds without a new round after which the run has failed."""
     folder: Path | None = None
     """An empty one, for all that the run leaves behind. None: a temporary one, kept where something failed."""
     check: Path | None = None
-    """Only check this run's folder, such as runs/demo, with the miners that it has in it."""
+    """Only check this run's folder, such as runs/demo, with the receipts of the miners that --local has in it."""
+    caches: tuple[Path, ...] = ()
+    """--check: folders of other miners' caches, each with a receipts.jsonl."""
     replay: bool = True
-    """Also replay the run from its oldest snapshot, and compare the version that this makes."""
+    """Also replay the run from its second-newest snapshot, and compare the version that this makes."""
+    compare: bool = True
+    """Also make a calm run of as many rounds, and compare the losses."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             from scripts.chaos_proof import caches_below, prove
 
             folder = config.check.expanduser().absolute()
-            raise SystemExit(1 if prove(folder, caches_below(folder), config.replay) else 0)
+            caches = [*caches_below(folder), *config.caches]
+            raise SystemExit(1 if prove(folder, caches, config.replay) else 0)
         folder = make_folder(config)
     try:
         good = asyncio.run(run(config, folder))
@@ -101,6 +106,9 @@ def check(config: ChaosConfig) -> None:
     for flag, value in least.items():
         if getattr(config, flag) < value:
             raise ValueError(f"--{flag} {getattr(config, flag)}: must be {value} or more")
+    for cache in config.caches:
+        if not (cache / "receipts.jsonl").is_file():
+            raise ValueError(f"--caches {cache}: there is no receipts.jsonl in it; name a miner's own folder")
     if config.rounds < config.calm + 4:
         raise ValueError(f"--rounds {config.rounds}: must be 4 more than --calm {config.calm}, or more")
     from scripts.chaos_schedule import KINDS
@@ -166,7 +174,7 @@ async def run(config: ChaosConfig, folder: Path) -> bool:
     for problem in place.problems:
         print(f"problem: {problem}")
     print(f"{len(violations)} violations, {len(place.problems)} problems")
-    if not place.problems:
+    if config.compare and not place.problems:
         own, calm = loss(place.run), await asyncio.to_thread(calm_loss, folder, config.miners, flags)
         print(f"loss {own:.4f}, of a calm run {calm:.4f}, ratio {own / calm:.4f}, at most {MOST_LOSS_RATIO}")
         good = good and own / calm <= MOST_LOSS_RATIO
@@ -184,7 +192,16 @@ class Chaos:
         self._began = time.monotonic()
 
     async def play(self) -> None:
-        """To the last round. Raises Failure."""
+        """To the last round, and to the end of every event. Raises Failure."""
+        try:
+            await self._play()
+            await asyncio.gather(*self._under_way)
+        finally:
+            for task in self._under_way:
+                task.cancel()
+            await asyncio.gather(*self._under_way, return_exceptions=True)
+
+    async def _play(self) -> None:
         from scripts.chaos_place import Failure
 
         moved = time.monotonic()
@@ -202,7 +219,6 @@ class Chaos:
                     self._under_way.add(asyncio.create_task(self._suffer(self.events.pop(0))))
                 self.place.slow_down(len(self._under_way))
                 progress.show()
-        await asyncio.gather(*self._under_way)
 
     def _committed(self) -> int:
         from scripts.chaos_place import committed

@@ -195,13 +195,12 @@ class Place:
         return [self.folder / "miners" / name / f"{name}.default" for name in self.names]
 
     async def start(self) -> None:
-        """All at once, the validator when the miners are there."""
+        """All at once: they import while the others do."""
+        await self.validator.start("--connect-timeout", str(PATIENCE_S))
         for miner in self.miners.values():
             await miner.start()
-        for miner in self.miners.values():
-            await miner.wait_until_ready()
-        await self.validator.start()
-        await self.validator.wait_until_ready()
+        for program in self.programs:
+            await program.wait_until_ready()
 
     async def stop_miners(self) -> None:
         for miner in self.miners.values():
@@ -299,8 +298,8 @@ class Place:
         size = sum(path.stat().st_size for path in files)
         payload = max((path.stat().st_size for path in files), default=0)
         limit = size + int(event.amount / 100 * payload * len(self.names)) + 1
-        await self.again(program, "--limits.spool-bytes", str(limit))
         until = committed(self.run) + FULL_ROUNDS
+        await self.again(program, "--limits.spool-bytes", str(limit))
         while program.running and committed(self.run) < until:
             await asyncio.sleep(0.1)
         if program.running:

@@ -103,7 +103,7 @@ async def _restore(run: Path, config: ValidatorConfig, task: Task, store: Store)
     from records.console import Console
     from transport.auth import Keypair
     from transport.loopback import Loopback
-    from validator import restored_market
+    from wiring import restored_market
 
     nobody = Loopback(Keypair.create_from_uri("//nobody"), {}, {})
     with ThreadPoolExecutor(1) as tensors:

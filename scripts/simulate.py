@@ -171,7 +171,7 @@ def introduction(config: SimulateConfig, world: World, task: Task) -> list[str]:
 
 def line(moment: Moment, before: Moment | None) -> str:
     """What happened since the line before."""
-    past = asdict(before) if before else defaultdict(float)
+    past = asdict(before) if before else defaultdict(int)
     up, down, work = (getattr(moment, name) - past[name] for name in ("bytes_up", "bytes_down", "work"))
     faults = ", ".join(f"{count} {fault}" for fault, count in sorted(moment.faults.items()))
     return (

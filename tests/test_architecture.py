@@ -42,8 +42,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "emulation": BELOW | CORES | EDGES | {"codec"},
     "runs": BELOW | CORES | EDGES | {"cli"},
     "report": BELOW | CORES | EDGES | {"cli"},
+    "wiring": BELOW | CORES | EDGES | {"cli", "codec"},
     "miner": BELOW | CORES | EDGES | {"cli", "codec"},
-    "validator": BELOW | CORES | EDGES | {"cli", "codec", "runs", "report", "local_miners"},
+    "validator": BELOW | CORES | EDGES | {"cli", "codec", "runs", "report", "local_miners", "wiring"},
 }
 
 OUTSIDE = frozenset({"random", "secrets", "os", "socket", "ssl", "http", "urllib", "aiohttp", "sqlite3", "subprocess"})

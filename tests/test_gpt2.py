@@ -329,9 +329,9 @@ def test_other_models_are_refused(text: Path, tmp_path: Path) -> None:
 
 def test_tasks_are_known_by_name_and_imported_when_used() -> None:
     assert load_task("gpt2") is GPT2
-    with pytest.raises(ValueError, match=r"^--task gpt3: unknown; known: gpt2, nanochat$"):
+    with pytest.raises(ValueError, match=r"^--task gpt3: unknown; known: gpt2, nanochat, quadratic$"):
         load_task("gpt3")
-    assert list(TASKS) == ["gpt2", "nanochat"]
+    assert list(TASKS) == ["gpt2", "nanochat", "quadratic"]
     program = "import sys, tasks, tasks.config, tasks.optimizer; print({'torch', 'transformers'} & set(sys.modules))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)

@@ -101,7 +101,9 @@ def test_a_miner_that_starts_late_is_picked_up(story: Story) -> None:
 
 
 def test_a_killed_miner_costs_only_its_part_and_is_used_again(story: Story) -> None:
-    faults = [r for r in story.receipts if r.verdict != "ACCEPTED" and r.round < story.rounds - 1]  # not what Ctrl-C cut
+    faults = [
+        r for r in story.receipts if r.verdict != "ACCEPTED" and r.round < story.rounds - 1
+    ]  # not what Ctrl-C cut
     assert [(r.hotkey, r.verdict, r.done, r.work) for r in faults] in (
         [(story.late.hotkey, "SILENT", (), 0)],  # it died at work, and was not asked again
         [],  # it died between two orders

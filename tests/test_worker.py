@@ -39,6 +39,7 @@ from protocol import (
     chain,
     digest,
 )
+from tasks import TASKS
 from tasks.gpt2 import GPT2
 from tasks.tokens import Tokens
 from tests.tiny import CPU, MINERS, OPTIMIZER, VALIDATOR, make_worker, tiny_task
@@ -214,7 +215,7 @@ def test_hello_says_what_it_can_and_holds(desk: MakeDesk) -> None:
     async def main() -> None:
         d = desk()
         hello = d.worker.hello("0" * 32)
-        assert (hello.hotkey, hello.nonce, hello.tasks) == (HOTKEY, "0" * 32, ("gpt2", "nanochat"))
+        assert (hello.hotkey, hello.nonce, hello.tasks) == (HOTKEY, "0" * 32, tuple(TASKS))
         assert (hello.codecs, hello.version) == (("fp32", "bf16"), None)
         assert d.worker.status().state == "idle"
         order = d.order()

@@ -289,7 +289,7 @@ class MinerConfig:
     """Hotkeys (ss58) of the validators to work for. On loopback, without it, the first one to call is pinned."""
     unpin: bool = False
     """Forget the pinned validator."""
-    tasks: tuple[str, ...] = ("gpt2", "nanochat")
+    tasks: tuple[str, ...] = ("gpt2", "nanochat", "quadratic")
     """Tasks that this miner is willing to do."""
     data: Path | None = None
     """Local copy of a data set that is too large to be handed over: a token file, or the text it was made from."""

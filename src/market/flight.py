@@ -222,9 +222,10 @@ class Flight:
         if self._watching.done():
             self._watching.result()
         self.courier.check()
+        left_s = until - self.network.now()
         with contextlib.suppress(TimeoutError):
-            left_s = until - self.network.now()
-            await asyncio.wait_for(self._look.wait(), None if left_s == math.inf else max(0.0, left_s))
+            async with asyncio.timeout(None if left_s == math.inf else max(0.0, left_s)):
+                await self._look.wait()
         self._look.clear()
 
     async def _watch(self) -> None:

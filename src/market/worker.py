@@ -267,7 +267,8 @@ class Worker:
         """The reply, or None while the work goes on after `wait_s` seconds."""
         job = self._job(caller, order)
         try:
-            await asyncio.wait_for(job.finished.wait(), wait_s)
+            async with asyncio.timeout(wait_s):  # wait_for may lose a cancellation, until Python 3.12
+                await job.finished.wait()
         except TimeoutError:
             return None
         if job.refusal is not None:
@@ -360,6 +361,9 @@ class Worker:
             job.refusal = refusal
         except ProtocolError as error:
             job.refusal = Refused(409, str(error), error.fault)
+        except asyncio.CancelledError:
+            job.refusal = Refused(409, "this miner has ended", Fault.SILENT)
+            raise
         finally:
             job.finished_at = self.clock()
             job.finished.set()

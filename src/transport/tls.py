@@ -13,10 +13,8 @@ def check_pair(cert: Path | None, key: Path | None, server: str) -> None:
         raise ValueError(f"--{server}.tls-{given}: TLS needs --{server}.tls-{other} too")
 
 
-def server_context(cert: Path | None, key: Path | None, server: str = "axon") -> ssl.SSLContext | None:
-    """From PEM files; None where none are given. Raises ValueError that names the flag, --SERVER.tls-…"""
-    if cert is None or key is None:
-        return None
+def server_context(cert: Path, key: Path, server: str = "axon") -> ssl.SSLContext:
+    """From PEM files. Raises ValueError that names the flag, --SERVER.tls-…"""
     cert, key = cert.expanduser(), key.expanduser()
     for flag, path in (("cert", cert), ("key", key)):
         if not path.is_file():
@@ -36,7 +34,7 @@ def server_context(cert: Path | None, key: Path | None, server: str = "axon") ->
 def client_context(ca: Path) -> ssl.SSLContext:
     """Trusts the certificates in a PEM file, and what they have signed. Raises ValueError that names the flag."""
     if not ca.is_file():
-        raise ValueError(f"--tls-ca {ca}: no such file; name a PEM file with the certificate of who signs the miners'")
+        raise ValueError(f"--tls-ca {ca}: no such file; name a PEM file with the certificate of who signs the others'")
     try:
         context = ssl.create_default_context(cafile=ca)
     except (ssl.SSLError, OSError) as error:

@@ -1,0 +1,39 @@
+"""Marketplaces in which everything goes wrong, of several seeds: python -m bench.chaos [--rounds 200]
+
+chaos.violations is the sum of what the checker found; chaos.loss the worst ratio of a final loss to that of a calm run.
+The rounds are said on stderr, with each run's summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+
+from bench import Figure
+
+SEEDS = range(1, 6)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Five chaotic runs, and what the checker found.")
+    parser.add_argument("--rounds", type=int, default=200, help="of each run")
+    rounds: int = parser.parse_args().rounds
+    violations, worst = 0, 0.0
+    for seed in SEEDS:
+        command = [sys.executable, "scripts/chaos.py", "--seed", str(seed), "--rounds", str(rounds)]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        found = re.search(r"^(\d+) violations, 0 problems$", ended.stdout, re.MULTILINE)
+        ratio = re.search(r"^loss .* ratio ([\d.]+)", ended.stdout, re.MULTILINE)
+        if found is None or ratio is None:
+            sys.exit(f"{' '.join(command)}\n{ended.stdout[-4000:]}\n{ended.stderr[-2000:]}")
+        said = [line for line in ended.stdout.splitlines() if not line.startswith("  ")]
+        print(f"seed {seed}, {rounds} rounds", *said, sep="\n  ", file=sys.stderr, flush=True)
+        violations, worst = violations + int(found[1]), max(worst, float(ratio[1]))
+    Figure("chaos.violations", violations, "violations")
+    Figure("chaos.loss", worst, "ratio to a calm run's", "calm run", 1.0, worst)
+
+
+if __name__ == "__main__":
+    main()
