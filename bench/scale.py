@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 import torch
 from bittensor.sp_core import Keypair
 
+import cli
 from aggregation import load_aggregator
 from bench import Figure
 from bench.crowd import Parrot, miner_key
@@ -147,6 +148,7 @@ async def over_sockets(folder: Path, ports: Sequence[int], rounds: int, dimensio
         await network.start()
         try:
             assert await network.wait_for_peers(len(ports), 60) == len(ports)
+            cli.settle_memory()  # as validator.py does
             base = forget_peak()
             ms = await play(market, WARM_UP + rounds, len(ports), [decoding])
             return median(ms[WARM_UP:]), (memory("VmHWM") - base) / 1e6

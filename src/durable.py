@@ -34,10 +34,11 @@ def make_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, sync_folder: bool = True) -> Iterator[BinaryIO]:
     """A file to write under a temporary name; at the end of the block it is durable and takes the name `path` at once.
 
-    Where the block raises, what lay under `path` stays and the temporary file goes.
+    Where the block raises, what lay under `path` stays and the temporary file goes. Without `sync_folder` it is the
+    caller who makes the name durable, by `sync_file(path.parent)`.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
@@ -49,7 +50,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_file(path.parent)
+    if sync_folder:
+        sync_file(path.parent)
 
 
 def hash_rest(file: BinaryIO, hasher: Hasher) -> None:

@@ -117,6 +117,7 @@ async def run(config: ValidatorConfig) -> None:
             with cli.mistakes(PROGRAM):
                 market = await wiring.restored_market(config, folder, task, network, store, tensors, console)
                 rewrite_metrics(store, metrics)
+            cli.settle_memory()
             began = time.monotonic()
             try:
                 with stopping_politely(market, console):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import validator
+from market.cursor import Cursor, indices
 from protocol import Receipt
 from records.store import Store
 from tests.processes import RUN, SRC, Miner, Process, eventually, start_miner, start_validator, tiny_flags
@@ -27,6 +28,13 @@ def receipts(run: Path) -> list[Receipt]:
     """All that a run's ledger holds, in the order of the rounds."""
     with closing(Store.open(run, keep=2)) as store:
         return [Receipt.parse(signed.body) for record in store.committed(0) for signed in record.receipts]
+
+
+def cursor(run: Path) -> Cursor:
+    with closing(Store.open(run, keep=2)) as store:
+        head = store.head()
+        assert head is not None
+        return Cursor.loads(head.cursor)
 
 
 def accepted(run: Path, miner: Miner) -> int:
@@ -62,6 +70,7 @@ class Story:
     code: int
     said: str
     receipts: list[Receipt]
+    cursor: Cursor
 
     @property
     def rounds(self) -> int:
@@ -91,7 +100,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, own_miners: Process) -> Iter
                 eventually(lambda: accepted(run, late) >= before + 3, "rounds of both again")
                 process.interrupt()
                 code = process.wait()
-                yield Story(place, first, late, code, process.said(), receipts(run))
+                yield Story(place, first, late, code, process.said(), receipts(run), cursor(run))
 
 
 def test_a_miner_that_starts_late_is_picked_up(story: Story) -> None:
@@ -110,8 +119,9 @@ def test_a_killed_miner_costs_only_its_part_and_is_used_again(story: Story) -> N
     )
     [away] = [after - before for before, after in pairwise(story.rounds_of(story.late)) if after > before + 1]
     assert away >= 18  # twenty rounds without it, but for those that were under way
-    done = sorted(index for r in story.receipts for span in r.done for index in range(*span))
-    assert done == list(range(len(done)))  # what it left undone was ordered again, and nothing twice
+    done = [index for r in story.receipts for index in indices(r.done)]
+    left = indices(story.cursor.returned)  # what Ctrl-C cut
+    assert sorted([*done, *left]) == list(range(story.cursor.next))  # nothing twice, and nothing is skipped
 
 
 def test_ctrl_c_ends_a_run_that_can_be_resumed(story: Story) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,9 @@ def contributions(codec: Codec, name: str) -> list[Contribution]:
             done=(Range(0, seed + 1),), loss=0.0, seconds=0.0, codec=name, payload_digest=digest("payload", payload),
             payload_bytes=len(memoryview(payload)), residual_before=None, residual_after=None,
         )  # fmt: skip
-        found.append(verify(order, reply, payload, codec=codec, specs=SPECS, count=lambda index: 1 + index))
+        found.append(
+            verify(order, reply, partial(bytearray, payload), codec=codec, specs=SPECS, count=lambda index: 1 + index)
+        )
     return found
 
 

@@ -324,12 +324,14 @@ def test_overlap_applies_stale_gradients_unscaled(tmp_path: Path, task: GPT2) ->
 def test_death_with_two_rounds_in_flight_changes_nothing(tmp_path: Path, task: GPT2, after: bool) -> None:
     rounds, options = 3, {"overlap": 1}
 
-    async def calm() -> tuple[str, object]:
-        place = make_place(tmp_path / "calm", task, **options)
+    async def calm() -> tuple[str, object, int]:
+        never = Dying(Store.create(tmp_path / "calm" / "run", {"task": "gpt2"}, keep=2), 1000, after)
+        place = make_place(tmp_path / "calm", task, store=never, **options)  # type: ignore[arg-type]
         await play(place.market, rounds)
-        return place.market.learner.version, parameters(place.market)
+        return place.market.learner.version, parameters(place.market), 1000 - never.left
 
-    version, expected = run(calm())
+    version, expected, steps = run(calm())
+    assert steps >= rounds * 3  # an opening, one seal or two, and a commit a round
 
     async def dies(store: Store, at: int) -> None:
         place = make_place(store.folder.parent, task, store=Dying(store, at, after), **options)  # type: ignore[arg-type]
@@ -344,7 +346,7 @@ def test_death_with_two_rounds_in_flight_changes_nothing(tmp_path: Path, task: G
         assert sorted(accepted(place.store)) == list(range(rounds * 2 * 2))
         place.store.close()
 
-    for at in range(1, rounds * 4 + 1):
+    for at in range(1, steps + 1):
         folder = tmp_path / f"death{at}"
         store = Store.create(folder / "run", {"task": "gpt2"}, keep=2)
         with pytest.raises(KeyboardInterrupt):

@@ -43,7 +43,8 @@ class Opened:
     arrived: set[Hotkey] = field(default_factory=set)  # whole replies
     pending: int = 0  # exchanges
     cut: float | None = None  # told to stop: when it is closed for good
-    sealing: list[asyncio.Future[None]] = field(default_factory=list)
+    unsealed: list[Received] = field(default_factory=list)
+    sealing: asyncio.Task[None] | None = None  # is making them durable, and what it has taken of them
     last: Received | None = None  # the reply that came when no other was awaited: sealed when nobody waits for the disk
 
 
@@ -131,14 +132,14 @@ class Flight:
             if received is None or received.reply.order != signed.digest:
                 if first is not None:
                     await first.wait()
-                path = await asyncio.to_thread(self.store.payload_path, opened.round, hotkey)
+                path = self.store.payload_path(opened.round, hotkey)
                 sent, accepted = self.network.now(), opened.accepted[hotkey].set
                 received = await self.network.exchange(order, signed, opened.blobs, path, self.largest, accepted)
                 received = replace(received, seconds=self.network.now() - sent)
                 if opened.pending == 1:
                     opened.last = received
                 else:
-                    opened.sealing.append(self._seal(received))
+                    self._seal(opened, received)
             opened.arrived.add(hotkey)
             size = received.reply.payload_bytes / 1e6
             contribution = await self.phases.run("verify", size, self.verify, order, received)
@@ -154,7 +155,7 @@ class Flight:
 
     def verify(self, order: Order, received: Received) -> Contribution:
         """Raises ProtocolError with the fault."""
-        payload = self.store.payload(order.round, order.hotkey)
+        payload = partial(self.store.payload, order.round, order.hotkey)
         return verify(order, received.reply, payload, codec=self.codec, specs=self.specs, count=self.task.count)
 
     # --- back -----------------------------------------------------------------------------------------------------
@@ -207,11 +208,21 @@ class Flight:
     async def sealed(self, opened: Opened) -> None:
         """Everything that was received is durable."""
         if opened.last is not None:
-            opened.sealing.append(self._seal(opened.last))
-        await asyncio.gather(*opened.sealing)
+            self._seal(opened, opened.last)
+        if opened.sealing is not None:
+            await opened.sealing
 
-    def _seal(self, received: Received) -> asyncio.Future[None]:
-        return asyncio.ensure_future(asyncio.to_thread(self.store.seal, received))
+    def _seal(self, opened: Opened, received: Received) -> None:
+        opened.unsealed.append(received)
+        if opened.sealing is None:
+            opened.sealing = asyncio.create_task(self._seal_all(opened))
+
+    async def _seal_all(self, opened: Opened) -> None:
+        """What comes while the disk is at work goes to it together."""
+        while opened.unsealed:
+            together, opened.unsealed = opened.unsealed, []
+            await asyncio.to_thread(self.store.seal, *together)
+        opened.sealing = None
 
     # --- waiting --------------------------------------------------------------------------------------------------
 

@@ -63,9 +63,9 @@ class History:
         MAD is the median of the absolute deviations from the median; a tenth of the median at least, since replies that
         all took the same time say nothing about the next. Infinite while nobody is known.
         """
-        seconds = [s for one in self._seconds for s in one]
-        if not terms.auto or not seconds:
+        if not terms.auto or not self._seconds:
             return math.inf
+        seconds = [s for one in self._seconds for s in one]
         middle = median(seconds)
         spread = median(abs(s - middle) for s in seconds)
         return middle + terms.deadline_k * max(spread, 0.1 * middle)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer
@@ -36,7 +35,7 @@ class Contribution:
 def verify(
     order: Order,
     reply: Reply,
-    payload: Buffer,
+    payload: Callable[[], Buffer],
     *,
     codec: Codec,
     specs: Specs,
@@ -51,7 +50,10 @@ def verify(
         raise ProtocolError(f"encoded as {reply.codec}, not {order.codec_up}")
     if not reply.done or not within(reply.done, order.ranges):
         raise ProtocolError(f"did {list(reply.done)[:3]}, ordered were {list(order.ranges)[:3]}", Fault.WRONG_DATA)
-    load = partial(codec.decode, payload, specs)  # again when it is summed: the bytes are the same
+
+    def load() -> Tensors:  # again when it is summed: the bytes are the same, and until then not even mapped
+        return codec.decode(payload(), specs)
+
     norm = global_norm(load())
     if not math.isfinite(norm):
         raise ProtocolError("NaN or infinity in the gradient", Fault.NONFINITE)

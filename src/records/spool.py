@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,17 +65,15 @@ class Spool:
         if self._sealed is None:
             self._look()
             assert self._sealed is not None
-        coming = missing = 0
         with self._lock:
             expected = {**self._expected, path: size}
             sealed = sum(self._sealed.values())
-        for other, total in expected.items():
-            there = _size(other)
-            if there is not None or other == path:  # else it was of no use, and is gone
-                coming += max(there or 0, total)
-                missing += max(0, total - (there or 0))
+        coming = missing = sum(expected.values())  # at most: to look at each file costs as much as all else here
+        free = shutil.disk_usage(path.parent).free
+        if free - missing < limits.reserve_bytes or 0 < limits.spool_bytes < sealed + coming:
+            coming, missing = _look_closely(expected, path)
         spooled = sealed + coming - size
-        free = shutil.disk_usage(path.parent).free - missing + size
+        free += size - missing
         if limits.spool_bytes and spooled + size > limits.spool_bytes:
             keeps = f"the spool keeps {spooled >> 20} MB of the {limits.spool_bytes >> 20} MB of --limits.spool-bytes"
             raise Faulted(Fault.UNVERIFIED, f"no room for {size >> 20} MB: {keeps}; raise it, or save snapshots sooner")
@@ -110,17 +109,21 @@ class Spool:
                 view.madvise(_POPULATE_READ)
         return view
 
-    def seal(self, received: Received) -> None:
-        """Make a reply durable, and its payload, which lies whole in its `payload_path`. Now it is received."""
-        reply = received.reply
-        payload = self.payload_path(reply.round, reply.hotkey)
-        text = _seal(received).model_dump_json().encode()
-        sync_file(payload)
-        with replacing(payload.with_name(reply.hotkey + _REPLY)) as file:  # syncs the folder for both
-            file.write(text)
-        with self._lock:
-            self._expected.pop(payload, None)
-        self._count(payload.parent, reply.payload_bytes + len(text))
+    def seal(self, *received: Received) -> None:
+        """Make replies durable, and their payloads, which lie whole in their `payload_path`. Now they are received."""
+        folders: set[Path] = set()
+        for r in received:
+            payload = self.payload_path(r.reply.round, r.reply.hotkey)
+            text = _seal(r).model_dump_json().encode()
+            sync_file(payload)
+            with replacing(payload.with_name(r.reply.hotkey + _REPLY), sync_folder=False) as file:
+                file.write(text)
+            with self._lock:
+                self._expected.pop(payload, None)
+            self._count(payload.parent, r.reply.payload_bytes + len(text))
+            folders.add(payload.parent)
+        for folder in folders:  # for payloads and replies
+            sync_file(folder)
 
     def received(self, round: int) -> tuple[Received, ...]:
         """The received replies of a round whose payloads are whole, in the order of the hotkeys.
@@ -155,6 +158,17 @@ class Spool:
 
     def _round(self, round: int) -> Path:
         return self._folder / f"{round:08d}"
+
+
+def _look_closely(expected: Mapping[Path, int], path: Path) -> tuple[int, int]:
+    """Bytes that the files will have, the one at `path` among them, and how many of those are not there yet."""
+    coming = missing = 0
+    for other, total in expected.items():
+        there = _size(other)
+        if there is not None or other == path:  # else it was of no use, and is gone
+            coming += max(there or 0, total)
+            missing += max(0, total - (there or 0))
+    return coming, missing
 
 
 def _size(path: Path) -> int | None:

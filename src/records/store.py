@@ -136,10 +136,10 @@ class Store:
         """The payload in its `payload_path`, mapped."""
         return self._spool.payload(round, hotkey)
 
-    def seal(self, received: Received) -> None:
-        """The payload lies whole in its `payload_path`: make it and its reply durable, then count it as received."""
+    def seal(self, *received: Received) -> None:
+        """Payloads lie whole in their `payload_path`: make them and their replies durable, then count as received."""
         with self._room:
-            self._spool.seal(received)
+            self._spool.seal(*received)
 
     def received(self, round: int) -> tuple[Received, ...]:
         """What a restart finds of a round, in the order of the hotkeys; what is not whole is deleted."""

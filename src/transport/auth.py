@@ -82,15 +82,23 @@ def sign_request(
     keypair: Keypair, method: str, path_qs: str, receiver: Hotkey, body: bytes = b"", clock_offset_ns: int = 0
 ) -> dict[str, str]:
     """btauth/1 headers. `clock_offset_ns`: the receiver's clock minus ours, as its last refusal told."""
-    headers: dict[str, str] = http_auth.sign(
-        keypair,
+    nonce_ns = time.time_ns() + clock_offset_ns
+    payload = http_auth.build_payload(  # http_auth.sign takes 8 of its 31 us to find out what signs
+        scheme="sr25519",
         method=method,
         path=path_qs,
         body=body,
+        nonce_ns=nonce_ns,
+        sender_ss58=keypair.ss58_address,
         receiver_ss58=receiver,
-        nonce_ns=time.time_ns() + clock_offset_ns,
     )
-    return headers
+    return {
+        http_auth.HEADER_VERSION: http_auth.VERSION,
+        http_auth.HEADER_HOTKEY: keypair.ss58_address,
+        http_auth.HEADER_NONCE: str(nonce_ns),
+        http_auth.HEADER_SIGNATURE: "0x" + bytes(keypair.sign(payload)).hex(),
+        http_auth.HEADER_RECEIVER: receiver,
+    }
 
 
 class Verifier:

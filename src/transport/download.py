@@ -29,6 +29,10 @@ class Download:
         self._expected: Digest | None = None
         self._size = 0
 
+    def wants_preparing(self, size: int) -> bool:
+        """Whether `prepare` has anything to do."""
+        return size > SMALL or os.fstat(self._file.fileno()).st_size > 0
+
     def prepare(self, size: int) -> None:
         """Take what is there; have blocks on the disk and pages in memory ready for `size` bytes in all.
 

@@ -72,16 +72,19 @@ class Exchange(ABC):
         try:
             self.room(self.path, self.largest or 0)
             download = Download(self.path)
+            to_prepare = download.wants_preparing(self.largest or 0)
             while True:
                 self.peer.doing = "ordering"
                 await self._offer()
                 self.accepted = True
                 self.on_accepted()
                 self.peer.doing = "working"
-                job = job or self.background.submit(download.prepare, self.largest or 0)
+                if to_prepare:
+                    job, to_prepare = self.background.submit(download.prepare, self.largest or 0), False
                 try:
                     signed, reply = await self._await_reply()
-                    await asyncio.wrap_future(job)
+                    if job is not None:
+                        await asyncio.wrap_future(job)
                     await self._fetch(download, reply)
                     self.peer.doing, self.peer.batches_done = "done", self.peer.batches
                     return Received(reply, signed, self.bytes_up, self.bytes_down, time.monotonic() - began)

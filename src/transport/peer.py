@@ -20,7 +20,7 @@ from limits import Limits
 from protocol import Hotkey, Order, ProtocolError, Refusal, Signed
 from transport.auth import Keypair, is_bittensor_address, open_reply, sign_request
 from transport.contact import Contact
-from transport.pump import CHUNK, Pace
+from transport.pump import CHUNK, SMALL, Pace
 from values import Refused
 
 
@@ -200,6 +200,8 @@ class Peer(Contact):
         """Up to the answer's head, for which the peer has `answer_s` from the last byte on. Raises Lost."""
         if data or isinstance(data, memoryview):
             headers = {**headers, "Content-Length": str(len(data)), "Content-Type": "application/octet-stream"}
+        if len(data) <= SMALL:
+            data = bytes(data)  # is there before a 100 Continue would be
         try:
             async with Pace(self._limits) as pace:
                 pace.restart(self._limits.connect_s + answer_s)

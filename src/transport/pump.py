@@ -15,7 +15,9 @@ from limits import Limits
 
 CHUNK = 1 << 20  # bytes given to a socket at a time
 BATCH = 4 << 20  # bytes given to the thread at a time: under two hand-overs for each piece that a socket brings
-BEHIND = 2  # batches that the thread may be behind: with the one being gathered, all that is held of a transfer
+BEHIND = 2  # batches that the thread may be behind: with one being gathered and the stream's two, all that is held
+HELD = 64 << 20  # bytes of all transfers in this process: where there are many, each one's batches are smaller
+SMALL = 1 << 16  # bytes for which a thread is too much, and of a batch at least
 
 
 class Pace:
@@ -45,6 +47,16 @@ class Pace:
         self._timeout.reschedule(asyncio.get_running_loop().time() + (window_s or self._window_s))
 
 
+class _Transfers:
+    """Those under way in this process."""
+
+    count = 0
+
+    @classmethod
+    def batch(cls) -> int:
+        return max(SMALL, min(BATCH, HELD // ((BEHIND + 3) * cls.count)))
+
+
 async def pump(content: aiohttp.StreamReader, write: Callable[[bytes], object], limits: Limits) -> None:
     """Every byte of `content`, in order, to `write`, which runs in a thread. It is done with all when this returns.
 
@@ -54,7 +66,7 @@ async def pump(content: aiohttp.StreamReader, write: Callable[[bytes], object], 
     pending: deque[asyncio.Future[None]] = deque()
     batch: list[bytes] = []
     size = 0
-    broken = False
+    broken = whole = False
 
     def take(pieces: Sequence[bytes]) -> None:
         nonlocal broken
@@ -64,22 +76,28 @@ async def pump(content: aiohttp.StreamReader, write: Callable[[bytes], object], 
                 write(piece)
             broken = False
 
-    content.set_read_chunk_size(CHUNK)  # only now is more than a little held of what the peer sends
-    with ThreadPoolExecutor(1, "pump") as thread:  # of its own: so the batches stay in order
+    _Transfers.count += 1
+    content.set_read_chunk_size(min(CHUNK, _Transfers.batch()))  # only now is more than a little held of what comes
+    with ThreadPoolExecutor(1, "pump") as thread:  # of its own, so the batches stay in order; started at its first
         try:
             async with Pace(limits) as pace:
                 while chunk := (await content.readchunk())[0]:
                     pace.passed(len(chunk))
                     batch.append(chunk)
                     size += len(chunk)
-                    if size >= BATCH:
+                    if size >= _Transfers.batch():
                         if len(pending) == BEHIND:
                             await pending.popleft()
                             pace.restart()
                         pending.append(loop.run_in_executor(thread, take, batch))
                         batch, size = [], 0
+            whole = True
         finally:  # also where the peer is gone: what did come is kept, and the thread lets go of its buffers
-            pending.append(loop.run_in_executor(thread, take, batch))
+            _Transfers.count -= 1
+            if pending or size > SMALL or not whole:
+                pending.append(loop.run_in_executor(thread, take, batch))
+            else:
+                take(batch)
             outcomes = await asyncio.gather(*pending, return_exceptions=True)
     for outcome in outcomes:
         if outcome is not None:
