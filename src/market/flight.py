@@ -136,6 +136,8 @@ class Flight:
                 sent, accepted = self.network.now(), opened.accepted[hotkey].set
                 received = await self.network.exchange(order, signed, opened.blobs, path, self.largest, accepted)
                 received = replace(received, seconds=self.network.now() - sent)
+                if received.seconds > order.deadline_s:
+                    raise Faulted(Fault.LATE, f"no whole reply within {order.deadline_s:g} s")
                 if opened.pending == 1:
                     opened.last = received
                 else:

@@ -33,7 +33,7 @@ class Job:
     stopping: threading.Event = field(default_factory=threading.Event)
     finished: asyncio.Event = field(default_factory=asyncio.Event)  # reply or refusal is there
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # and delivered, or of no use to anybody any more
-    finished_at: float = 0.0
+    fetching_at: float = 0.0  # when its payload was first asked for
     reply: Reply | None = None
     payload: Buffer | None = None
     refusal: Refused | None = None
@@ -53,13 +53,18 @@ class Job:
     def enough(self, now: float, handing_over_s: float) -> bool:
         """No further micro-batch: told to stop, or it would not be ready in time.
 
-        `handing_over_s` is what encoding and sending took last. The deadline holds for the slowest micro-batch so far;
-        the budget for one like the last, and a first one is done whatever the budget.
+        `handing_over_s` is what encoding and sending take. The deadline holds for the slowest micro-batch so far, the
+        budget for one like the last. A first one is done if the deadline is not over: else nothing would ever be
+        measured again.
         """
         order = self.order
-        if not self.left or self.stopping.is_set() or now + self.slowest_batch_s + handing_over_s > self.deadline:
+        if not self.left or self.stopping.is_set():
             return True
-        if not order.budget_s or not self.batches_done:
+        if not self.batches_done:
+            return now > self.deadline
+        if now + self.slowest_batch_s + handing_over_s > self.deadline:
+            return True
+        if not order.budget_s:
             return False
         if order.staleness:  # the reply travels while the next order is at work
             return now + self.last_batch_s > self.began + order.budget_s

@@ -95,8 +95,8 @@ class Worker:
         self.writers: dict[Digest, BlobWriter] = {}  # of those wanted: what is held of them waits for the rest
         self.figures: tuple[str, ...] = ()  # of the last gradient, for display
         self.refusals: dict[Hotkey, str] = {}  # the reason that each caller got last, so that it is said once
-        self.encode_s = 0.0  # as it was last
-        self.uploads: deque[float] = deque(maxlen=5)  # seconds from a reply to its payload's last byte
+        self.encodings: deque[float] = deque(maxlen=5)  # seconds
+        self.uploads: deque[float] = deque(maxlen=5)  # seconds from a payload's first byte asked for to its last
         self._loop = asyncio.get_running_loop()
         self.failed: asyncio.Future[object] = self._loop.create_future()
         self._thread = ThreadPoolExecutor(1, "compute")  # one thread: one OpenMP team, and jobs never overlap
@@ -280,13 +280,14 @@ class Worker:
         job = self._job(caller, order)
         if job.payload is None:
             raise Refused(404, "no payload for this order yet, or no longer")
+        job.fetching_at = job.fetching_at or self.clock()
         return job.payload
 
     def delivered(self, caller: Hotkey, order: Digest) -> None:
         job = self.jobs.get(order)
         if job is not None and job.owner == caller and not job.settled.is_set():
             job.settled.set()
-            self.uploads.append(self.clock() - job.finished_at)
+            self.uploads.append(self.clock() - job.fetching_at)
 
     def stop(self, caller: Hotkey, stop: Stop) -> Status:
         """Ends the order's work after its micro-batch; before it began, before it came, or twice, it is as good."""
@@ -365,7 +366,6 @@ class Worker:
             job.refusal = Refused(409, "this miner has ended", Fault.SILENT)
             raise
         finally:
-            job.finished_at = self.clock()
             job.finished.set()
             self._forget_states()
         if job.refusal is not None:
@@ -408,17 +408,19 @@ class Worker:
         codec = load_codec(order.codec_up)
         size = codec.largest({name: p.shape for name, p in computation.parameters.items()}) / 1e6
         await self._phases.run("encode", size, job.encode, codec, computation, computed - job.began)
-        self.encode_s = self.clock() - computed
+        self.encodings.append(self.clock() - computed)
         per_s = computation.count / max(computed - job.began, 1e-9)
         loss = computation.loss / computation.count
         self.figures = (f"loss {loss:.3f}", f"{per_s:,.0f} {task.unit}/s")
         self.say(
             f"round {order.round}: loss {loss:.4f} over {computation.count} {task.unit}; "
-            f"load {job.began - began:.3f} s, compute {computed - job.began:.3f} s, encode {self.encode_s:.3f} s"
+            f"load {job.began - began:.3f} s, compute {computed - job.began:.3f} s, encode {self.encodings[-1]:.3f} s"
         )
 
     def _enough(self, job: Job) -> bool:
-        return job.enough(self.clock(), self.encode_s + min(self.uploads, default=0.0))
+        """The least of the last times: one that held a pause of anybody's says nothing about the next."""
+        handing_over_s = min(self.encodings, default=0.0) + min(self.uploads, default=0.0)
+        return job.enough(self.clock(), handing_over_s)
 
     def _compute(self, job: Job, computation: Computation) -> None:
         """In the compute thread: micro-batches until it is enough; under virtual time only one."""

@@ -58,9 +58,13 @@ class BlobWriter:
             held = self.held
             self._restart()
             raise ProtocolError(f"blob: {held} bytes that are not the {self._ref.bytes} announced")
-        with self._file:
+        try:
             os.fsync(self._file.fileno())
             os.replace(self._temporary, self._path)
+        except OSError:
+            self._restart()
+            raise
+        self._file.close()
         sync_file(self._path.parent)
 
     def abort(self) -> None:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 _LEDGER = "ledger.sqlite"
 
 
+NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full, or as full as this process may make it
+
+
 class DiskFull(Exception):
     """There is no room for what was to be written. Its text says in one line what the user does."""
 
@@ -51,7 +54,7 @@ class Room:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         by_ledger = isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL
-        if by_ledger or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        if by_ledger or (isinstance(error, OSError) and error.errno in NO_DISK):
             raise DiskFull(
                 f"{self._folder}: the disk is full; what was committed is whole: free some space, then --resume"
             ) from error

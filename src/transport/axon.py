@@ -19,6 +19,7 @@ from protocol import BlobRef, Fault, Hotkey, Order, Receipt, Signed, Stop
 from transport import Service
 from transport.auth import Guard, Keypair
 from transport.health import health_response
+from transport.pump import to_the_end
 from transport.server import Server, Transfers, check_length, hex_digits, query, whole
 from values import Refused
 
@@ -118,8 +119,11 @@ class Axon(Server):
         check_length(request, ref.bytes - offset, "blob")
         async with self._blobs.take_over(ref.digest):
             writer = self._service.receive(caller, ref, offset)
-            await self._take(request, writer.write)
-            await asyncio.to_thread(writer.commit)
+            try:
+                await self._take(request, writer.write)
+            finally:
+                if writer.held == ref.bytes:  # also where the sender has gone: what is whole nobody sends again
+                    await to_the_end(writer.commit)
         return self._sealed(self._service.status())
 
 

@@ -135,7 +135,7 @@ class Exchange(ABC):
         blob = self.blobs.get(ref_digest)
         if blob is None or memoryview(blob).nbytes != size:
             raise Faulted(Fault.MALFORMED, f"asks for a {kind} that is not of this order")
-        if offset >= size:
+        if offset > size:
             raise Faulted(Fault.MALFORMED, f"holds {offset} of the {size} bytes of the {kind}, and asks for it")
         if self.sent[ref_digest] > RESENT * (size + 4 * CHUNK):
             raise Faulted(Fault.SILENT, f"was sent the {kind} {RESENT} times over, and still lacks it")
@@ -184,6 +184,10 @@ class Push(Exchange):
     async def _push(self, ref: BlobRef, offset: int) -> bool:
         """The rest of a blob. False where the miner says that it holds another part of it."""
         rest = self._blob(ref.digest, ref.bytes, ref.kind, offset)
+        if not rest:  # it is about to find out that it has all of it
+            self.sent[ref.digest] += CHUNK
+            await asyncio.sleep(pause(0))
+            return False
         target = f"/v1/blob?kind={ref.kind}&digest={ref.digest}&bytes={ref.bytes}&offset={offset}"
         self.peer.doing, self.peer.moving, self.peer.moved = f"sending {ref.kind}", ref.bytes, offset
         before, began = self.peer.bytes_down, time.monotonic()

@@ -7,7 +7,6 @@ restarted, or gave the order anew) begins its order's way anew; what was compute
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -35,7 +34,8 @@ from transport import Service
 from transport.announcer import Announcer
 from transport.auth import Keypair, seal, unseal
 from transport.peer import Lost, Peer, RefusedAt, pause
-from transport.pump import pump
+from transport.pump import pump, to_the_end
+from transport.server import NO_DISK
 from values import Refused
 
 ORDERS = 4  # whose way goes on side by side, at most: one computing, one going up, and those that nobody wants any more
@@ -205,6 +205,9 @@ class Puller:
         """The rest of a blob; `held` says where it begins, and is kept up to date. Raises Lost, ProtocolError."""
         offset = held.get(ref.digest, 0)
         writer = self._service.receive(self._hotkey, ref, offset)
+        if offset == ref.bytes:  # the connection broke behind the last byte
+            await to_the_end(writer.commit)
+            return
         target = f"/v1/blob?order={order}&digest={ref.digest}&offset={offset}"
         try:
             async with self._validator.open("GET", target) as response:
@@ -212,7 +215,7 @@ class Puller:
                     raise ProtocolError(f"{ref.kind}: {response.content_length} bytes, {ref.bytes - offset} are left")
                 await pump(response.content, writer.write, self._limits)
             if writer.held == ref.bytes:
-                await asyncio.to_thread(writer.commit)
+                await to_the_end(writer.commit)
                 return
             raise Lost(f"{self._validator.endpoint}: the {ref.kind} broke off")
         except TimeoutError:
@@ -220,7 +223,7 @@ class Puller:
         except (aiohttp.ClientError, ConnectionError) as error:
             raise Lost(f"{self._validator.endpoint}: {str(error) or type(error).__name__}") from error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in NO_DISK:
                 raise
             self._complain("this miner's disk is full; delete old files, in its --cache for example")
             raise Refused(507, "this miner's disk is full") from None

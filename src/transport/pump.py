@@ -102,3 +102,18 @@ async def pump(content: aiohttp.StreamReader, write: Callable[[bytes], object], 
     for outcome in outcomes:
         if outcome is not None:
             raise outcome
+
+
+async def to_the_end(function: Callable[[], object]) -> None:
+    """Runs it in a thread, and waits for it also where the waiting is cancelled, which then shows afterwards."""
+    running = asyncio.ensure_future(asyncio.to_thread(function))
+    cancelled: asyncio.CancelledError | None = None
+    while not running.done():
+        try:
+            await asyncio.wait({running})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        running.exception()
+        raise cancelled
+    running.result()

@@ -28,7 +28,7 @@ from transport.pump import CHUNK, Pace, pump
 from values import Refused
 
 CALLER = web.RequestKey("caller", str)  # of a signed request
-NO_DISK = (errno.ENOSPC, errno.EDQUOT)
+NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full, or as full as this process may make it
 
 M = TypeVar("M", bound=Message)
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
