@@ -114,7 +114,7 @@ def make_market(
         load_ranker("accepted_work"),
         decoding.around(load_aggregator("mean")),
         MeteredCodec(decoding),
-        lambda step: task.settings(optimizer, step, 1000, 1),
+        lambda step, units: task.settings(optimizer, step, 1000, 1),
         worker,
     )
 

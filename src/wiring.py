@@ -175,7 +175,6 @@ async def restored_market(
     from market.round import Market
     from ranking import load_ranker
 
-    units = task.count(0) * config.batches * max(1, len(config.axons) + config.local)  # of a round with all miners
     learner = Learner(task, config.optimizer_flags, load_codec(config.codec.down), cli.pick_device(config.device))
     market = Market(
         config.terms(folder.name, config.patience),
@@ -186,7 +185,7 @@ async def restored_market(
         load_ranker(config.ranking),
         load_aggregator(config.aggregation),
         load_codec(config.codec.up),
-        lambda step: task.settings(config.optimizer_flags, step, config.rounds, units),
+        lambda step, units: task.settings(config.optimizer_flags, step, config.rounds, units),
         tensors,
     )
     snapshot = store.newest_snapshot(console.say)

@@ -314,7 +314,7 @@ def test_overlap_applies_stale_gradients_unscaled(tmp_path: Path, task: GPT2) ->
             assert work is not None
             gradients.append({name: g.clone() for name, g in work.gradient.items()})
         for n, gradient in enumerate(gradients):
-            other.learner.step(gradient, other.settings(n))
+            other.learner.step(gradient, other.settings(n, 0))
         assert equal(parameters(place.market), parameters(other))
 
     run(main())

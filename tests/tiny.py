@@ -148,7 +148,7 @@ def make_place(
         load_ranker("accepted_work"),
         load_aggregator(aggregation),
         load_codec(asked.codec_up),
-        lambda step: task.settings(optimizer, step, ROUNDS, UNITS),
+        lambda step, units: task.settings(optimizer, step, ROUNDS, UNITS),
     )
     return Place(market, store, loopback, workers, said)
 

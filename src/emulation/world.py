@@ -135,7 +135,6 @@ class World:
         learner = Learner(task, optimizer, load_codec(terms.codec_down), device)
         self.state_mb = memoryview(learner.blob).nbytes / 1e6
         self.validator_s: dict[str, float] = defaultdict(float)  # the validator's own seconds, by phase
-        units = task.count(0) * terms.batches * len(self.machines)
         self.market = Market(
             terms,
             task,
@@ -145,7 +144,7 @@ class World:
             load_ranker("accepted_work"),
             load_aggregator(conditions.aggregation),
             load_codec(terms.codec_up),
-            lambda step: task.settings(optimizer, step, steps, units),
+            lambda step, units: task.settings(optimizer, step, steps, units),
             charge=conditions.costs.charge(1.0, conditions.scale, self._spent),
         )
         self._totals: Counter[str] = Counter()  # of accepted work

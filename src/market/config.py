@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from market.planning import Terms
 
 
+MOST = 1_000_000  # seconds of a round, micro-batches of an order
+
+
 @dataclass(frozen=True)
 class WalletConfig:
     name: str = "default"
@@ -125,11 +128,11 @@ class RoundConfig(TrainingConfig):
                 raise ValueError(f"--{flag} {name}: unknown; known: {', '.join(known)}")
         for flag in ("batches", "round_seconds", "deadline_k", "grace"):
             value, least = getattr(self, flag), int(flag == "batches")
-            if not least <= value < float("inf"):
-                raise ValueError(f"--{flag.replace('_', '-')} {value}: must be {least} or more")
+            if not least <= value <= MOST:
+                raise ValueError(f"--{flag.replace('_', '-')} {value}: must be {least} or more, and {MOST:g} at most")
         if not 0 < self.quorum <= 1:
             raise ValueError(f"--quorum {self.quorum:g}: a share of the miners, more than 0 and at most 1")
-        if isinstance(self.deadline, float) and not max(0.1, self.round_seconds) <= self.deadline < float("inf"):
+        if isinstance(self.deadline, float) and not max(0.1, self.round_seconds) <= self.deadline <= MOST:
             raise ValueError(
                 f"--deadline {self.deadline:g}: must be 0.1 or more, and not less than --round-seconds "
                 f"{self.round_seconds:g}; leave it out for twice that"

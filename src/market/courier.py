@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 from market import score
@@ -13,6 +14,7 @@ from market.ports import Network, Store
 from protocol import Digest, Hotkey, Order, Reply, Signed, Stop
 
 AT_ONCE = 8  # on their way to one miner: what an unreachable one misses, the ledger keeps
+LATE_AT_ONCE = 4  # replies of one miner that are waited for, the newest ones
 
 
 class Courier:
@@ -20,12 +22,15 @@ class Courier:
 
     def __init__(self, network: Network, store: Store) -> None:
         self._network, self._store = network, store
-        self._tasks: dict[asyncio.Task[object], Hotkey] = {}
-        self._under_way: Counter[Hotkey] = Counter()
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._telling: Counter[Hotkey] = Counter()
+        self._late: dict[Hotkey, list[asyncio.Task[object]]] = {}
         self._failed: BaseException | None = None
 
     def tell(self, hotkey: Hotkey, signed: Signed) -> None:
-        self._start(hotkey, self._network.tell(hotkey, signed))
+        if self._telling[hotkey] < AT_ONCE:
+            self._telling[hotkey] += 1
+            self._start(self._network.tell(hotkey, signed)).add_done_callback(partial(self._told, hotkey))
 
     def stop(self, order: Order, name: Digest) -> None:
         """`name` is the order's digest."""
@@ -34,7 +39,11 @@ class Courier:
 
     def note_late(self, order: Order, signed: Signed, ordered_at: float, weight: float) -> None:
         """Should the reply to a round that is closed still come: into the ledger, with a receipt for the miner."""
-        self._start(order.hotkey, self._note_late(order, signed, ordered_at, weight))
+        awaited = self._late.setdefault(order.hotkey, [])
+        awaited[:] = [task for task in awaited if not task.done()]
+        if len(awaited) >= LATE_AT_ONCE:
+            awaited.pop(0).cancel()
+        awaited.append(self._start(self._note_late(order, signed, ordered_at, weight)))
 
     def check(self) -> None:
         if self._failed is not None:
@@ -59,19 +68,18 @@ class Courier:
             await asyncio.to_thread(self._store.note_late, order.round, answer, receipt)
             await self._network.tell(order.hotkey, receipt)
 
-    def _start(self, hotkey: Hotkey, coroutine: Coroutine[Any, Any, object]) -> None:
-        if self._under_way[hotkey] >= AT_ONCE:
-            coroutine.close()
-            return
+    def _start(self, coroutine: Coroutine[Any, Any, object]) -> asyncio.Task[object]:
         task: asyncio.Task[object] = asyncio.create_task(coroutine)
-        self._tasks[task] = hotkey
-        self._under_way[hotkey] += 1
+        self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[object]) -> None:
-        hotkey = self._tasks.pop(task)
-        self._under_way[hotkey] -= 1
-        if not self._under_way[hotkey]:
-            del self._under_way[hotkey]
+        self._tasks.discard(task)
         if not task.cancelled():
             self._failed = self._failed or task.exception()
+
+    def _told(self, hotkey: Hotkey, task: asyncio.Task[object]) -> None:
+        self._telling[hotkey] -= 1
+        if not self._telling[hotkey]:
+            del self._telling[hotkey]

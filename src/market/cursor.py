@@ -92,8 +92,7 @@ def subtract(ranges: Iterable[Range], done: Iterable[Range]) -> tuple[Range, ...
 
 def within(done: Iterable[Range], ordered: Iterable[Range]) -> bool:
     """True where each index done was ordered."""
-    whole = merge(ordered)
-    return all(any(o.start <= d.start and d.stop <= o.stop for o in whole) for d in done)
+    return not subtract(done, ordered)
 
 
 def size(ranges: Iterable[Range]) -> int:

@@ -67,7 +67,8 @@ class Flight:
         self.courier, self.phases, self.history, self.codec, self.specs = courier, phases, history, codec, specs
         self.largest = codec.largest(specs)  # bytes of a payload
         self.rounds: deque[Opened] = deque()
-        self.stopping = False
+        self.stop_by: float | None = None  # every round is closed then
+        self._failed: BaseException | None = None  # our own failure in an exchange
         self._look = asyncio.Event()  # something has happened that somebody may wait for
         self._changed = True  # somebody has come or gone since the last look
         self._watching: asyncio.Task[None] | None = None
@@ -77,8 +78,12 @@ class Flight:
         """What miners have been ordered and have not answered for."""
         return [r for opened in self.rounds for order in opened.orders.values() for r in order.ranges]
 
+    @property
+    def stopping(self) -> bool:
+        return self.stop_by is not None
+
     def request_stop(self) -> None:
-        self.stopping = True
+        self.stop_by = self.network.now() + self.terms.grace_s
         self._look.set()
 
     async def close(self) -> None:
@@ -116,6 +121,8 @@ class Flight:
             task.add_done_callback(partial(self._ended, opened, hotkey))
 
     def _ended(self, opened: Opened, hotkey: Hotkey, task: asyncio.Task[Outcome]) -> None:
+        if not task.cancelled():
+            self._failed = self._failed or task.exception()
         opened.pending -= 1
         opened.accepted[hotkey].set()
         self._look.set()
@@ -138,7 +145,7 @@ class Flight:
                 received = replace(received, seconds=self.network.now() - sent)
                 if received.seconds > order.deadline_s:
                     raise Faulted(Fault.LATE, f"no whole reply within {order.deadline_s:g} s")
-                if opened.pending == 1:
+                if opened.pending == 1 and opened.last is None and opened is self.rounds[0]:
                     opened.last = received
                 else:
                     self._seal(opened, received)
@@ -176,7 +183,7 @@ class Flight:
             if opened.cut is None and now >= self._closing(opened):
                 for other in self.rounds if self.stopping else [opened]:
                     self._tell_stop(other)
-                opened.cut = now + self.terms.grace_s
+                opened.cut = min(now + self.terms.grace_s, math.inf if self.stop_by is None else self.stop_by)
             if opened.cut is None or now < opened.cut:
                 await self._something(self._closing(opened) if opened.cut is None else opened.cut)
             else:
@@ -202,10 +209,12 @@ class Flight:
                 self.courier.stop(opened.orders[hotkey], opened.signed[hotkey].digest)
 
     async def _cut_off(self, opened: Opened) -> None:
-        for hotkey, task in opened.exchanges.items():
-            if hotkey not in opened.arrived:
-                task.cancel()
+        slow = {hotkey: task for hotkey, task in opened.exchanges.items() if hotkey not in opened.arrived}
+        for task in slow.values():
+            task.cancel()
         await asyncio.wait(opened.exchanges.values())
+        for hotkey in slow:  # what has come of a payload is of no use, and its file as large as the whole
+            self.store.discard(opened.round, hotkey)
 
     async def sealed(self, opened: Opened) -> None:
         """Everything that was received is durable."""
@@ -234,6 +243,8 @@ class Flight:
             self._watching = asyncio.create_task(self._watch())
         if self._watching.done():
             self._watching.result()
+        if self._failed is not None:
+            raise self._failed
         self.courier.check()
         left_s = until - self.network.now()
         with contextlib.suppress(TimeoutError):

@@ -85,6 +85,7 @@ class Learner:
         self.load_tensors(tensors)
         self.base = header["base"] or None
         self.encode()
+        self.before = None  # not this one's
         if self.version != header["version"]:
             raise ValueError(
                 f"snapshot: its state makes version {self.version[:12]}, its header says {header['version'][:12]}"

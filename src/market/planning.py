@@ -12,6 +12,8 @@ from market.cursor import Cursor, size
 from protocol import Hotkey, Range, Receipt
 
 FIRST_SHARE = 1024  # micro-batches for a time budget of a miner that nobody knows: what it does not do comes back
+MOST_SHARE = 1 << 16
+AHEAD = 16
 LEAST_BUDGET = 0.25  # of a round: who comes later in it waits for the next
 ROUNDS_KNOWN = 8  # that a miner's share and a round's closing are judged by
 
@@ -39,23 +41,27 @@ class History:
     """What the miners did in the last rounds, from receipts alone: a restart reads them again and plans the same."""
 
     def __init__(self) -> None:
-        self._done: dict[Hotkey, deque[int]] = {}  # micro-batches of the last accepted replies
-        self._seconds: deque[list[float]] = deque(maxlen=ROUNDS_KNOWN)  # that each round's replies took
+        self._rounds: deque[dict[Hotkey, tuple[int, float]]] = deque(maxlen=ROUNDS_KNOWN)  # micro-batches and seconds
 
     def observe(self, receipts: Iterable[Receipt]) -> None:
         """A round's."""
-        good = [r for r in receipts if r.verdict == "ACCEPTED"]
-        for r in good:
-            self._done.setdefault(r.hotkey, deque(maxlen=ROUNDS_KNOWN)).append(size(r.done))
-        if good:
-            self._seconds.append([r.seconds for r in good])
+        self._rounds.append({r.hotkey: (size(r.done), r.seconds) for r in receipts if r.verdict == "ACCEPTED"})
 
-    def share(self, hotkey: Hotkey, terms: Terms) -> int:
-        """Micro-batches to order: with a time budget twice the most that the miner did lately."""
+    def shares(self, hotkeys: Iterable[Hotkey], terms: Terms) -> dict[Hotkey, int]:
+        """Micro-batches to order: with a time budget twice the most that the miner did lately.
+
+        What it did is what it claims, so nobody is ordered more than `AHEAD` times what the median miner is. Who is not
+        known begins as the median.
+        """
         if not terms.round_s:
-            return terms.batches
-        done = self._done.get(hotkey)
-        return max(terms.batches, 2 * max(done)) if done else max(terms.batches, FIRST_SHARE)
+            return dict.fromkeys(hotkeys, terms.batches)
+        known: dict[Hotkey, int] = {}
+        for one in self._rounds:
+            for hotkey, (done, _) in one.items():
+                known[hotkey] = max(known.get(hotkey, 0), 2 * done)
+        middle = max(terms.batches, round(median(known.values())) if known else FIRST_SHARE)
+        most = min(AHEAD * middle, MOST_SHARE) if len(known) > 1 else MOST_SHARE
+        return {hotkey: max(terms.batches, min(known.get(hotkey, middle), most)) for hotkey in hotkeys}
 
     def closing_s(self, terms: Terms) -> float:
         """Seconds from a round's orders by which who answers at all has answered: median + k MAD of the last replies.
@@ -63,9 +69,11 @@ class History:
         MAD is the median of the absolute deviations from the median; a tenth of the median at least, since replies that
         all took the same time say nothing about the next. Infinite while nobody is known.
         """
-        if not terms.auto or not self._seconds:
+        if not terms.auto:
             return math.inf
-        seconds = [s for one in self._seconds for s in one]
+        seconds = [s for one in self._rounds for _, s in one.values()]
+        if not seconds:
+            return math.inf
         middle = median(seconds)
         spread = median(abs(s - middle) for s in seconds)
         return middle + terms.deadline_k * max(spread, 0.1 * middle)

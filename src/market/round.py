@@ -64,11 +64,12 @@ class Market:
         ranker: Ranker,
         aggregate: Aggregator,
         codec: Codec,
-        settings: Callable[[int], Settings],
+        settings: Callable[[int, int], Settings],
         worker: Executor | None = None,
         charge: Charge | None = None,
     ) -> None:
-        """`worker` is one thread for everything that computes on tensors; `charge` is for emulations."""
+        """`settings`: of a step, over so many units. `worker` is one thread for everything that computes on tensors;
+        `charge` is for emulations."""
         self.terms, self.task, self.learner, self.network, self.store = terms, task, learner, network, store
         self.ranker, self.aggregate, self.settings = ranker, aggregate, settings
         self.phases = Phases(worker, network.now, charge)
@@ -92,7 +93,8 @@ class Market:
         opened = self.flight.rounds[0]
         outcomes = await self.flight.collect(self._admit)
         collected = self.network.now()
-        settings, accepted = self.settings(opened.round), score.accepted(outcomes)
+        accepted = score.accepted(outcomes)
+        settings = self.settings(opened.round, max(1, sum(c.count for c in accepted)))
         await self._learn(accepted, settings)
         self.flight.rounds.popleft()
         seconds = {"collect_s": collected - opened.started, "learn_s": self.network.now() - collected}
@@ -109,7 +111,8 @@ class Market:
         """Plan and broadcast: so many rounds in flight as there shall be, none from round `last` on."""
         rounds = self.flight.rounds
         while len(rounds) <= self.terms.overlap and self.round + len(rounds) < last:
-            if self.stopping or self.out_of_patience or (rounds and self._exhausted):
+            waits = rounds and (self._exhausted or not self.network.peers())
+            if self.stopping or self.out_of_patience or waits:
                 break
             rounds.append(await self._open(self.round + len(rounds)))
 
@@ -134,7 +137,8 @@ class Market:
         """What is under way aside comes to its end, or is given up after the grace."""
         if self.before_step is not None:
             await self.before_step
-        await self.courier.finish(self.terms.grace_s)
+        stop_by = self.flight.stop_by
+        await self.courier.finish(self.terms.grace_s if stop_by is None else max(1.0, stop_by - self.network.now()))
 
     async def close(self) -> None:
         """Nothing of ours uses the network any more."""
@@ -176,7 +180,8 @@ class Market:
         """Who came after the round had begun gets what is left of its time."""
         began = opened.started if self._closed_at is None else max(opened.started, self._closed_at)
         left_s = self.terms.round_s - (self.network.now() - began)
-        new = [hotkey for hotkey in self.network.peers() if hotkey not in opened.orders]
+        ordered = {hotkey for other in self.flight.rounds for hotkey in other.orders}
+        new = [hotkey for hotkey in self.network.peers() if hotkey not in ordered]
         worth = self.terms.round_s and left_s >= LEAST_BUDGET * self.terms.round_s
         if not new or not worth or self.stopping or opened.cut is not None:
             return
@@ -187,7 +192,7 @@ class Market:
 
     def _take(self, hotkeys: Sequence[Hotkey]) -> list[tuple[Hotkey, tuple[Range, ...]]]:
         limit, taken = self._limit, []
-        wanted = {hotkey: self.history.share(hotkey, self.terms) for hotkey in sorted(hotkeys)}
+        wanted = self.history.shares(sorted(hotkeys), self.terms)
         for hotkey, count in shares(self.cursor, wanted, limit).items():
             ranges, self.cursor = self.cursor.take(count, limit)
             if ranges:

@@ -28,7 +28,7 @@ Outcome = Delivery | Faulted
 
 
 def evidence(task: Task, order: Order, outcome: Outcome) -> Evidence:
-    """Of a time budget the ranges say nothing: whatever was done is the whole of it."""
+    """A time budget orders no amount: there `ordered` is the work that was done."""
     work = outcome.contribution.count if isinstance(outcome, Delivery) else 0
     ordered = work if order.budget_s else sum(map(task.count, indices(order.ranges)))
     return Evidence(order.hotkey, outcome.fault if isinstance(outcome, Faulted) else None, work, ordered)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from codec import Specs, Tensors
 
 
+PIECES = 64  # that partial work may leave an order's ranges in, beyond their number: ranks need no prefix
+
+
 @dataclass(frozen=True)
 class Contribution:
     """A verified gradient. Its weight is `count`, the validator's own count over the ranges done.
@@ -48,6 +51,8 @@ def verify(
         raise ProtocolError(f"computed on version {reply.version[:12]}, not {order.version[:12]}", Fault.STALE)
     if reply.codec != order.codec_up:
         raise ProtocolError(f"encoded as {reply.codec}, not {order.codec_up}")
+    if len(reply.done) > len(order.ranges) + PIECES:
+        raise ProtocolError(f"did {len(reply.done)} separate ranges of {len(order.ranges)} ordered", Fault.WRONG_DATA)
     if not reply.done or not within(reply.done, order.ranges):
         raise ProtocolError(f"did {list(reply.done)[:3]}, ordered were {list(order.ranges)[:3]}", Fault.WRONG_DATA)
 

@@ -194,8 +194,8 @@ class Worker:
 
     def _accept(self, caller: Hotkey, order: Order, order_digest: Digest) -> Status:
         known = self.jobs.get(order_digest)
-        if known and known.owner == caller and known.refusal is None:
-            return self.status()
+        if known and known.owner == caller and not (known.finished.is_set() and known.payload is None):
+            return self.status()  # else it was refused, or its payload has made room: it is done again
         busy = [job for job in self.jobs.values() if job.owner != caller and self._awaited(job)]
         if busy:
             raise Refused(409, f"working for {busy[0].owner[:8]} on round {busy[0].order.round}", Fault.BUSY)

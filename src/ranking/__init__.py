@@ -17,7 +17,7 @@ class Evidence:
     hotkey: Hotkey
     fault: Fault | None  # None: accepted
     work: int  # examples or tokens accepted, 0 with a fault
-    ordered: int  # examples or tokens that were ordered
+    ordered: int  # examples or tokens that were ordered; with a time budget, which orders none, as `work`
 
 
 @runtime_checkable

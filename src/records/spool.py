@@ -60,6 +60,13 @@ class Spool:
         """Where the payload of this miner's reply goes; its folder exists."""
         return make_folder(self._round(round)) / (_HOTKEY.validate_python(hotkey) + _PAYLOAD)
 
+    def discard(self, round: int, hotkey: Hotkey) -> None:
+        """What has come of a payload that will not be finished."""
+        path = self.payload_path(round, hotkey)
+        path.unlink(missing_ok=True)
+        with self._lock:
+            self._expected.pop(path, None)
+
     def make_room(self, path: Path, size: int, limits: Limits) -> None:
         """Before a payload of `size` bytes is written to its `payload_path`. Raises Faulted where it does not fit."""
         if self._sealed is None:

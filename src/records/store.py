@@ -135,6 +135,10 @@ class Store:
         """Before a payload of `size` bytes is written to its `payload_path`. Raises Faulted where it does not fit."""
         self._spool.make_room(path, size, limits)
 
+    def discard(self, round: int, hotkey: Hotkey) -> None:
+        """What has come of a payload that will not be finished."""
+        self._spool.discard(round, hotkey)
+
     def payload(self, round: int, hotkey: Hotkey) -> Buffer:
         """The payload in its `payload_path`, mapped."""
         return self._spool.payload(round, hotkey)

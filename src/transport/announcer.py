@@ -55,7 +55,8 @@ class Announcer:
             attempt = 0 if heard else attempt + 1
             wait_s = self._interval_s * random.uniform(0.8, 1.2) if heard else pause(attempt, self._interval_s / 2)
             try:
-                await asyncio.wait_for(self._wake.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._wake.wait()
             except TimeoutError:
                 continue
 

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from protocol import Hotkey, Order, Signed
 from values import Link
+
+
+@dataclass(eq=False)
+class Progress:
+    """How far one exchange is, for display."""
+
+    batches: int = 0  # ordered
+    batches_done: int = 0
+    doing: str = "idle"
+    moving: int = 0  # bytes of the transfer under way
+    moved: int = 0  # how many of them went
+
+    def move(self, doing: str, size: int, held: int) -> None:
+        self.doing, self.moving, self.moved = doing, size, held
+
+    def rest(self, doing: str) -> None:
+        self.doing, self.moving = doing, 0
 
 
 class Contact(ABC):
@@ -18,9 +37,8 @@ class Contact(ABC):
         self.announced = False  # it came by itself, and hears itself what is wrong
         self.complaint = ""  # what was last said about it, so that it is said once
         self.changed: Callable[[], object] = lambda: None
-        self.doing = "idle"  # this and what follows is for display
-        self.moving = self.moved = 0  # bytes of the transfer under way, and how many of them went
-        self.batches_done = self.batches = 0
+        self._under_way: list[Progress] = []  # oldest first; this and what follows is for display
+        self._ended = Progress()  # the last of them
         self.latency_s = 0.0
         self.bytes_up = self.bytes_down = 0
         self._reachable = False
@@ -36,14 +54,25 @@ class Contact(ABC):
         if there != before:
             self.changed()
 
+    @contextmanager
+    def shows(self, progress: Progress) -> Iterator[None]:
+        """While its exchange is under way."""
+        self._under_way.append(progress)
+        try:
+            yield
+        finally:
+            self._under_way.remove(progress)
+            self._ended = progress
+
     def link(self) -> Link:
-        state = self.doing if self.reachable else "away"
-        if self.reachable and self.moving:
-            state += f" {100 * self.moved // self.moving} %"
+        """With the oldest exchange under way; where there is none, the last one."""
+        at = self._under_way[0] if self._under_way else self._ended
+        state = at.doing if self.reachable else "away"
+        if self.reachable and at.moving:
+            state += f" {100 * at.moved // at.moving} %"
         return Link(
-            self.name, self.hotkey, state, self.batches_done, self.batches, self.latency_s, self.bytes_up,
-            self.bytes_down,
-        )  # fmt: skip
+            self.name, self.hotkey, state, at.batches_done, at.batches, self.latency_s, self.bytes_up, self.bytes_down
+        )
 
     @abstractmethod
     async def tell(self, signed: Signed) -> bool:

@@ -25,7 +25,7 @@ from typing_extensions import Buffer
 from limits import Limits
 from protocol import MAX_BLOB_BYTES, BlobRef, Digest, Fault, Order, ProtocolError, Reply, Signed, Status
 from transport.auth import open_reply, unseal
-from transport.contact import Contact
+from transport.contact import Contact, Progress
 from transport.download import Download
 from transport.peer import Lost, Peer, pause
 from transport.pump import CHUNK, pump
@@ -62,7 +62,7 @@ class Exchange(ABC):
         self.bytes_up = 0
         self.bytes_down = 0
         self.sent: Counter[Digest] = Counter()  # bytes of each blob; an attempt counts as a CHUNK at least
-        peer.batches, peer.batches_done = sum(stop - start for start, stop in order.ranges), 0
+        self.progress = Progress(batches=sum(stop - start for start, stop in order.ranges))
 
     async def run(self) -> Received:
         """Raises Faulted, ProtocolError."""
@@ -74,11 +74,11 @@ class Exchange(ABC):
             download = Download(self.path)
             to_prepare = download.wants_preparing(self.largest or 0)
             while True:
-                self.peer.doing = "ordering"
+                self.progress.doing = "ordering"
                 await self._offer()
                 self.accepted = True
                 self.on_accepted()
-                self.peer.doing = "working"
+                self.progress.doing = "working"
                 if to_prepare:
                     job, to_prepare = self.background.submit(download.prepare, self.largest or 0), False
                 try:
@@ -86,7 +86,7 @@ class Exchange(ABC):
                     if job is not None:
                         await asyncio.wrap_future(job)
                     await self._fetch(download, reply)
-                    self.peer.doing, self.peer.batches_done = "done", self.peer.batches
+                    self.progress.doing, self.progress.batches_done = "done", self.progress.batches
                     return Received(reply, signed, self.bytes_up, self.bytes_down, time.monotonic() - began)
                 except Refused as refused:
                     if refused.status != 404 and not refused.missing:
@@ -98,8 +98,8 @@ class Exchange(ABC):
                 raise
             raise Faulted(Fault.UNVERIFIED, "the validator's disk is full; delete old runs or other files") from error
         finally:
-            if self.peer.doing != "done":
-                self.peer.doing = "idle"
+            if self.progress.doing != "done":
+                self.progress.doing = "idle"
             if job is not None and not job.cancel():
                 await asyncio.gather(asyncio.wrap_future(job), return_exceptions=True)  # who was cancelled asks not
             if download is not None:
@@ -132,7 +132,9 @@ class Exchange(ABC):
 
     def _blob(self, ref_digest: Digest, size: int, kind: str, offset: int) -> memoryview:
         """What is left of a blob, to be sent. Raises Faulted for one that the order does not name, or too often."""
-        blob = self.blobs.get(ref_digest)
+        blob, state = self.blobs.get(ref_digest), self.order.update.blob
+        if blob is None and (ref_digest, size) == (state.digest, state.bytes):
+            raise Faulted(Fault.UNVERIFIED, "the validator was restarted and no longer has that version")
         if blob is None or memoryview(blob).nbytes != size:
             raise Faulted(Fault.MALFORMED, f"asks for a {kind} that is not of this order")
         if offset > size:
@@ -189,8 +191,8 @@ class Push(Exchange):
             await asyncio.sleep(pause(0))
             return False
         target = f"/v1/blob?kind={ref.kind}&digest={ref.digest}&bytes={ref.bytes}&offset={offset}"
-        self.peer.doing, self.peer.moving, self.peer.moved = f"sending {ref.kind}", ref.bytes, offset
-        before, began = self.peer.bytes_down, time.monotonic()
+        self.progress.move(f"sending {ref.kind}", ref.bytes, offset)
+        before, began = self.bytes_down, time.monotonic()
         try:
             await self._call("PUT", target, blob=rest)
         except Refused as refused:
@@ -199,10 +201,8 @@ class Push(Exchange):
             await asyncio.sleep(pause(0))
             return False
         finally:
-            sent = self.peer.bytes_down - before
-            self.bytes_down += sent
-            self.sent[ref.digest] += max(sent, CHUNK)
-            self.peer.doing, self.peer.moving = "ordering", 0
+            self.sent[ref.digest] += max(self.bytes_down - before, CHUNK)
+            self.progress.rest("ordering")
         self._log(f"{ref.kind} sent", ref.bytes - offset, began)
         return True
 
@@ -215,7 +215,7 @@ class Push(Exchange):
             signed = Signed.parse(body)
             if status == 200:
                 return signed, open_reply(signed, self.order, self.signed.digest)
-            self.peer.batches_done = unseal(signed, Status, self.order.hotkey).batches_done
+            self.progress.batches_done = unseal(signed, Status, self.order.hotkey).batches_done
             await asyncio.sleep(0.05)  # it is still working; one that does not wait shall not keep us busy
 
     async def _bring(self, download: Download, size: int) -> None:
@@ -228,13 +228,13 @@ class Push(Exchange):
 
         def take(chunk: bytes) -> None:
             download.write(chunk)
-            self.peer.moved = download.held
+            self.progress.moved = download.held
 
         try:
             async with self.peer.open("GET", target) as response:
                 if response.content_length != left:
                     raise ProtocolError(f"payload: {response.content_length} bytes, {left} of those signed are left")
-                self.peer.doing, self.peer.moving = "fetching", size
+                self.progress.move("fetching", size, before)
                 await pump(response.content, take, self.limits)
         except TimeoutError:
             raise Lost(f"{self.peer.endpoint}: fewer than {self.limits.min_rate:g} bytes a second") from None
@@ -243,7 +243,7 @@ class Push(Exchange):
         finally:
             self.bytes_up += download.held - before
             self.peer.bytes_up += download.held - before
-            self.peer.doing, self.peer.moving = "working", 0
+            self.progress.rest("working")
         if download.held != size:
             raise Lost(f"{self.peer.endpoint}: the payload broke off")
         self._log("payload fetched", download.held - before, began)
@@ -252,10 +252,15 @@ class Push(Exchange):
 
     async def _call(self, method: str, target: str, *, body: bytes = b"", blob: Buffer | None = None) -> None:
         """A request that is answered with the miner's status."""
-        _, text = await self.peer.call(method, target, "status", body=body, blob=blob)
+        _, text = await self.peer.call(method, target, "status", body=body, blob=blob, passed=self._passed)
         self.bytes_down += len(body)
         self.bytes_up += len(text)
         unseal(Signed.parse(text), Status, self.order.hotkey)
+
+    def _passed(self, size: int) -> None:
+        """So many more bytes of a blob have left."""
+        self.bytes_down += size
+        self.progress.moved += size
 
     async def _persist(self, step: Callable[[], Awaitable[T]]) -> T:
         """Repeats a step until the miner has been away for `away_s`, or came and moved nothing in that time.

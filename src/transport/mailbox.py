@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -36,6 +37,15 @@ KEPT = 8  # orders that are over, whose replies are still noted and whose payloa
 Pump = Callable[[Callable[[bytes], object]], Awaitable[None]]  # the request's body, to a writer
 
 
+@dataclass
+class Letter:
+    """An order, a stop or a receipt that waits for the miner."""
+
+    signed: Signed
+    given: bool = False  # by this mailbox; what the miner has from one before a restart was not
+    taken: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class Mailbox(Contact):
     """Of one hotkey. `session` names the process that empties it; another takes its place only when that is gone."""
 
@@ -45,7 +55,7 @@ class Mailbox(Contact):
         self.session = ""
         self.exchanges: dict[Digest, Pull] = {}
         self._limits = limits
-        self._letters: dict[Digest, tuple[Signed, asyncio.Event]] = {}
+        self._letters: dict[Digest, Letter] = {}
         self._news = asyncio.Event()  # a letter, for who polls
         self._polls = 0
         self._over: dict[Digest, Order] = {}  # the last orders that brought nothing
@@ -87,21 +97,21 @@ class Mailbox(Contact):
     # --- letters ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def letter(self, signed: Signed) -> Iterator[asyncio.Event]:
-        """Waits here for the miner, until it was taken, which sets the event, or the caller gives up."""
-        taken = asyncio.Event()
-        self._letters[signed.digest] = (signed, taken)
+    def waiting(self, letter: Letter) -> Iterator[None]:
+        """It is here for the miner, until it was taken, which sets its event, or the caller gives up."""
+        self._letters[letter.signed.digest] = letter
         self._news.set()
         try:
-            yield taken
+            yield
         finally:
-            if (there := self._letters.get(signed.digest)) and there[1] is taken:
-                del self._letters[signed.digest]
+            if self._letters.get(letter.signed.digest) is letter:
+                del self._letters[letter.signed.digest]
 
     async def next(self, taken: Digest, wait_s: float) -> Signed | None:
         """The first letter but `taken`, which the miner has. None where none comes within `wait_s`, or a newer poll."""
-        if taken in self._letters:
-            self._letters.pop(taken)[1].set()
+        if (letter := self._letters.get(taken)) is not None and letter.given:
+            del self._letters[taken]
+            letter.taken.set()
         self._polls += 1
         poll = self._polls
         self._news.set()
@@ -111,7 +121,9 @@ class Mailbox(Contact):
                     if poll != self._polls:
                         return None
                     if self._letters:
-                        return next(iter(self._letters.values()))[0]
+                        letter = next(iter(self._letters.values()))
+                        letter.given = True
+                        return letter.signed
                     self._news.clear()
                     await self._news.wait()
         except TimeoutError:
@@ -120,11 +132,13 @@ class Mailbox(Contact):
     async def tell(self, signed: Signed) -> bool:
         if not self.reachable:
             return False
-        with self.letter(signed) as taken:
-            try:
-                await asyncio.wait_for(taken.wait(), self._limits.message_s)
-            except TimeoutError:
-                return False
+        letter = Letter(signed)
+        try:
+            with self.waiting(letter):
+                async with asyncio.timeout(self._limits.message_s):
+                    await letter.taken.wait()
+        except TimeoutError:
+            return False
         return True
 
     # --- replies ------------------------------------------------------------------------------------------------------
@@ -214,7 +228,7 @@ class Pull(Exchange):
         while True:
             self._forget()
             try:
-                with self.peer.letter(self.signed):
+                with self.peer.waiting(Letter(self.signed)):
                     self.bytes_down += len(self.signed.body)
                     await self._until(lambda: self._taken or None)
                 return
@@ -227,7 +241,7 @@ class Pull(Exchange):
 
     async def _bring(self, download: Download, size: int) -> None:
         began, before = time.monotonic(), download.held
-        self.peer.doing, self.peer.moving, self.peer.moved = "fetching", size, before
+        self.progress.move("fetching", size, before)
         self._download = download
         self._ready.set()
         try:
@@ -236,7 +250,7 @@ class Pull(Exchange):
             self._download = None
             self._ready.clear()
             await self._uploads.end(self.signed.digest)  # its thread writes to the file that is about to be closed
-            self.peer.doing, self.peer.moving = "working", 0
+            self.progress.rest("working")
         self._log("payload brought", download.held - before, began)
 
     async def _until(self, brought: Callable[[], T | None]) -> T:
@@ -253,7 +267,8 @@ class Pull(Exchange):
             if left_s <= 0:
                 raise Faulted(Fault.SILENT, f"did not ask for {self.limits.away_s:g} s")
             try:
-                await asyncio.wait_for(self.news.wait(), left_s + 0.01)
+                async with asyncio.timeout(left_s + 0.01):
+                    await self.news.wait()
             except TimeoutError:
                 continue
 
@@ -261,7 +276,7 @@ class Pull(Exchange):
 
     def take_status(self, status: Status) -> None:
         """It has the order, and works on it."""
-        self.peer.batches_done = status.batches_done
+        self.progress.batches_done = status.batches_done
         self._taken = True
         self.news.set()
 
@@ -292,11 +307,11 @@ class Pull(Exchange):
             self._fail(fault)
             raise Refused(400, fault.reason, fault.fault) from None
         self.sent[digest] += CHUNK
-        self.peer.doing, self.peer.moving, self.peer.moved = "sending", len(rest) + offset, offset
+        self.progress.move("sending", len(rest) + offset, offset)
         try:
             yield rest
         finally:
-            self.peer.doing, self.peer.moving = "ordering", 0
+            self.progress.rest("ordering")
 
     def _refs(self) -> list[BlobRef]:
         data = self.order.data
@@ -307,7 +322,7 @@ class Pull(Exchange):
         self.bytes_down += size
         self.sent[digest] += size
         self.peer.bytes_down += size
-        self.peer.moved += size
+        self.progress.moved += size
 
     async def take_payload(self, digest: Digest, size: int, offset: int, pump: Pump) -> None:
         """The payload's bytes from `offset` on. Raises Refused: 409 with what is held where that is another part."""
@@ -315,7 +330,8 @@ class Pull(Exchange):
             raise Refused(409, "not the payload of the reply that is here", Fault.MALFORMED)
         async with self._uploads.take_over(self.signed.digest):
             try:
-                await asyncio.wait_for(self._ready.wait(), self.limits.message_s / 2)
+                async with asyncio.timeout(self.limits.message_s / 2):
+                    await self._ready.wait()
             except TimeoutError:
                 raise Refused(503, "not ready yet") from None
             download = self._download
@@ -339,7 +355,7 @@ class Pull(Exchange):
         download.write(chunk)
         self.bytes_up += len(chunk)
         self.peer.bytes_up += len(chunk)
-        self.peer.moved = download.held
+        self.progress.moved = download.held
 
     def _fail(self, failure: Exception) -> None:
         self._failure = failure

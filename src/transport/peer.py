@@ -8,7 +8,7 @@ import random
 import re
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -155,15 +155,23 @@ class Peer(Contact):
         return answer
 
     async def call(
-        self, method: str, target: str, answer: str, *, body: bytes = b"", blob: Buffer | None = None, wait_s: float = 0
+        self,
+        method: str,
+        target: str,
+        answer: str,
+        *,
+        body: bytes = b"",
+        blob: Buffer | None = None,
+        wait_s: float = 0,
+        passed: Callable[[int], object] = lambda size: None,
     ) -> tuple[int, bytes]:
         """A signed request with a message's body, or with a blob streamed from its buffer: (200 or 202, the answer).
 
-        `answer` is its kind, and bounds its length; the peer may keep us waiting for `wait_s`. Raises Lost, Refused,
-        ProtocolError.
+        `answer` is its kind, and bounds its length; the peer may keep us waiting for `wait_s`. `passed` counts the
+        blob's bytes. Raises Lost, Refused, ProtocolError.
         """
         began = time.monotonic()
-        async with self.open(method, target, body=body, blob=blob, wait_s=wait_s) as response:
+        async with self.open(method, target, body=body, blob=blob, wait_s=wait_s, passed=passed) as response:
             text = await self._whole(response, self._limits.body(answer))
         if blob is None and not wait_s:
             self.latency_s = time.monotonic() - began
@@ -171,13 +179,20 @@ class Peer(Contact):
 
     @asynccontextmanager
     async def open(
-        self, method: str, target: str, *, body: bytes = b"", blob: Buffer | None = None, wait_s: float = 0
+        self,
+        method: str,
+        target: str,
+        *,
+        body: bytes = b"",
+        blob: Buffer | None = None,
+        wait_s: float = 0,
+        passed: Callable[[int], object] = lambda size: None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The same, with the answer still to be read. A wrong clock is corrected, once a request."""
         for last in (False, True):
             data = body if blob is None else memoryview(blob).cast("B")
             headers = self._sign(method, target, body)
-            response = await self._send(method, target, headers, data, self._limits.message_s + wait_s)
+            response = await self._send(method, target, headers, data, self._limits.message_s + wait_s, passed)
             try:
                 if response.status in (200, 202):
                     yield response
@@ -195,7 +210,13 @@ class Peer(Contact):
         return sign_request(self._keypair, method, target, self.hotkey, body, self._clock_offset_ns)
 
     async def _send(
-        self, method: str, target: str, headers: dict[str, str], data: bytes | memoryview, answer_s: float
+        self,
+        method: str,
+        target: str,
+        headers: dict[str, str],
+        data: bytes | memoryview,
+        answer_s: float,
+        passed: Callable[[int], object] = lambda size: None,
     ) -> aiohttp.ClientResponse:
         """Up to the answer's head, for which the peer has `answer_s` from the last byte on. Raises Lost."""
         if data or isinstance(data, memoryview):
@@ -209,7 +230,7 @@ class Peer(Contact):
                 return await self._session.request(
                     method,
                     URL(self._base + target, encoded=True),  # the very bytes that are signed
-                    data=self._pieces(data, pace, answer_s) if isinstance(data, memoryview) else data or None,
+                    data=self._pieces(data, pace, answer_s, passed) if isinstance(data, memoryview) else data or None,
                     headers=headers,
                     allow_redirects=False,
                     expect100=isinstance(data, memoryview),  # a refusal comes before the first byte has left
@@ -220,13 +241,15 @@ class Peer(Contact):
         except (aiohttp.ClientError, OSError) as error:
             raise self._lost(error) from error
 
-    async def _pieces(self, data: memoryview, pace: Pace, answer_s: float) -> AsyncIterator[memoryview]:
+    async def _pieces(
+        self, data: memoryview, pace: Pace, answer_s: float, passed: Callable[[int], object]
+    ) -> AsyncIterator[memoryview]:
         pace.restart()
         for start in range(0, len(data), CHUNK):
             piece = data[start : start + CHUNK]
             yield piece
             self.bytes_down += len(piece)
-            self.moved += len(piece)
+            passed(len(piece))
             pace.passed(len(piece))
         pace.restart(answer_s)
 
