@@ -5,6 +5,7 @@ A mistake ends with exit code 2 and one line that names flag, value and fix; eve
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -202,6 +203,7 @@ def settle_memory() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # what is never freed some libraries report as leaked
     gc.set_threshold(10_000, 20, 20)
 
 

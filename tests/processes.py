@@ -161,6 +161,7 @@ def tiny_flags(folder: Path) -> list[str]:
         *("--gpt2.validation", str(task.validation), "--device", "cpu", "--threads", "1"),
         *("--wallet.name", "validator", "--wallet.path", str(folder / "wallets")),
         *("--cache", str(folder / "cache"), "--runs", str(folder / "runs"), "--run", RUN, "--limits.away-s", "3"),
+        *("--connect-timeout", str(PATIENCE_S)),
     ]
 
 
@@ -191,7 +192,7 @@ def run_program(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=5 * PATIENCE_S,  # whole runs, of hundreds of rounds
         check=False,
     )
 

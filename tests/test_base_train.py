@@ -73,6 +73,7 @@ def test_the_figures_of_a_run(whole: Path) -> None:
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_and_killed_ends_in_the_same_parameters(
     books: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -164,6 +165,7 @@ with ranks:
 """
 
 
+@pytest.mark.slow
 def test_the_gradient_of_two_ranks_is_that_of_one(tmp_path: Path) -> None:
     program = tmp_path / "combined.py"
     program.write_text(COMBINED)

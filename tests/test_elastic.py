@@ -153,6 +153,33 @@ def test_who_cannot_be_reached_is_told_why() -> None:
     assert not here  # a stranger's mistakes are not the validator's user's
 
 
+def test_what_answers_there_instead_is_not_told() -> None:
+    """Else whoever announces could look around in the validator's network."""
+
+    async def main() -> None:
+        said: list[str] = []
+        async with validator() as (_, at, _), served(Echo(M2), MALLORY) as port:
+            for there in (free_port(), port, at.port):
+                async with member(Echo(), at, f":{there}", said=said):
+                    await until(lambda: said)
+                assert f"not reached at 127.0.0.1:{there}: nothing there answers as this miner" in said.pop()
+                said.clear()
+
+    asyncio.run(main())
+
+
+def test_calls_to_those_that_announce_themselves_are_rationed() -> None:
+    async def main() -> None:
+        limits = replace(Limits(), strangers_per_s=20.0)
+        async with validator(limits=limits) as (_, at, _), caller(at) as peer:
+            endpoint, began = f"127.0.0.1:{free_port()}", time.monotonic()
+            for _ in range(20):
+                await announce(peer, endpoint)
+            assert time.monotonic() - began > 0.75  # the first four do not wait
+
+    asyncio.run(main())
+
+
 def test_who_does_another_task_is_told() -> None:
     async def main() -> list[str]:
         said: list[str] = []

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from limits import Limits
 from protocol import Announce, Digest, Fault, Order, Reply, Signed, new_nonce
-from tests.echo import MALLORY, MINER, STATE, Echo, caller, make_order
+from tests.echo import MALLORY, MINER, STATE, VALIDATOR, Echo, caller, make_order
 from tests.test_pull import begun, there, validator
 from transport.auth import seal
+from transport.mailbox import Mailbox
 from transport.peer import Peer
+from transport.puller import NOTHING
 from values import Faulted, Received, Refused
 
 
@@ -30,19 +33,24 @@ class Forger:
         body = seal(MINER, announce).model_dump_json().encode()
         await self.peer.call("POST", f"/v1/announce?session={self.session}", "refusal", body=body)
 
-    async def next(self) -> Signed:
+    async def next(self, taken: Digest = NOTHING) -> Signed:
         while True:
-            target = f"/v1/next?session={self.session}&taken={'0' * 64}&wait=1"
+            target = f"/v1/next?session={self.session}&taken={taken}&wait=1"
             status, text = await self.peer.call("GET", target, "order", wait_s=1)
             if status == 200:
                 return Signed.parse(text)
 
     async def post(self, what: str, order: Digest, message: Signed) -> None:
         body = message.model_dump_json().encode()
-        await self.peer.call("POST", f"/v1/{what}?order={order}", "refusal", body=body)
+        await self.peer.call("POST", f"/v1/{what}?session={self.session}&order={order}", "refusal", body=body)
+
+    async def get(self, order: Digest, digest: Digest) -> None:
+        target = f"/v1/blob?session={self.session}&order={order}&digest={digest}&offset=0"
+        await self.peer.call("GET", target, "refusal")
 
     async def put(self, order: Digest, digest: Digest, size: int, data: bytes, offset: int = 0) -> None:
-        target = f"/v1/payload?order={order}&digest={digest}&bytes={size}&offset={offset}"
+        query = f"session={self.session}&order={order}&digest={digest}&bytes={size}&offset={offset}"
+        target = f"/v1/payload?{query}"
         await self.peer.call("PUT", target, "refusal", blob=data)
 
 
@@ -133,15 +141,72 @@ def test_a_payload_of_another_digest(tmp_path: Path, payload: bytes) -> None:
 def test_what_is_not_of_the_order_is_not_given(tmp_path: Path) -> None:
     async def main() -> Faulted:
         async with forger(tmp_path) as (miner, _, signed, exchange):
-            target = f"/v1/blob?order={signed.digest}&digest={'0' * 64}&offset=0"
             with pytest.raises(Refused) as refused:
-                await miner.peer.call("GET", target, "refusal")
+                await miner.get(signed.digest, NOTHING)
             assert refused.value.status == 400
             with pytest.raises(Faulted) as caught:
                 await exchange
             return caught.value
 
     assert asyncio.run(main()).fault is Fault.MALFORMED
+
+
+def test_another_process_of_this_hotkey_answers_for_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with forger(tmp_path) as (miner, order, signed, exchange):
+            twin, digest, reply = Forger(miner.peer), signed.digest, answer(order, signed.digest)
+            for call in (
+                twin.next(),
+                twin.get(digest, order.update.blob.digest),
+                twin.post("working", digest, seal(MINER, Echo().status())),
+                twin.post("refusal", digest, seal(MINER, reply)),
+                twin.post("reply", digest, seal(MINER, reply)),
+                twin.put(digest, reply.payload_digest, len(STATE), STATE),
+            ):
+                with pytest.raises(Refused, match="another process is at work") as refused:
+                    await call
+                assert refused.value.status == 409
+            await miner.post("reply", digest, seal(MINER, reply))
+            await miner.put(digest, reply.payload_digest, len(STATE), STATE)
+            await exchange
+
+    asyncio.run(main())
+
+
+def test_an_order_that_it_has_from_before_a_restart_is_handed_out_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with validator() as (network, at), caller(at) as peer:
+            await (miner := Forger(peer)).announce()
+            order = make_order(deadline_s=120)
+            digest, exchange = network.seal(order).digest, begun(network, order, tmp_path / "p")
+            async with asyncio.timeout(60):
+                assert (await miner.next(taken=digest)).digest == digest
+            reply = answer(order, digest)
+            await miner.post("reply", digest, seal(MINER, reply))
+            await miner.put(digest, reply.payload_digest, len(STATE), STATE)
+            await exchange
+
+    asyncio.run(main())
+
+
+def test_who_is_told_to_stop_while_a_letter_is_taken_stops() -> None:
+    async def main() -> None:
+        signed = seal(VALIDATOR, make_order())
+        for steps in range(8):
+            mailbox = Mailbox(MINER.ss58_address, Limits())
+            with mailbox.heard():
+                telling = asyncio.create_task(mailbox.tell(signed))
+                assert await mailbox.next(NOTHING, 60) == signed
+                polling = asyncio.create_task(mailbox.next(signed.digest, 60))
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                ended, _ = telling.done(), telling.cancel()
+                await asyncio.wait({telling})
+                assert ended or telling.cancelled(), steps
+                polling.cancel()
+                await asyncio.wait({polling})
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(
@@ -151,10 +216,11 @@ def test_what_is_not_of_the_order_is_not_given(tmp_path: Path) -> None:
         ("GET", "/v1/next?session={other}&taken={zeros}&wait=1", 409),
         ("GET", "/v1/next?session={own}&taken={zeros}&wait=-1", 400),
         ("GET", "/v1/next?session={own}", 400),
-        ("GET", "/v1/blob?order={zeros}&digest={zeros}&offset=0", 404),
-        ("GET", "/v1/blob?order={order}&digest={zeros}&offset=99999999999999999", 400),
-        ("PUT", "/v1/payload?order={order}&digest={zeros}&bytes=1&offset=2", 416),
-        ("PUT", "/v1/payload?order={order}&digest={zeros}&bytes=0&offset=0", 409),
+        ("GET", "/v1/blob?session={own}&order={zeros}&digest={zeros}&offset=0", 404),
+        ("GET", "/v1/blob?session={own}&order={order}&digest={zeros}&offset=99999999999999999", 400),
+        ("GET", "/v1/blob?order={order}&digest={zeros}&offset=0", 400),
+        ("PUT", "/v1/payload?session={own}&order={order}&digest={zeros}&bytes=1&offset=2", 416),
+        ("PUT", "/v1/payload?session={own}&order={order}&digest={zeros}&bytes=0&offset=0", 409),
         ("POST", "/v1/next?session={own}&taken={zeros}&wait=1", 405),
         ("GET", "/v1/order", 404),
     ],

@@ -246,6 +246,7 @@ NEXT = ["a folder", "half of the weights", "the meta data"]
 AGAIN = ["some of the optimizer", "the meta data", "an old one aside"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stride", "moments"), [(1, NEXT), (0, AGAIN)], ids=["next", "again"])
 def test_killed_while_saving_the_last_whole_one_is_found(tmp_path: Path, stride: int, moments: list[str]) -> None:
     """`stride` 0 writes one step again and again."""

@@ -310,6 +310,7 @@ def test_no_token_sees_a_later_one() -> None:
     torch.testing.assert_close(model(idx)[:, :150], model(other)[:, :150], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_compiled_model_is_the_same(dtype: torch.dtype) -> None:
     """The graph breaks before the loss, and there alone; a second length and micro-batches are right as well."""

@@ -87,6 +87,7 @@ def assert_no_work_was_asked_for_twice(miners: list[Miner]) -> None:
         assert set(computed(miner).values()) == {2}
 
 
+@pytest.mark.slow
 def test_kill_and_resume(tmp_path: Path, miners: list[Miner]) -> None:
     kill_and_resume(tmp_path, miners, kills=3, rounds=80, seed=1)
     assert_no_work_was_asked_for_twice(miners)

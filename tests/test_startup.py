@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import cli
+from emulation.config import SimulateConfig
 from market.config import BaselineConfig, MinerConfig, ValidatorConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +22,7 @@ PROGRAMS = {
     "src/validator.py": ValidatorConfig,
     "src/miner.py": MinerConfig,
     "scripts/base_train.py": BaselineConfig,
+    "scripts/simulate.py": SimulateConfig,
 }
 HEAVY = {"torch", "transformers", "datasets", "wandb", "bittensor", "matplotlib", "pyarrow", "aiohttp"}
 

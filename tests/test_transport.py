@@ -213,11 +213,12 @@ def test_a_miner_that_went_away_is_silent_and_is_used_when_it_returns(tmp_path: 
     asyncio.run(main())
 
 
-def test_nobody_there_is_silent(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("away_s", "deadline_s"), [(0.2, 600.0), (600.0, 0.2)])
+def test_nobody_there_is_silent(away_s: float, deadline_s: float, tmp_path: Path) -> None:
     async def main() -> None:
-        async with dendrite(free_port()) as network:
+        async with dendrite(free_port(), away_s=away_s) as network:
             assert not await network.wait_for_peer(0.1)
-            assert (await fault(network, make_order(), tmp_path / "p")).fault is Fault.SILENT
+            assert (await fault(network, make_order(deadline_s=deadline_s), tmp_path / "p")).fault is Fault.SILENT
 
     asyncio.run(main())
 

@@ -7,13 +7,13 @@ may come and go at any time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 from limits import Limits
@@ -212,22 +212,23 @@ class Dendrite:
         `accepted` is called when the miner has taken the order. Raises Faulted.
         """
         self._raise_if_dead()
-        contact = None if self._closed else self.find(order.hotkey)
-        if contact is None:
-            raise Faulted(Fault.SILENT, "no endpoint has answered with this hotkey")
-        exchange = self._exchange(contact, order, signed, blobs, path, largest)
-        exchange.on_accepted = accepted or exchange.on_accepted
+        exchange: Exchange | None = None
         try:
             with self._call():
                 async with asyncio.timeout(order.deadline_s) as deadline:
-                    return await exchange.run()
+                    contact = await self._expect(order.hotkey)
+                    exchange = self._exchange(contact, order, signed, blobs, path, largest)
+                    exchange.on_accepted = accepted or exchange.on_accepted
+                    with contact.shows(exchange.progress):
+                        return await exchange.run()
         except TimeoutError:
             if not deadline.expired():
                 raise
-            if exchange.accepted:
+            if exchange is not None and exchange.accepted:
                 faulted = Faulted(Fault.LATE, f"no whole reply within {order.deadline_s:g} s")
             else:
-                contact.reachable = False
+                if exchange is not None:
+                    exchange.peer.reachable = False
                 faulted = Faulted(Fault.SILENT, f"did not take the order within {order.deadline_s:g} s")
         except ProtocolError as error:
             faulted = Faulted(error.fault, str(error))
@@ -238,6 +239,20 @@ class Dendrite:
             self._say(f"round {order.round}: the reply of {order.hotkey} is not taken: {faulted.reason}")
         logger.debug("round %d: %s: %s", order.round, order.hotkey, faulted)
         raise faulted
+
+    async def _expect(self, hotkey: Hotkey) -> Contact:
+        """Its contact. One that has not been here yet has `away_s` to come: after a restart of ours nobody has been.
+
+        Raises Faulted SILENT; at once for one that has gone for good.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.away_s):
+                while not self._closed and self._known(hotkey) is None:
+                    await self.wait_for_change()
+        contact = None if self._closed else self.find(hotkey)
+        if contact is None:
+            raise Faulted(Fault.SILENT, "no endpoint has answered with this hotkey")
+        return contact
 
     def _exchange(
         self, contact: Contact, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int | None
@@ -271,7 +286,7 @@ class Dendrite:
             return None
         return self.find(hotkey) or next((c for c in reversed(self._retired) if c.hotkey == hotkey), None)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _call(self) -> Iterator[None]:
         """Around all that waits for a miner, so that `close` can end it."""
         task = asyncio.current_task()

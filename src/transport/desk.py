@@ -3,14 +3,14 @@
     GET  /v1/hello, /v1/status           open to all
     POST /v1/announce?session=…          Announce: 200, or 202 with a Refusal that says why it is not reached yet
     GET  /v1/next?session=…&taken=…      long poll: an order, a stop or a receipt; `taken` is the last that came; or 202
-    GET  /v1/blob?order=…&digest=…       what an order needs, from an offset
+    GET  /v1/blob?session=…&order=…      what an order needs, by its digest, from an offset
     POST /v1/working, /v1/refusal        the miner's Status, or why it does not work on an order
     POST /v1/reply                       the signed Reply
-    PUT  /v1/payload?order=…&digest=…    its payload, from an offset; 409 says how much is held
+    PUT  /v1/payload?session=…&order=…   its payload, from an offset; 409 says how much is held
 
 Everything but hello and status is signed, by a hotkey that --admit lets in; but for the announcement, by one that has
-announced itself. `session` names the miner's process: of two under one hotkey the second is refused while the first is
-there.
+announced itself. `session`, in all of them, names the miner's process: of two under one hotkey the second is refused
+while the first is there, and the first once the second has taken its place.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ from transport.roster import Admission
 from transport.server import Server, check_length, hex_digits, query, whole
 from values import Refused
 
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
 MISSED = 3  # such intervals, after which one that is not there either is forgotten
+UNREACHED = "not reached at {}: nothing there answers as this miner; check --axon.external-ip, port, firewall and TLS"
 TWIN = "another process is at work under this hotkey; this one is used when that is gone"
 
 
@@ -232,8 +235,7 @@ class Desk(Server):
             address = _ip(host.strip("[]")) if host else sender
         except ValueError:
             raise Refused(400, "endpoint: give an IP address as --axon.external-ip", Fault.MALFORMED) from None
-        elsewhere = address.is_loopback and not sender.is_loopback
-        if elsewhere or address.is_link_local or address.is_multicast or address.is_unspecified:
+        if not may_call(address, sender):
             raise Refused(400, f"endpoint: {address} is no address to call", Fault.MALFORMED)
         if not 1 <= number <= 65535:
             raise Refused(400, f"endpoint: {number} is no port", Fault.MALFORMED)
@@ -245,6 +247,7 @@ class Desk(Server):
 
     async def _greet(self, peer: Peer) -> bool:
         assert self._network is not None
+        await self._door.turn()  # to announce, and be called, is cheap
         try:
             async with asyncio.timeout(self._limits.connect_s):
                 return await self._network.greet(peer)
@@ -256,28 +259,32 @@ class Desk(Server):
         contact = place.contact
         if not isinstance(contact, Peer) or contact.reachable or await self._greet(contact):
             return web.Response()
-        reason = f"not reached at {contact.endpoint}: {contact.complaint}"
-        return web.Response(status=202, text=Refusal(reason=reason[:1000]).text(), content_type="application/json")
+        return web.Response(
+            status=202, text=Refusal(reason=UNREACHED.format(contact.endpoint)).text(), content_type="application/json"
+        )
 
     # --- those who pull -----------------------------------------------------------------------------------------------
 
-    def _mailbox(self, caller: Hotkey) -> Mailbox:
+    def _mailbox(self, caller: Hotkey, session: str) -> Mailbox:
+        """Raises Refused: 404 for one that is not here, 409 for another process of one that is."""
+        hex_digits("session", session, 32)
         place = self._places.get(caller)
         if place is None or not isinstance(place.contact, Mailbox):
             raise Refused(404, "announce yourself first")
+        if place.contact.session != session:
+            raise Refused(409, TWIN)
         return place.contact
 
-    def _order_of(self, request: web.BaseRequest) -> Digest:
-        (order,) = query(request, "order")
-        return hex_digits("order", order)
+    def _about(self, request: web.BaseRequest, caller: Hotkey) -> tuple[Mailbox, Digest]:
+        """The caller's mailbox, and the order that it speaks of."""
+        session, order = query(request, "session", "order")
+        return self._mailbox(caller, session), hex_digits("order", order)
 
     async def _next(self, request: web.BaseRequest) -> web.StreamResponse:
         caller = self._caller(request, b"")
         session, taken, wait = query(request, "session", "taken", "wait")
-        hex_digits("session", session, 32), hex_digits("taken", taken)
-        mailbox = self._mailbox(caller)
-        if mailbox.session != session:
-            raise Refused(409, TWIN)
+        hex_digits("taken", taken)
+        mailbox = self._mailbox(caller, session)
         with mailbox.heard():
             letter = await mailbox.next(taken, min(whole("wait", wait), self._limits.poll_s))
         if letter is None:
@@ -286,8 +293,8 @@ class Desk(Server):
 
     async def _blob(self, request: web.BaseRequest) -> web.StreamResponse:
         caller = self._caller(request, b"")
-        order, digest, offset = query(request, "order", "digest", "offset")
-        mailbox = self._mailbox(caller)
+        session, order, digest, offset = query(request, "session", "order", "digest", "offset")
+        mailbox = self._mailbox(caller, session)
         exchange = mailbox.order(hex_digits("order", order))
         hex_digits("digest", digest)
         with mailbox.heard(), exchange.giving(digest, whole("offset", offset)) as rest:
@@ -296,7 +303,7 @@ class Desk(Server):
 
     async def _working(self, request: web.BaseRequest) -> web.StreamResponse:
         caller, body = await self._signed_body(request, Status.kind)
-        mailbox, order = self._mailbox(caller), self._order_of(request)
+        mailbox, order = self._about(request, caller)
         with mailbox.heard():
             status = unseal(Signed.parse(body), Status, caller)
             mailbox.order(order).take_status(status)
@@ -304,7 +311,7 @@ class Desk(Server):
 
     async def _refusal(self, request: web.BaseRequest) -> web.StreamResponse:
         caller, body = await self._signed_body(request, Refusal.kind)
-        mailbox, order = self._mailbox(caller), self._order_of(request)
+        mailbox, order = self._about(request, caller)
         with mailbox.heard():
             refusal = Refusal.parse(body)
             mailbox.order(order).take_refusal(refusal.reason, refusal.fault)
@@ -312,7 +319,7 @@ class Desk(Server):
 
     async def _reply(self, request: web.BaseRequest) -> web.StreamResponse:
         caller, body = await self._signed_body(request, "reply")
-        mailbox, order = self._mailbox(caller), self._order_of(request)
+        mailbox, order = self._about(request, caller)
         with mailbox.heard():
             try:
                 mailbox.take_reply(order, Signed.parse(body))
@@ -322,8 +329,8 @@ class Desk(Server):
 
     async def _payload(self, request: web.BaseRequest) -> web.StreamResponse:
         caller = self._caller(request, b"")
-        order, digest, size, offset = query(request, "order", "digest", "bytes", "offset")
-        mailbox = self._mailbox(caller)
+        session, order, digest, size, offset = query(request, "session", "order", "digest", "bytes", "offset")
+        mailbox = self._mailbox(caller, session)
         length, start = whole("bytes", size), whole("offset", offset)
         if start > length:
             raise Refused(416, f"offset {start} of {length} bytes", Fault.MALFORMED)
@@ -343,7 +350,16 @@ def _name(endpoint: Endpoint | None) -> str:
     return PULLS if endpoint is None else str(endpoint)
 
 
-def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+def may_call(address: Address, sender: Address) -> bool:
+    """Whether a validator calls what `sender` announces; none of its own networks, for one from outside of them."""
+    if address.is_link_local or address.is_multicast or address.is_unspecified:
+        return False
+    if address.is_loopback:
+        return sender.is_loopback
+    return address.is_global or not sender.is_global
+
+
+def _ip(text: str) -> Address:
     """Raises ValueError. A socket for both families says ::ffff:127.0.0.1."""
     address = ipaddress.ip_address(text)
     return getattr(address, "ipv4_mapped", None) or address

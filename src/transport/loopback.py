@@ -270,6 +270,8 @@ class Loopback:
             if not missing:
                 return bytes_down
             for ref in missing:
+                if ref.kind == "state" and ref.digest not in blobs and ref.digest in signed.body:
+                    raise Faulted(Fault.UNVERIFIED, "the validator was restarted and no longer has that version")
                 if ref.digest in sent or ref.digest not in blobs:
                     raise Faulted(Fault.MALFORMED, f"asks for a {ref.kind} that is not of this order, or asks again")
                 sent.add(ref.digest)

@@ -221,7 +221,8 @@ class Peer(Contact):
         """Up to the answer's head, for which the peer has `answer_s` from the last byte on. Raises Lost."""
         if data or isinstance(data, memoryview):
             headers = {**headers, "Content-Length": str(len(data)), "Content-Type": "application/octet-stream"}
-        if len(data) <= SMALL:
+        if isinstance(data, memoryview) and len(data) <= SMALL:
+            passed(len(data))
             data = bytes(data)  # is there before a 100 Continue would be
         try:
             async with Pace(self._limits) as pace:

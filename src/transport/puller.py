@@ -67,6 +67,7 @@ class Puller:
         self._service, self._keypair, self._validator, self._announcer = service, keypair, validator, announcer
         self._limits, self._say = limits, say
         self._hotkey = validator.hotkey or ""
+        self._process = f"session={announcer.session}"  # of every request
         self._orders: dict[Digest, asyncio.Task[None]] = {}
         self._complaint = ""
 
@@ -89,7 +90,7 @@ class Puller:
         taken, attempt, wait_s = NOTHING, 0, self._limits.poll_s
         while True:
             await self._announcer.welcome.wait()
-            target = f"/v1/next?session={self._announcer.session}&taken={taken}&wait={max(1, round(wait_s))}"
+            target = f"/v1/next?{self._process}&taken={taken}&wait={max(1, round(wait_s))}"
             try:
                 status, text = await self._validator.call("GET", target, Order.kind, wait_s=wait_s)
                 attempt = 0
@@ -99,6 +100,7 @@ class Puller:
                 await asyncio.sleep(pause(attempt))
                 attempt += 1
             except Refused as refused:
+                taken = NOTHING  # it does not know us: nothing of what we have is from it
                 logger.debug("nothing to fetch: %s", refused.reason)
                 self._announcer.again()
                 await asyncio.sleep(pause(attempt))
@@ -148,9 +150,9 @@ class Puller:
                 payload = self._service.payload(self._hotkey, digest)
             except Refused as refused:
                 reason = Refusal(reason=one_line(refused.reason), fault=refused.fault)
-                await self._post(f"/v1/refusal?order={digest}", reason.text().encode())
+                await self._post(f"/v1/refusal?{self._process}&order={digest}", reason.text().encode())
                 return
-            await self._post(f"/v1/reply?order={digest}", self._sealed(reply))
+            await self._post(f"/v1/reply?{self._process}&order={digest}", self._sealed(reply))
             await self._bring(digest, reply, payload)
             self._service.delivered(self._hotkey, digest)
         except _Over as over:
@@ -165,7 +167,7 @@ class Puller:
             try:
                 while True:
                     status = self._service.status()
-                    await self._post(f"/v1/working?order={digest}", self._sealed(status), over=False)
+                    await self._post(f"/v1/working?{self._process}&order={digest}", self._sealed(status), over=False)
                     reply = await self._service.reply(self._hotkey, digest, self._limits.poll_s)
                     if reply is not None:
                         return reply
@@ -208,7 +210,7 @@ class Puller:
         if offset == ref.bytes:  # the connection broke behind the last byte
             await to_the_end(writer.commit)
             return
-        target = f"/v1/blob?order={order}&digest={ref.digest}&offset={offset}"
+        target = f"/v1/blob?{self._process}&order={order}&digest={ref.digest}&offset={offset}"
         try:
             async with self._validator.open("GET", target) as response:
                 if response.content_length != ref.bytes - offset:
@@ -235,7 +237,7 @@ class Puller:
         data, offset, attempt = memoryview(payload).cast("B"), 0, 0
         size, name = reply.payload_bytes, reply.payload_digest
         while True:
-            target = f"/v1/payload?order={order}&digest={name}&bytes={size}&offset={offset}"
+            target = f"/v1/payload?{self._process}&order={order}&digest={name}&bytes={size}&offset={offset}"
             try:
                 await self._validator.call("PUT", target, Refusal.kind, blob=data[offset:])
                 return

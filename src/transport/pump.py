@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
@@ -98,22 +98,27 @@ async def pump(content: aiohttp.StreamReader, write: Callable[[bytes], object], 
                 pending.append(loop.run_in_executor(thread, take, batch))
             else:
                 take(batch)
-            outcomes = await asyncio.gather(*pending, return_exceptions=True)
-    for outcome in outcomes:
-        if outcome is not None:
-            raise outcome
+            await _ended(pending)
+    for future in pending:
+        future.result()
 
 
-async def to_the_end(function: Callable[[], object]) -> None:
+async def to_the_end(function: Callable[[], None]) -> None:
     """Runs it in a thread, and waits for it also where the waiting is cancelled, which then shows afterwards."""
     running = asyncio.ensure_future(asyncio.to_thread(function))
+    await _ended([running])
+    running.result()
+
+
+async def _ended(jobs: Collection[asyncio.Future[None]]) -> None:
+    """Of threads; a cancellation shows only when all are, and the loop goes on meanwhile."""
     cancelled: asyncio.CancelledError | None = None
-    while not running.done():
+    while running := [job for job in jobs if not job.done()]:
         try:
-            await asyncio.wait({running})
+            await asyncio.wait(running)
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:
-        running.exception()
+        for job in jobs:
+            job.exception()
         raise cancelled
-    running.result()

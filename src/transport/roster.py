@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from protocol import Hotkey, one_line
@@ -52,9 +53,13 @@ class Lines:
 class Roster:
     """What a file lists, one to a line; a bad line is complained about, once, and the others are used."""
 
-    def __init__(self, lines: Lines, say: Callable[[str], None]) -> None:
-        self._lines, self._say = lines, say
+    def __init__(self, lines: Lines, say: Callable[[str], None], check: Callable[[str], object]) -> None:
+        """`check` raises ValueError for a bad line."""
+        self._lines, self._say, self._check = lines, say, check
         self._complained: set[str] = set()
+
+    def changed(self) -> bool:
+        return self._lines.changed()
 
     def entries(self) -> list[str]:
         """Raises OSError."""
@@ -71,31 +76,25 @@ class Roster:
         self._complained = bad
         return good
 
-    def _check(self, line: str) -> None:
-        raise NotImplementedError
 
-
-class Axons(Roster):
+class Axons:
     """--axons-file: follows the file in what a network's endpoints are."""
 
     def __init__(self, path: Path, tls: bool, say: Callable[[str], None]) -> None:
         """Raises ValueError where there is no such file."""
-        super().__init__(Lines("--axons-file", path, "a miner"), say)
-        self._tls = tls
+        self._parse = partial(parse_endpoint, tls=tls)
+        self._roster = Roster(Lines("--axons-file", path, "a miner"), say, self._parse)
         self.endpoints: tuple[Endpoint, ...] = ()
         self._look()
 
-    def _check(self, line: str) -> None:
-        parse_endpoint(line, self._tls)
-
     def _look(self) -> None:
-        self.endpoints = tuple(dict.fromkeys(parse_endpoint(line, self._tls) for line in self.entries()))
+        self.endpoints = tuple(dict.fromkeys(self._parse(line) for line in self._roster.entries()))
 
     async def follow(self, network: Dendrite, others: tuple[Endpoint, ...], look_s: float = LOOK_S) -> None:
         """For ever. `others` are in the network anyway."""
         while True:
             await asyncio.sleep(look_s)
-            if not self._lines.changed():
+            if not self._roster.changed():
                 continue
             before = set(self.endpoints)
             try:
@@ -109,28 +108,26 @@ class Axons(Roster):
                     network.add(endpoint)
 
 
-class Admission(Roster):
+class Admission:
     """--admit: who may announce itself and pull. Its file is looked at when somebody calls."""
 
     def __init__(self, admit: str, say: Callable[[str], None], clock: Callable[[], float]) -> None:
         """Raises ValueError where there is no such file."""
-        self.everyone = admit == EVERYONE
+        self._roster: Roster | None = None  # of everyone
         self._clock, self._looked, self._hotkeys = clock, clock(), frozenset[str]()
-        if not self.everyone:
-            super().__init__(Lines("--admit", Path(admit), "an ss58 address"), say)
-            self._hotkeys = frozenset(self.entries())
-
-    def _check(self, line: str) -> None:
-        if not is_bittensor_address(line):
-            raise ValueError(f"{line!r} is no ss58 address")
+        if admit != EVERYONE:
+            self._roster = Roster(Lines("--admit", Path(admit), "an ss58 address"), say, _check_address)
+            self._hotkeys = frozenset(self._roster.entries())
 
     def admits(self, hotkey: Hotkey) -> bool:
-        if not self.everyone and self._clock() - self._looked >= LOOK_S:
+        if self._roster is None:
+            return True
+        if self._clock() - self._looked >= LOOK_S:
             self._looked = self._clock()
-            if self._lines.changed():
+            if self._roster.changed():
                 with contextlib.suppress(OSError):  # gone again since
-                    self._hotkeys = frozenset(self.entries())
-        return self.everyone or hotkey in self._hotkeys
+                    self._hotkeys = frozenset(self._roster.entries())
+        return hotkey in self._hotkeys
 
     def check(self, caller: Hotkey) -> None:
         """Raises Refused 403 for one that may not call."""
@@ -139,3 +136,8 @@ class Admission(Roster):
 
     def admit(self, caller: Hotkey) -> None:
         self.check(caller)
+
+
+def _check_address(line: str) -> None:
+    if not is_bittensor_address(line):
+        raise ValueError(f"{line!r} is no ss58 address")
