@@ -422,7 +422,9 @@ def test_a_run_of_miners_that_nobody_listed(tmp_path: Path) -> None:
         process.interrupt()
         assert process.wait() == 130, process.said()
         assert "Traceback" not in process.said()
-    assert {r.verdict for r in receipts(tmp_path / "runs" / RUN)} == {"ACCEPTED"}
+    verdicts = {r.verdict for r in receipts(tmp_path / "runs" / RUN)}
+    assert "ACCEPTED" in verdicts
+    assert verdicts <= {"ACCEPTED", "SILENT", "LATE"}  # an order may cross with the leaving, or with Ctrl-C
 
 
 @pytest.mark.slow
