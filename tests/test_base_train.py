@@ -282,6 +282,7 @@ def test_the_length_by_the_ratio_of_tokens_to_parameters(books: Path, tmp_path: 
     assert len(rows(log)) == round(0.1 * parameters / 256)
 
 
+@pytest.mark.slow
 def test_the_short_form(books: Path, tmp_path: Path) -> None:
     short = ["--num-steps", "2", "--batch-size", "2", "--max-length", "32", "--run", "first", "--wandb.mode", "offline"]
     more = ["--depth", "2", "--head-dim", "16", "--aspect-ratio", "16", "--tokenizer", "byte", "--text", str(books)]

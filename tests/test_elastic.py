@@ -391,6 +391,7 @@ def test_no_more_than_so_many_may_be_here(tmp_path: Path) -> None:
 # --- the programs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_of_miners_that_nobody_listed(tmp_path: Path) -> None:
     """One announces itself, one pulls; told to end, they hand over what they have, and the run goes on without them."""
     port = free_port()
