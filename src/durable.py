@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -31,6 +32,9 @@ def make_folder(folder: Path) -> Path:
         folder.mkdir(exist_ok=True)
         sync_file(folder.parent)
     return folder
+
+
+NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full, or as full as this process may make it
 
 
 @contextmanager

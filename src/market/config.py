@@ -129,7 +129,7 @@ class RoundConfig(TrainingConfig):
         for flag in ("batches", "round_seconds", "deadline_k", "grace"):
             value, least = getattr(self, flag), int(flag == "batches")
             if not least <= value <= MOST:
-                raise ValueError(f"--{flag.replace('_', '-')} {value}: must be {least} or more, and {MOST:g} at most")
+                raise ValueError(f"--{flag.replace('_', '-')} {value}: must be {least} or more, and {MOST:,} at most")
         if not 0 < self.quorum <= 1:
             raise ValueError(f"--quorum {self.quorum:g}: a share of the miners, more than 0 and at most 1")
         if isinstance(self.deadline, float) and not max(0.1, self.round_seconds) <= self.deadline <= MOST:

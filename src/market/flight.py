@@ -89,6 +89,7 @@ class Flight:
     async def close(self) -> None:
         """Cancels what is under way."""
         tasks: list[asyncio.Task[Any]] = [t for opened in self.rounds for t in opened.exchanges.values()]
+        tasks += [opened.sealing for opened in self.rounds if opened.sealing]
         tasks += [self._watching] if self._watching else []
         for task in tasks:
             task.cancel()
@@ -144,6 +145,7 @@ class Flight:
                 received = await self.network.exchange(order, signed, opened.blobs, path, self.largest, accepted)
                 received = replace(received, seconds=self.network.now() - sent)
                 if received.seconds > order.deadline_s:
+                    self.store.discard(opened.round, hotkey)
                     raise Faulted(Fault.LATE, f"no whole reply within {order.deadline_s:g} s")
                 if opened.pending == 1 and opened.last is None and opened is self.rounds[0]:
                     opened.last = received

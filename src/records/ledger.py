@@ -91,10 +91,6 @@ INSERT INTO late (round, hotkey, done, seconds, reply, receipt) VALUES (?, ?, ?,
 _UNSETTLED = """
 SELECT hotkey FROM orders WHERE round = ?1 EXCEPT SELECT hotkey FROM receipts WHERE round = ?1 LIMIT 1
 """
-# What a killed validator noted as late, and its restart took in time after all.
-_NOT_LATE = """
-DELETE FROM late WHERE round = ?1 AND hotkey IN (SELECT hotkey FROM receipts WHERE round = ?1 AND fault IS NULL)
-"""
 
 
 class Ledger:
@@ -192,7 +188,6 @@ class Ledger:
             )
             if unsettled := db.execute(_UNSETTLED, (record.round,)).fetchone():
                 raise RuntimeError(f"round {record.round}: the order of {unsettled[0]} has no receipt")
-            db.execute(_NOT_LATE, (record.round,))
 
     def head(self) -> RoundRecord | None:
         """The last committed round."""
@@ -232,7 +227,8 @@ class Ledger:
     def note_late(self, round: int, reply: Signed, receipt: Signed) -> None:
         """Keep a reply that came after its round was closed, and the receipt that tells its miner so; the first stays.
 
-        Raises RuntimeError where that miner's work of the round was accepted, or the two do not belong together.
+        Raises RuntimeError where the round is not committed yet, where that miner's work in it was accepted, or where
+        the two do not belong together.
         """
         what, verdict = Reply.parse(reply.body), Receipt.parse(receipt.body)
         key = (round, what.hotkey)
@@ -240,6 +236,8 @@ class Ledger:
             raise RuntimeError(f"round {round}: {what.hotkey}'s reply and a receipt {verdict.verdict} do not fit")
         row = (*key, json.dumps(what.done), verdict.seconds, reply.model_dump_json(), receipt.model_dump_json())
         with self._transaction() as db:
+            if round >= _next(db):
+                raise RuntimeError(f"round {round} is not committed, so nothing is late yet")
             if db.execute("SELECT 1 FROM receipts WHERE (round, hotkey) = (?, ?) AND fault IS NULL", key).fetchone():
                 raise RuntimeError(f"round {round}: the work of {what.hotkey} was accepted, it is not late")
             db.execute(_INSERT_LATE, row)

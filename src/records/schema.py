@@ -63,7 +63,7 @@ CREATE TABLE IF NOT EXISTS late (  -- work that came after its round was closed:
     receipt TEXT NOT NULL,       -- JSON: the signed receipt that tells it so
     noted_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
     PRIMARY KEY (round, hotkey),
-    FOREIGN KEY (round, hotkey) REFERENCES orders (round, hotkey) ON DELETE CASCADE
+    FOREIGN KEY (round, hotkey) REFERENCES orders (round, hotkey)
 );
 """
 STEPS: Final = (TABLES, LATE)  # never changed once released: add another

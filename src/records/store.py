@@ -12,7 +12,6 @@ transaction names is durable before it, so this works from whatever a SIGKILL le
 
 from __future__ import annotations
 
-import errno
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer
 
-from durable import FileLock, make_folder
+from durable import NO_DISK, FileLock, make_folder
 from limits import Limits
 from protocol import Hotkey, Signed
 from records.ledger import Accounting, Late, Ledger, Total
@@ -33,9 +32,6 @@ if TYPE_CHECKING:
     import torch
 
 _LEDGER = "ledger.sqlite"
-
-
-NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full, or as full as this process may make it
 
 
 class DiskFull(Exception):

@@ -8,7 +8,6 @@ where the miner calls, it is `mailbox.Pull`.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -22,6 +21,7 @@ from typing import TypeVar
 import aiohttp
 from typing_extensions import Buffer
 
+from durable import NO_DISK
 from limits import Limits
 from protocol import MAX_BLOB_BYTES, BlobRef, Digest, Fault, Order, ProtocolError, Reply, Signed, Status
 from transport.auth import open_reply, unseal
@@ -94,7 +94,7 @@ class Exchange(ABC):
                 await asyncio.sleep(pause(restarts))  # it was restarted and knows nothing: it gets the order again
                 restarts += 1
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in NO_DISK:
                 raise
             raise Faulted(Fault.UNVERIFIED, "the validator's disk is full; delete old runs or other files") from error
         finally:

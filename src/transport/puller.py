@@ -15,6 +15,7 @@ from typing import TypeVar
 import aiohttp
 from typing_extensions import Buffer
 
+from durable import NO_DISK
 from limits import Limits
 from protocol import (
     BlobRef,
@@ -35,7 +36,6 @@ from transport.announcer import Announcer
 from transport.auth import Keypair, seal, unseal
 from transport.peer import Lost, Peer, RefusedAt, pause
 from transport.pump import pump, to_the_end
-from transport.server import NO_DISK
 from values import Refused
 
 ORDERS = 4  # whose way goes on side by side, at most: one computing, one going up, and those that nobody wants any more

@@ -8,7 +8,6 @@ and is counted; the `Door` rations strangers.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import re
 import ssl
@@ -20,6 +19,7 @@ from typing import Protocol, TypeVar
 
 from aiohttp import web
 
+from durable import NO_DISK
 from limits import Limits
 from protocol import Digest, Fault, Hotkey, Message, Signed
 from transport.auth import Keypair, Verifier, seal, unseal
@@ -28,7 +28,6 @@ from transport.pump import CHUNK, Pace, pump
 from values import Refused
 
 CALLER = web.RequestKey("caller", str)  # of a signed request
-NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full, or as full as this process may make it
 
 M = TypeVar("M", bound=Message)
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
