@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 BENCHES = (
-    *("startup", "tokenizer", "transport", "roundtrip", "junk", "model", "nanochat", "overhead"),
+    *("startup", "tokenizer", "transport", "roundtrip", "junk", "model", "nanochat", "overhead", "codec"),
     *("volatile", "scale", "chaos"),
 )
 RESULTS = Path(__file__).with_name("results.jsonl")

@@ -47,8 +47,8 @@ class Parrot:
         raise Refused(404, "a bench")
 
     def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
-        if self.state is None or not self.state.whole or self.state.ref != order.update.blob:
-            raise Refused(409, "send it", missing=[order.update.blob])
+        if self.state is None or not self.state.whole or self.state.ref != order.update.refs[0]:
+            raise Refused(409, "send it", missing=[order.update.refs[0]])
         self.orders = {digest: (order, asyncio.get_running_loop().time())}
         return self.status()
 

@@ -37,7 +37,6 @@ from aggregation import load_aggregator
 from bench import Figure
 from bench.crowd import Parrot, miner_key
 from bench.transport import forget_peak, memory
-from codec import load_codec
 from codec.dense import Dense
 from limits import Limits
 from market.learner import Learner
@@ -108,12 +107,12 @@ def make_market(
     return Market(
         Terms(run="scale", batches=1, deadline_s=120.0, patience=1, codec_up="fp32", codec_down="fp32"),
         task,
-        Learner(task, optimizer, load_codec("fp32"), torch.device("cpu")),
+        Learner(task, optimizer, torch.device("cpu")),
         network,
         store,
         load_ranker("accepted_work"),
         decoding.around(load_aggregator("mean")),
-        MeteredCodec(decoding),
+        lambda name: MeteredCodec(decoding),
         lambda step, units: task.settings(optimizer, step, 1000, 1),
         worker,
     )

@@ -45,6 +45,7 @@ from protocol import (
     Reply,
     Signed,
     Status,
+    Step,
     Stop,
     TaskSpec,
     Update,
@@ -85,8 +86,8 @@ class Bulk:
         raise Refused(404, "a bench")
 
     def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
-        if self.writer is None or not self.writer.whole or self.writer.ref != order.update.blob:
-            raise Refused(409, "send it", missing=[order.update.blob])
+        if self.writer is None or not self.writer.whole or self.writer.ref != order.update.refs[0]:
+            raise Refused(409, "send it", missing=[order.update.refs[0]])
         self.orders = {digest: order}
         return self.status()
 
@@ -183,7 +184,8 @@ class Bench:
         self.round += 1
         return Order(
             run="bench", round=self.round, hotkey=MINERS[miner].ss58_address, version=chain(None, blob.digest),
-            update=Update(broadcast="full", base=None, blob=blob), state_digest=None,
+            update=Update(base=None, steps=(Step(kind="state", codec="fp32", digest=blob.digest, bytes=blob.bytes),)),
+            state_digest=None,
             task=TaskSpec(name="bulk", parameters={}),
             data=DataSpec(tokens=blob, tokenizer="byte", vocabulary=None, source=None), ranges=(Range(0, answer),),
             deadline_s=120.0, staleness=0, codec_up="fp32", codec_down="fp32",

@@ -58,6 +58,8 @@ class ChaosConfig:
     """Time budget of a round, in place of --batches."""
     deadline: float = 4.0
     """Seconds from an order to its reply."""
+    mode: Literal["gradient", "diloco"] = "gradient"
+    """diloco: rounds of two inner steps, with --deadline auto, so that what is late is carried into the next round."""
     overlap: Literal[0, 1] = 0
     """1: miners compute on the last version while the validator applies their replies."""
     coverage: Literal["stream", "once"] = "stream"
@@ -132,11 +134,14 @@ def make_folder(config: ChaosConfig) -> Path:
 
 def validator_flags(config: ChaosConfig) -> list[str]:
     """What the chaotic run and the calm one share: a quadratic of 20,000 parameters, converged well before the end."""
+    closing = ["--deadline", str(config.deadline), "--grace", "2"]
+    if config.mode == "diloco":  # what is late shall be carried, not stopped in time
+        closing = ["--deadline", "auto", "--grace", "0.2", "--mode", "diloco", "--tau", "2"]
     return [
         *("--task", "quadratic", "--quadratic.dimension", "20000", "--quadratic.samples", "128"),
         *("--optimizer.lr", "0.02", "--rounds", str(config.rounds), "--batches", str(config.batches)),
-        *("--round-seconds", str(config.round_seconds), "--deadline", str(config.deadline)),
-        *("--overlap", str(config.overlap), "--coverage", config.coverage, "--grace", "2"),
+        *("--round-seconds", str(config.round_seconds), *closing),
+        *("--overlap", str(config.overlap), "--coverage", config.coverage),
         *("--eval-every", "0", "--snapshot-every", "20", "--patience", "100000", "--connect-timeout", "5"),
         *("--device", "cpu", "--threads", "1", "--limits.away-s", "2", "--limits.spool-bytes", "0"),
     ]

@@ -101,7 +101,7 @@ def simulate(config: SimulateConfig, folder: Path, intervals: Sequence[Interval]
             getattr(config, config.task), seed=config.seed, cache=cache, device=device, progress=print
         )
     if config.measure:
-        costs = measure(task, config.optimizer_flags, config.codec.up, config.codec.down)
+        costs = measure(task, config.optimizer_flags, *config.codecs)
         config = replace(config, costs=replace(config.costs, **costs))
     began = time.perf_counter()
     moments = run(play(config, folder, task, device, intervals))
@@ -118,12 +118,14 @@ async def play(
 ) -> list[Moment]:
     """Prints the table as time goes on. Returns a moment a round."""
     from emulation.world import World
+    from market.budget import link_watch
 
     seconds = HOUR_S * config.hours or max(i.end for i in intervals)
     steps = config.rounds or (math.ceil(seconds / config.round_seconds) if config.round_seconds else 200)
     with cli.mistakes(PROGRAM):
-        terms, conditions = config.terms("simulation", PATIENCE), conditions_of(config, task)
+        terms, conditions = replace(config, rounds=steps).terms("simulation", PATIENCE), conditions_of(config, task)
         world = World(folder, task, config.optimizer_flags, terms, conditions, intervals, steps, device)
+    world.market.watch = link_watch(config, world.market.learner, world.network.links, print, conditions.scale)
     print("\n".join(introduction(config, world, task)))
     print(f"{'hours':>7} {'up':>5} {'util.':>6} {'MB up':>10} {'MB down':>10} {task.unit:>10} {'loss':>10}  faults")
     moments: list[Moment] = []
@@ -155,17 +157,22 @@ def conditions_of(config: SimulateConfig, task: Task) -> Conditions:
 
 def introduction(config: SimulateConfig, world: World, task: Task) -> list[str]:
     """The cost model, and what else holds."""
-    link, scale = config.link, world.conditions.scale
+    from market.budget import Rate
+
+    link, scale, watch = config.link, world.conditions.scale, world.market.watch
+    assert watch is not None
+    rate = Rate(1e6 * link.up_mbps, 1e6 * link.down_mbps, 2e-3 * link.latency_ms)
     return [
         f"{len(world.machines)} miners of speed {', '.join(f'{m.speed:.2f}' for m in world.machines[:16])}"
         + (", …" if len(world.machines) > 16 else ""),
-        f"{scale * world.state_mb:.1f} MB of state down and of gradient up a round"
+        f"a model of {scale * world.state_mb:.1f} MB in fp32"
         + (f" (the {config.task}'s {1000 * world.state_mb:.1f} KB, {scale:.0f} times)" if scale != 1 else ""),
+        watch.budget.line(rate, "a link"),
         f"link: {link.up_mbps:g} Mbit/s up, {link.down_mbps:g} down, {link.latency_ms:g} ms one way"
         + (f" and up to {link.jitter_ms:g} more" if link.jitter_ms else "")
         + (f", {link.loss:.1%} lost" if link.loss else ""),
         "costs, measured now:" if config.measure else "costs:",
-        *config.costs.table(),
+        *world.costs.table(),
     ]
 
 

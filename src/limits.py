@@ -22,7 +22,7 @@ class Limits:
     message_bytes: int = 16 * KB
     """Bytes of any other message: hello, status, stop, refusal."""
     state_bytes: int = 16 * GB
-    """Bytes of a model state that a miner takes into its memory."""
+    """Bytes of a model state, or of a delta to one, that a miner takes into its memory."""
     data_bytes: int = 64 * MB
     """Bytes of a token file or a vocabulary that a validator hands over."""
     payload_bytes: int = 16 * GB
@@ -69,7 +69,7 @@ class Limits:
 
     def blob(self, kind: str) -> int:
         """The largest blob of this kind."""
-        return self.state_bytes if kind == "state" else self.data_bytes
+        return self.state_bytes if kind in ("state", "delta") else self.data_bytes
 
     def body(self, kind: str) -> int:
         """The longest envelope around a message of this kind."""

@@ -260,7 +260,7 @@ def activity(worker: Worker, refused: int) -> Activity:
     from records.console import Activity
 
     figures = (*worker.figures, *([f"{refused} refused"] if refused else []))
-    arriving, job = worker.arriving, worker.job
+    arriving, job = worker.inbox.arriving, worker.job
     if arriving is not None:
         held, whole = arriving.held, arriving.ref.bytes
         return Activity(f"receiving the state, {100 * held // whole} %", held, whole, figures)

@@ -20,7 +20,15 @@ from enum import StrEnum
 from typing import Annotated, ClassVar, Final, Literal, NamedTuple, Self, TypeVar
 
 from blake3 import blake3
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from typing_extensions import Buffer
 
 PROTOCOL: Final = "pilot/1"
@@ -34,6 +42,7 @@ MAX_RANGES = 4096
 MAX_INDEX = 1 << 53  # every index is exact in a JSON number
 MAX_BLOB_BYTES = 1 << 36
 MAX_SERVED_BYTES = 64 << 20  # data and vocabularies up to this size come from the validator
+MAX_STEPS = 64  # of the chain of versions that an order names
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]  # blake3-256, in hex
 Version = Digest
@@ -44,7 +53,7 @@ Count = Annotated[int, Field(ge=0, le=MAX_INDEX)]
 Seconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Nanoseconds = Annotated[int, Field(ge=0, lt=1 << 63)]  # since 1970
-BlobKind = Literal["state", "data", "vocabulary"]
+BlobKind = Literal["state", "delta", "data", "vocabulary"]
 
 
 class Fault(StrEnum):
@@ -207,7 +216,7 @@ def new_nonce() -> str:
 
 
 class BlobRef(Part):
-    """Bytes by digest: a model state (safetensors), a token file, a vocabulary."""
+    """Bytes by digest: a model state (safetensors), a delta between two, a token file, a vocabulary."""
 
     kind: BlobKind
     digest: Digest
@@ -243,15 +252,85 @@ class DataSpec(Part):
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.05  # fraction of the text; 0: the last file
 
 
-class Update(Part):
-    """How the order's version follows from `base`: version = chain(base, blob.digest).
+class Step(Part):
+    """From one version to the next: a whole state that takes the place of the one before it, or a delta to add to it."""
 
-    Under `full` the blob is the whole fp32 state, so any miner can start from it.
+    kind: Literal["state", "delta"]
+    codec: Name
+    digest: Digest
+    bytes: Annotated[int, Field(ge=1, le=MAX_BLOB_BYTES)]
+
+    @property
+    def ref(self) -> BlobRef:
+        return BlobRef(kind=self.kind, digest=self.digest, bytes=self.bytes)
+
+
+class Snapshot(Part):
+    """The whole fp32 state that the first `steps` of an update's steps make: a newcomer's short cut."""
+
+    steps: Annotated[int, Field(ge=0, le=MAX_STEPS)]
+    blob: BlobRef
+
+    @model_validator(mode="after")
+    def _is_a_state(self) -> Self:
+        if self.blob.kind != "state":
+            raise ValueError(f"a snapshot is a state, not {self.blob.kind}")
+        return self
+
+    @property
+    def step(self) -> Step:
+        """It takes the place of whatever a miner has."""
+        return Step(kind="state", codec="fp32", digest=self.blob.digest, bytes=self.blob.bytes)
+
+
+class Update(Part):
+    """The way to the order's version: from `base` by `steps`, the newest last; version(t+1) = chain(version(t), step).
+
+    Whoever holds a version on the way needs the steps after it; anyone else a whole state on it, and those after that.
     """
 
-    broadcast: Literal["full"]
     base: Version | None
-    blob: BlobRef
+    steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=MAX_STEPS)]
+    snapshots: Annotated[tuple[Snapshot, ...], Field(max_length=2)] = ()
+
+    @model_validator(mode="after")
+    def _snapshots_lie_on_the_way(self) -> Self:
+        for snapshot in self.snapshots:
+            if snapshot.steps > len(self.steps):
+                raise ValueError(f"a snapshot after {snapshot.steps} steps, the way has {len(self.steps)}")
+        return self
+
+    @property
+    def refs(self) -> tuple[BlobRef, ...]:
+        """All that a miner may ask for on the way."""
+        return (*(step.ref for step in self.steps), *(snapshot.blob for snapshot in self.snapshots))
+
+    @property
+    def versions(self) -> tuple[Version | None, ...]:
+        """`base`, then the version that each step makes."""
+        found = [self.base]
+        for step in self.steps:
+            found.append(chain(found[-1], step.digest))
+        return tuple(found)
+
+    @property
+    def version(self) -> Version:
+        version = self.versions[-1]
+        assert version is not None  # there is a step
+        return version
+
+
+class Inner(Part):
+    """DiLoCo: what a miner's own optimizer does in an order, from the order's version on.
+
+    The payload is then the pseudo-gradient: the parameters of the order's version less those after the inner steps.
+    """
+
+    batches: Annotated[int, Field(ge=1, le=MAX_RANGES)]  # micro-batches in an inner step
+    first_step: Count  # of the run's schedule: what the first inner step of this order is
+    steps: Count  # in the whole run, for the schedule
+    keep: bool  # the optimizer's state stays from order to order; else each begins with none
+    optimizer: Annotated[dict[Name, int | Number | bool | Text], Field(max_length=64)]  # the task's optimizer's flags
 
 
 class Order(Message):
@@ -267,7 +346,7 @@ class Order(Message):
     hotkey: Hotkey
     version: Version
     update: Update
-    state_digest: Digest | None
+    state_digest: Digest | None  # of the version's whole fp32 state, as a snapshot's: once in a while, as a proof
     task: TaskSpec
     data: DataSpec
     ranges: Ranges
@@ -276,10 +355,13 @@ class Order(Message):
     codec_up: Name
     codec_down: Name
     budget_s: Seconds = 0.0  # until the reply shall be there, if the ranges are not done before; 0: only the deadline
+    inner: Inner | None = None  # DiLoCo; None: the payload is the mean gradient
+    feedback: Annotated[float, Field(ge=0, le=1)] = 0.0  # decay of the miner's error feedback; 0: none
 
 
 class Reply(Message):
-    """What was done. The payload is the sum of the gradients over `done`, divided by the examples or tokens in it."""
+    """What was done. The payload is the sum of the gradients over `done`, divided by the examples or tokens in it; or,
+    in an order with `inner`, the pseudo-gradient after inner steps over `done`."""
 
     kind: ClassVar[str] = "reply"
 
@@ -294,8 +376,8 @@ class Reply(Message):
     codec: Name
     payload_digest: Digest
     payload_bytes: Count
-    residual_before: Digest | None
-    residual_after: Digest | None
+    residual_before: Digest | None  # error feedback: of the residual that was added; None: a plain encoding
+    residual_after: Digest | None  # and of what is left, once the receipt says ACCEPTED
 
 
 class Receipt(Message):

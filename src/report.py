@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from market.config import TrainingConfig, ValidatorConfig
+from market.config import RoundConfig, ValidatorConfig
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Curve = list[tuple[float, float]]  # (rounds done, validation loss)
 Row = Mapping[str, float | int | str]  # a round's metrics
 
+# Of the last round: how it was encoded, what the median link carries, and what of a round that takes (market.budget).
+LINKS = ("codec_up", "codec_down", "link_up_mbps", "link_down_mbps", "communication", "utilisation_expected")
 OWN = ("verify", "aggregate", "step", "encode", "evaluate", "commit")  # phases of the validator's own time
 
 
@@ -43,9 +45,11 @@ def finish(
     from records.plot import loss_plot
 
     rounds = store.committed(0)
-    curve: Curve = [(done, values["val_loss"]) for done, values in sorted(store.evaluations().items())]
+    looks = sorted(store.evaluations().items())
+    curve: Curve = [(done, values["val_loss"]) for done, values in looks]
+    replica: Curve = [(done, values["replica_val_loss"]) for done, values in looks if "replica_val_loss" in values]
     summary = summarised(task, store, rounds, curve, seconds)
-    lines: dict[str, Curve] = {"marketplace": curve}
+    lines: dict[str, Curve] = {"marketplace": curve, **({"miners' replica": replica} if replica else {})}
     if config.baseline:
         try:
             lines["plain baseline"], summary[f"baseline_{task.unit}_per_s"] = run_baseline(
@@ -57,9 +61,8 @@ def finish(
     totals = store.totals()
     metrics.summary({**summary, "weights": {t.hotkey: t.weight for t in totals}})
     loss_plot(folder / "loss.png", lines, f"{folder.name}: {config.task}", "round", "validation loss (nats per token)")
-    console.table(
-        folder.name, ["", "value"], [(name.replace("_", " "), shown(value)) for name, value in summary.items()]
-    )
+    values = [(label(name), shown(value)) for name, value in summary.items()]
+    console.table(folder.name, ["", "value"], values)
     columns = ["hotkey", "accepted rounds", "faults", f"{task.unit} accepted", "lost", "late", "utilisation", "weight"]
     console.table("miners (lost, late: micro-batches)", columns, miner_rows(totals, [r.metrics for r in rounds]))
     console.say(f"validator's own time: {own_time(r.metrics for r in rounds) or 'not measured'}")
@@ -86,6 +89,7 @@ def summarised(
     last = rounds[-1].metrics if rounds else {}
     if "epoch" in last:
         summary |= {"epoch": last["epoch"], "epoch_done": f"{last['epoch_done']}/{last['epoch_total']}"}
+    summary |= {name: last[name] for name in LINKS if name in last}
     if used := [float(r.metrics["utilisation"]) for r in rounds if "utilisation" in r.metrics]:
         summary["utilisation"] = sum(used) / len(used)
     return summary
@@ -119,11 +123,11 @@ def own_time(rows: Iterable[Row]) -> str:
 
 
 def run_baseline(
-    config: TrainingConfig, task: Task, device: torch.device, rounds: Sequence[RoundRecord], console: Console
+    config: RoundConfig, task: Task, device: torch.device, rounds: Sequence[RoundRecord], console: Console
 ) -> tuple[Curve, float]:
     """Plain training on the batches that were accepted: its validation curve by rounds, and its units a second."""
     from market.baseline import new_learner, train
-    from market.cursor import merge
+    from market.diloco import plain_steps
     from protocol import Receipt
     from tasks.optimizer import kept_settings
 
@@ -131,13 +135,14 @@ def run_baseline(
     learner = new_learner(config, task, device)
     curve: Curve = [(0, task.evaluate(learner.model)["val_loss"])]
     work, busy_s, began = 0, 0.0, time.monotonic()
-    done_ranges = (merge(d for r in receipt for d in r.done) for receipt in receipts)
-    settings = (kept_settings(record.metrics) for record in rounds)
-    for done, step in enumerate(train(learner, zip(done_ranges, settings, strict=True)), 1):
-        work, busy_s = work + (step.count if step else 0), busy_s + time.monotonic() - began
+    for done, (record, receipt) in enumerate(zip(rounds, receipts, strict=True), 1):
+        parts, settings = [r.done for r in receipt], kept_settings(record.metrics)
+        steps = plain_steps(config.diloco, task, config.optimizer_flags, record.round, parts, settings)
+        work += sum(step.count for step in train(learner, steps) if step)
+        busy_s += time.monotonic() - began
         if done == len(rounds) or (config.eval_every and done % config.eval_every == 0):
             curve.append((done, task.evaluate(learner.model)["val_loss"]))
-            console.say(f"plain baseline: step {done}/{len(rounds)}, validation loss {curve[-1][1]:.3f}")
+            console.say(f"plain baseline: round {done}/{len(rounds)}, validation loss {curve[-1][1]:.3f}")
         began = time.monotonic()
     return curve, work / busy_s if busy_s else 0.0
 
@@ -153,6 +158,12 @@ def save_model(task: Task, learner: Learner, rounds: int, folder: Path) -> Path:
 
 def total(rounds: Sequence[RoundRecord], name: str) -> float:
     return sum(float(r.metrics.get(name, 0)) for r in rounds)
+
+
+def label(name: str) -> str:
+    """Of a figure; what was measured of the model that miners have says so."""
+    text = name.removeprefix("replica_").replace("_", " ")
+    return f"{text}, miners' model" if name.startswith("replica_") else text
 
 
 def shown(value: object) -> str:

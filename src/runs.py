@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # The committed rounds' arithmetic depends on these: a run is resumed with them as they were.
 FIXED = (
     *("task", "gpt2.", "nanochat.", "quadratic.", "seed", "broadcast", "codec.", "aggregation", "ranking"),
+    *("mode", "tau", "warmup_sync"),
     *("optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip"),
 )
 # What a schedule made of these is in each round's record.

@@ -52,6 +52,8 @@ class Link:
     latency_s: float  # of its last short request, there and back; 0 where none was answered yet
     bytes_up: int  # miner to validator, since the start
     bytes_down: int
+    up_bps: float = 0.0  # bits a second that its line carries, as measured; 0: not yet
+    down_bps: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class RoundRecord:
     round: int
     version: Version  # after the round; the one before it where no reply was good
     cursor: str  # JSON: the next index to order and the ranges that came back
-    receipts: tuple[Signed, ...]  # one an order, in the order of the hotkeys; those ACCEPTED made the gradient
+    receipts: tuple[Signed, ...]  # one an order that it settles, by hotkey and round; those ACCEPTED made the gradient
     weights: Mapping[Hotkey, float]
     ranker: str  # JSON: the ranker's state
     metrics: Mapping[str, float | int | str]

@@ -171,23 +171,29 @@ async def restored_market(
     """The market as the run's ledger left it: the newest whole snapshot, and the committed rounds after it."""
     from aggregation import load_aggregator
     from codec import load_codec
+    from market.budget import link_watch
+    from market.diloco import round_settings
     from market.learner import Learner
     from market.round import Market
     from ranking import load_ranker
 
-    learner = Learner(task, config.optimizer_flags, load_codec(config.codec.down), cli.pick_device(config.device))
+    device, terms = cli.pick_device(config.device), config.terms(folder.name, config.patience)
+    keep = store.updates if terms.broadcast == "delta" else None
+    learner = Learner(task, config.optimizer_flags, device, terms.broadcast, terms.codec_down, keep)
     market = Market(
-        config.terms(folder.name, config.patience),
+        terms,
         task,
         learner,
         network,
         store,
         load_ranker(config.ranking),
         load_aggregator(config.aggregation),
-        load_codec(config.codec.up),
-        lambda step, units: task.settings(config.optimizer_flags, step, config.rounds, units),
+        load_codec,
+        round_settings(terms.diloco, task, config.optimizer_flags, config.rounds),
         tensors,
     )
+    market.watch = link_watch(config, learner, network.links, console.say)
+    market.watch.introduce()
     snapshot = store.newest_snapshot(console.say)
     if snapshot is not None:
         learner.load_state(snapshot.header, snapshot.tensors)

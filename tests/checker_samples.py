@@ -14,6 +14,7 @@ from protocol import (
     BlobRef,
     DataSpec,
     Fault,
+    Inner,
     Message,
     Order,
     Range,
@@ -21,7 +22,6 @@ from protocol import (
     Reply,
     Signed,
     TaskSpec,
-    Update,
     Version,
     chain,
     digest,
@@ -30,6 +30,7 @@ from ranking import Evidence
 from ranking.accepted_work import AcceptedWork
 from records.cache import Cache
 from records.store import Store
+from tests.updates import whole_state
 from transport.auth import seal
 from values import Received, RoundRecord
 
@@ -50,6 +51,7 @@ V0 = chain(None, STATES[0])
 V1 = chain(V0, STATES[1])
 V2 = chain(V1, STATES[2])
 V3 = chain(V2, STATES[3])
+V4 = chain(V3, STATES[4])
 
 
 def order(round: int, hotkey: str, ranges: tuple[Range, ...], version: Version, base: Version | None) -> Order:
@@ -59,7 +61,7 @@ def order(round: int, hotkey: str, ranges: tuple[Range, ...], version: Version, 
         round=round,
         hotkey=hotkey,
         version=version,
-        update=Update(broadcast="full", base=base, blob=BlobRef(kind="state", digest=state, bytes=100)),
+        update=whole_state(BlobRef(kind="state", digest=state, bytes=100), base),
         state_digest=None,
         task=TaskSpec(name="gpt2", parameters={}),
         data=DataSpec(tokens=BlobRef(kind="data", digest=V0, bytes=7), tokenizer="byte", vocabulary=None, source=None),
@@ -84,6 +86,7 @@ class Draft:
     versions: list[Version]
     snapshots: dict[int, Version]
     coverage: str = "once"
+    settled: dict[Place, int] = field(default_factory=dict)  # by the next round, or one that never came
     receipts: dict[Place, dict[str, object]] = field(default_factory=dict)  # what they say otherwise
     keys: dict[tuple[str, int, str], str] = field(default_factory=dict)  # who signed otherwise: kind, round, hotkey
     held: list[Receipt] = field(default_factory=list)  # by B besides
@@ -108,6 +111,38 @@ def draft() -> Draft:
         cursors=[(4, span(3, 4)), (4, ()), (8, span(6, 8)), (8, span(6, 8))],
         versions=[V1, V2, V3, V3],
         snapshots={1: V1, 3: V3},
+    )
+
+
+INNER = Inner(batches=1, first_step=0, steps=5, keep=False, optimizer={})
+
+
+def carried() -> Draft:
+    """Four rounds of inner steps and an open one: B's work comes a round late, then not at all, then may still come."""
+
+    def inner(round: int, hotkey: str, ranges: tuple[Range, ...], version: Version, base: Version | None) -> Order:
+        return order(round, hotkey, ranges, version, base).model_copy(update={"inner": INNER})
+
+    return Draft(
+        orders={
+            (0, A): inner(0, A, span(0, 2), V0, None),
+            (0, B): inner(0, B, span(2, 4), V0, None),
+            (1, A): inner(1, A, span(4, 6), V1, V0),
+            (2, A): inner(2, A, span(6, 8), V2, V1),
+            (2, B): inner(2, B, span(8, 10), V2, V1),
+            (3, A): inner(3, A, span(10, 12), V3, V2),
+            (3, B): inner(3, B, span(12, 14), V3, V2),
+            (4, A): inner(4, A, span(8, 10), V4, V3),
+        },
+        settled={(0, B): 1, (2, B): 3, (3, B): 4},
+        done={(0, A): span(0, 2), (0, B): span(2, 4), (1, A): span(4, 6), (2, A): span(6, 8), (3, A): span(10, 12)},
+        faults={(2, B): Fault.LATE},
+        replies={(0, A): span(0, 2), (0, B): span(2, 4), (1, A): span(4, 6), (2, A): span(6, 8), (3, A): span(10, 12)},
+        late={},
+        cursors=[(4, span(2, 4)), (6, ()), (10, span(8, 10)), (14, span(8, 10, 12, 14))],
+        versions=[V1, V2, V3, V4],
+        snapshots={1: V1, 3: V3},
+        coverage="stream",
     )
 
 
@@ -144,9 +179,10 @@ class Writer:
                 reply = self.reply((round, hotkey), run.replies[round, hotkey], payload)
                 store.payload_path(round, hotkey).write_bytes(payload)
                 store.seal(Received(reply=reply, signed=self.seal(reply, hotkey), bytes_up=1, bytes_down=1))
-        given = [Evidence(h, run.faults.get((round, h)), self.work((round, h)), self.work((round, h))) for h in hotkeys]
+        settled = [place for place in run.orders if run.settled.get(place, place[0]) == round]
+        given = [Evidence(p[1], run.faults.get(p), self.work(p), self.work(p)) for p in settled]
         scores, weights = self.ranker.update(given), self.ranker.weights()
-        receipts = [self.receipt((round, h), dict(scores[h]), weights.get(h, 0.0)) for h in hotkeys]
+        receipts = [self.receipt(p, dict(scores[p[1]]), weights.get(p[1], 0.0)) for p in settled]
         signed = [self.seal(receipt, VALIDATOR) for receipt in receipts]
         store.commit(
             RoundRecord(
@@ -159,7 +195,7 @@ class Writer:
                 metrics={"round": round, "epoch_total": 4},
             )
         )
-        for hotkey, envelope in zip(hotkeys, signed, strict=True):
+        for (_, hotkey), envelope in zip(settled, signed, strict=True):
             self.caches[hotkey].add_receipt(envelope)
         for (at, hotkey), done in run.late.items():
             if at == round:
@@ -191,7 +227,7 @@ class Writer:
         fault = self.run.faults.get(place)
         receipt = Receipt(
             run="run",
-            round=place[0],
+            round=self.run.settled.get(place, place[0]),
             hotkey=place[1],
             order=self.orders[place].digest,
             verdict=fault or "ACCEPTED",

@@ -29,10 +29,10 @@ from protocol import (
     Status,
     Stop,
     TaskSpec,
-    Update,
     chain,
     digest,
 )
+from tests.updates import whole_state
 from transport.auth import Guard
 from transport.axon import Axon
 from transport.dendrite import Dendrite, Endpoint
@@ -108,7 +108,7 @@ class Echo:
         )
 
     def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
-        missing = [ref for ref in (order.update.blob, order.data.tokens) if ref.digest not in self.blobs]
+        missing = [ref for ref in (order.update.refs[0], order.data.tokens) if ref.digest not in self.blobs]
         if missing:
             held = {ref.digest: self.writers[ref].held for ref in missing if ref in self.writers}
             raise Refused(409, "send these first", missing=missing, held=held)
@@ -133,7 +133,7 @@ class Echo:
 
     def answer(self, digest_: Digest) -> Reply:
         order = self.orders[digest_]
-        payload = self.blobs[order.update.blob.digest]
+        payload = self.blobs[order.update.refs[0].digest]
         return Reply(
             run=order.run,
             round=order.round,
@@ -153,7 +153,7 @@ class Echo:
     def payload(self, caller: Hotkey, order: Digest) -> Buffer:
         if order not in self.orders:
             raise Refused(404, "no such order")
-        return self.blobs[self.orders[order].update.blob.digest]
+        return self.blobs[self.orders[order].update.refs[0].digest]
 
     def delivered(self, caller: Hotkey, order: Digest) -> None:
         self.deliveries += 1
@@ -177,7 +177,7 @@ def make_order(
         round=round,
         hotkey=hotkey,
         version=chain(None, blob.digest),
-        update=Update(broadcast="full", base=None, blob=blob),
+        update=whole_state(blob),
         state_digest=None,
         task=TaskSpec(name="echo", parameters={}),
         data=DataSpec(tokens=tokens, tokenizer="byte", vocabulary=None, source=None),
@@ -205,7 +205,7 @@ def make_receipt(order: Order, order_digest: Digest) -> Receipt:
 
 
 def blobs_of(order: Order, state: bytes = STATE) -> dict[Digest, bytes]:
-    return {order.update.blob.digest: state, order.data.tokens.digest: TOKENS}
+    return {order.update.refs[0].digest: state, order.data.tokens.digest: TOKENS}
 
 
 def open_guard() -> Guard:

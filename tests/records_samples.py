@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from protocol import BlobRef, DataSpec, Fault, Message, Order, Range, Receipt, Reply, Signed, TaskSpec, Update, digest
+from protocol import (
+    BlobRef,
+    DataSpec,
+    Fault,
+    Message,
+    Order,
+    Range,
+    Receipt,
+    Reply,
+    Signed,
+    Step,
+    TaskSpec,
+    Update,
+    digest,
+)
 from values import Received, RoundRecord
 
 VALIDATOR = "5" + "V" * 47
@@ -15,14 +29,13 @@ def signed(message: Message) -> Signed:
 
 
 def order(round: int, hotkey: str, deadline_s: float = 10.0, ranges: tuple[Range, ...] = ()) -> Signed:
-    blob = BlobRef(kind="state", digest=VERSION, bytes=100)
     return signed(
         Order(
             run="run",
             round=round,
             hotkey=hotkey,
             version=VERSION,
-            update=Update(broadcast="full", base=None, blob=blob),
+            update=Update(base=None, steps=(Step(kind="state", codec="fp32", digest=VERSION, bytes=100),)),
             state_digest=None,
             task=TaskSpec(name="gpt2", parameters={"depth": 2}),
             data=DataSpec(

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregation import AGGREGATORS, load_aggregator
-from aggregation.means import CHUNK, global_norm, mean, median_norm_mean
+from aggregation.means import mean, median_norm_mean
+from codec import load_codec
+from codec.dense import CHUNK, global_norm
 
 SETTINGS = settings(derandomize=True, max_examples=100, deadline=None, database=None)
 SHAPES = {"b": (3,), "none": (0,), "scale": (), "w": (4, 5)}
@@ -25,8 +27,13 @@ class Given:
     norm: float
     tensors: Tensors
 
-    def load(self) -> Tensors:
-        return self.tensors
+    @property
+    def specs(self) -> dict[str, torch.Size]:
+        return {name: t.shape for name, t in self.tensors.items()}
+
+    def add(self, into: Tensors, weight: float) -> None:
+        for name, t in self.tensors.items():
+            into[name] += t * weight
 
 
 def contribution(count: int, seed: int, scale: float = 1.0) -> Given:
@@ -101,9 +108,9 @@ def bits(tensors: Tensors) -> dict[str, bytes]:
 @pytest.mark.parametrize("aggregate", [mean, median_norm_mean])
 @pytest.mark.parametrize("count", [1, 3, 10**15 + 1])
 def test_one_contribution_comes_out_bit_identical(aggregate: Callable[..., Tensors], count: int) -> None:
-    """Its weight is exactly 1.0, so even -0.0 and subnormals stay."""
+    """Its weight is exactly 1.0, so even subnormals stay; only -0.0, added to 0, does not."""
     one = contribution(count, seed=1)
-    one.tensors["b"][:] = torch.tensor([-0.0, 1e-45, 3.4e38])
+    one.tensors["b"][:] = torch.tensor([0.0, 1e-45, 3.4e38])
     assert bits(aggregate([one])) == bits(one.tensors)
 
 
@@ -133,6 +140,33 @@ def test_sums_in_the_order_given_and_changes_no_input(aggregate: Callable[..., T
     assert bits(aggregate(given_)) == bits(expected) == bits(aggregate(given_))
     assert [bits(g.tensors) for g in given_] == before
     assert bits(aggregate(given_[::-1])) != bits(expected)  # so the order is no matter of indifference
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A contribution as verified: bytes, and how to add them."""
+
+    count: int
+    norm: float
+    codec: str
+    payload: memoryview
+    specs: dict[str, torch.Size]
+
+    def add(self, into: Tensors, weight: float) -> None:
+        load_codec(self.codec).add(self.payload, into, weight)
+
+
+@pytest.mark.parametrize("aggregate", [mean, median_norm_mean])
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "2bit", "ternary+entropy", "topk64", "topk64-4bit+entropy"])
+def test_payloads_are_summed_as_their_tensors_are(aggregate: Callable[..., Tensors], codec: str) -> None:
+    sent, dense = [], []
+    for seed in range(3):
+        given_ = contribution(1 + seed, seed, scale=1.0 + seed)
+        payload = memoryview(load_codec(codec).encode(given_.tensors))
+        norm = load_codec(codec).check(payload, given_.specs)
+        sent.append(Sent(given_.count, norm, codec, payload, given_.specs))
+        dense.append(Given(given_.count, norm, load_codec(codec).decode(payload, given_.specs)))
+    assert bits(aggregate(sent)) == bits(aggregate(dense))
 
 
 @pytest.mark.parametrize("scale", [1e3, 1e10, 1e30])

@@ -12,8 +12,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from codec import CODECS, load_codec
-from protocol import digest
+from codec import CODECS, DENSE, bits, known_codecs, load_codec
+from protocol import Fault, ProtocolError, digest
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "codec.json").read_text())
 SETTINGS = settings(derandomize=True, max_examples=100, deadline=None, database=None)
@@ -95,8 +95,8 @@ def test_safetensors_reads_it_and_writes_the_same(codec: str, dtype: torch.dtype
     assert safetensors.torch.save({name: t.to(dtype) for name, t in given_.items()}) == payload
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_every_codec_decodes_its_own_encoding(codec: str) -> None:
+@pytest.mark.parametrize("codec", DENSE)
+def test_dense_codec_decodes_its_own_encoding(codec: str) -> None:
     decoded = round_trip(codec, {"w": torch.ones(2, 3), "b": torch.zeros(3), "s": torch.tensor(2.0)})
     assert torch.equal(decoded["w"], torch.ones(2, 3))
     assert torch.equal(decoded["b"], torch.zeros(3))
@@ -104,7 +104,7 @@ def test_every_codec_decodes_its_own_encoding(codec: str) -> None:
     assert all(t.dtype == torch.float32 and t.device.type == "cpu" for t in decoded.values())
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", GOLDEN)
 def test_payload_is_golden(codec: str) -> None:
     """The bytes that digests and version chains are over: key order must not matter, nor anything else change them."""
     for order in (1, -1):
@@ -114,7 +114,7 @@ def test_payload_is_golden(codec: str) -> None:
         assert digest("state", payload) == GOLDEN[codec]["digest"]
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", DENSE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_any_layout_and_dtype_can_be_encoded(codec: str, dtype: torch.dtype) -> None:
     base = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -150,6 +150,56 @@ def test_decoding_follows_the_specs_order_of_names_only() -> None:
         assert all(torch.equal(decoded[name], given_[name]) for name in given_)
 
 
-def test_unknown_codec_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match="codec zip: unknown; known: fp32, bf16"):
-        load_codec("zip")
+@pytest.mark.parametrize("codec", DENSE)
+@pytest.mark.parametrize("weight", [1.0, 0.3, -2.0])
+def test_adding_is_a_product_and_a_sum(codec: str, weight: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given_ = {"w": torch.randn(300, 257, generator=generator), "s": torch.tensor(3.0), "none": torch.empty(0, 2)}
+    payload = load_codec(codec).encode(given_)
+    into = {name: torch.randn(t.shape, generator=generator) for name, t in given_.items()}
+    decoded = load_codec(codec).decode(payload, specs_of(given_))
+    expected = {name: into[name] + decoded[name] * weight for name in into}
+    load_codec(codec).add(payload, into, weight)
+    assert all(same_bits(into[name], expected[name]) for name in into)
+
+
+@pytest.mark.parametrize("codec", DENSE)
+def test_checking_is_the_norm_or_a_fault(codec: str) -> None:
+    given_ = {"w": torch.randn(300, 257, generator=torch.Generator().manual_seed(0)), "s": torch.tensor(3.0)}
+    payload = load_codec(codec).encode(given_)
+    decoded = load_codec(codec).decode(payload, specs_of(given_))
+    expected = math.sqrt(sum(float(t.double().square().sum()) for t in decoded.values()))
+    assert load_codec(codec).check(payload, specs_of(given_)) == pytest.approx(expected, rel=1e-12)
+    for bad in (math.nan, math.inf, -math.inf):
+        given_["w"][299, 256] = bad
+        with pytest.raises(ProtocolError, match="NaN or infinity") as caught:
+            load_codec(codec).check(load_codec(codec).encode(given_), specs_of(given_))
+        assert caught.value.fault is Fault.NONFINITE
+
+
+# --- the names --------------------------------------------------------------------------------------------------------
+
+
+def test_every_name_is_known_loads_and_has_its_bits() -> None:
+    """Nominal bits are those of a large payload, for all but the entropy-coded, where they are of another's data."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"w": torch.randn(512, 1024, generator=generator)}
+    assert len(known_codecs()) == len(set(known_codecs())) <= 64  # what a hello holds
+    assert set(known_codecs()) >= {*CODECS, "ternary+entropy", "topk64", "topk64-4bit", "topk16+entropy"}
+    for name in known_codecs():
+        assert len(name) <= 23  # what a payload's header holds
+        size = 8 * len(load_codec(name).encode(tensors)) / (512 * 1024)
+        assert size == pytest.approx(bits(name), rel=0.12 if "entropy" in name else 0.03)
+
+
+UNKNOWN = [
+    *("zip", "FP32", "fp32+entropy", "ternary+", "+entropy", "ternary+entropy+entropy", "ternary+zip", "", "fp32\n"),
+    *("topk", "topk0", "topk-64", "topk63", "topk8", "topk2048", "topk064", "topk64-2bit", "topk64-8bit", "topk 64"),
+    *("topk\u0664", "codec.dense:fp32", "topk" + "9" * 5000),
+]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_codec_is_a_value_error(name: str) -> None:
+    with pytest.raises(ValueError, match="unknown; known: fp32, bf16, int8, int4, 2bit, ternary, ternary-rc, 1bit, topkK"):
+        load_codec(name)

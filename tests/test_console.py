@@ -26,7 +26,9 @@ BAR = r"round +\d+/\d+  +[━╸╺]+ +"
 ETA = r"ETA (?:\d+|-):(?:\d\d|--):(?:\d\d|--)"
 EPOCH = r"epoch \d+  \d+/\d+"
 SHARDS = r"  shards [·▁▂▃▄▅▆▇█]{1,16}"
-FIGURES = r"loss \d\.\d{3}  val \d\.\d{3}  [\d,]+ tokens/s"
+LOSSES = r"loss \d\.\d{3}  val \d\.\d{3} \(miners' \d\.\d{3}\)"
+FIGURES = LOSSES + r"  [\d,]+ tokens/s"
+LINKS = r"  [\d.]+ \w?B up, [\d.]+ \w?B down a miner: \d+% of a round at \S+ Mbit/s"
 
 
 class Terminal(Process):
@@ -138,7 +140,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     ours = ["--local", "1", "--axons", port, "--rounds", "100000", "--eval-every", "4", "--logging.debug"]
     theirs = ["--wallet.path", str(place / "wallets"), "--cache", str(place / "miner"), "--axon.port", port]
     with (
-        Terminal(program("validator.py", *tiny_flags(place), *ours), place / "validator", 100, 24) as validator,
+        Terminal(program("validator.py", *tiny_flags(place), *ours), place / "validator", 120, 24) as validator,
         Terminal(program("miner.py", *theirs, "--device", "cpu", "--threads", "1"), place / "log", 60, 24) as miner,
     ):
         yield Run(validator, miner)
@@ -152,9 +154,9 @@ def test_a_miner_shows_what_it_computes_and_its_receipts(run: Run) -> None:
 
 def test_a_validator_shows_its_rounds_and_its_miners(run: Run) -> None:
     shown = run.validator
-    row = r"5\w{7} \S.* \d/4 +\d+% +\d+ ms +\d.* .?B +\d.* .?B ACCEPTED +0\.\d{3}"
-    head = "miner +state +batches +util +latency +up +down +verdict +weight"
-    wide = [BAR + FIGURES + "  " + ETA, EPOCH + SHARDS, head, row, row]
+    row = r"5\w{7} \S.* \d/4 +\d+% +\d+ ms +\d\S*/\S+ +\d.* .?B +\d.* .?B ACCEPTED +0\.\d{3}"
+    head = "miner +state +batches +util +latency +Mbit/s +up +down +verdict +weight"
+    wide = [BAR + FIGURES + "  " + ETA, EPOCH + SHARDS + LINKS, head, row, row]
     shown.sees(*wide)
     assert re.search(rb"\x1b\[[0-9;]*32m", shown.raw)  # green
     assert shown.cursor_hidden
@@ -163,12 +165,12 @@ def test_a_validator_shows_its_rounds_and_its_miners(run: Run) -> None:
     shown.resize(40)
     shown.sees(
         BAR + ETA,
-        FIGURES,
+        LOSSES,
         f"{EPOCH}(?:{SHARDS})?",
         "miner +state +verdict +weight",
         *[r"5\w{7} \S.* ACCEPTED +0\.\d{3}"] * 2,
     )
-    shown.resize(100)
+    shown.resize(120)
     shown.sees(*wide)
 
 
@@ -194,7 +196,8 @@ from values import Link
 from records.console import Console
 
 def hotkey(i): return "5" + f"{i:03}".replace("0", "z") + "G" * 44
-def link(i): return Link(f"10.0.0.1:{8000 + i}", hotkey(i), "working" if i == 150 else "idle", 1, 2, 0.012, 3456, 78)
+def link(i): return Link(f"10.0.0.1:{8000 + i}", hotkey(i), "working" if i == 150 else "idle", 1, 2, 0.012, 3456, 78,
+                       *((20e6, 1234e6) if i == 160 else ()))
 def receipt(i, verdict):
     return Receipt(run="r", round=0, hotkey=hotkey(i), order="0" * 64, verdict=verdict, reason="late\\x1b[2J\\x1b[31m",
                    done=(), work=0, scores={}, weight=0.25)
@@ -211,7 +214,10 @@ async def main(many, rounds):
             receipts = [receipt(i, Fault.LATE if i == 160 else "ACCEPTED") for i in range(many)]
             used = {f"utilisation.{hotkey(i)[:8]}": i / 200 for i in range(many) if i % 2}
             shards = {"epoch": 3, "epoch_done": 41, "epoch_total": 128, "shards": "32/32 8/32 1/32 0/32"}
-            row = {"loss": 2.5, "val_loss": 2.25, "tokens_per_s": 123, **used, **shards, "late_batches": 7}
+            rates = {"link_up_mbps": 9.44, "link_down_mbps": 123.4, "communication": 0.034,
+                     "miners": 2, "bytes_up": 6912, "bytes_down": 156e6}
+            row = {"loss": 2.5, "val_loss": 2.25, "replica_val_loss": 2.375, "tokens_per_s": 123, **used, **shards,
+                   **rates, "late_batches": 7}
             for round in range(rounds - 1):
                 console.round({"round": round, **row}, receipts)
             console.table(*TABLE)
@@ -230,13 +236,13 @@ def script(*arguments: str) -> list[str]:
 
 
 def test_two_hundred_miners_in_a_small_terminal(tmp_path: Path) -> None:
-    with Terminal(script("200", "3"), tmp_path / "many", 120, 14) as shown:
+    with Terminal(script("200", "3"), tmp_path / "many", 130, 14) as shown:
         shown.sees(
             "said by a peer \ufffd\\[2J",
             BAR + FIGURES + "  " + ETA,
-            EPOCH_3 + LATE + r"  shards █▂▁·",
-            "miner +state +batches +util +latency +up +down +verdict +weight why",
-            r"516zGGGG +idle +1/2 +12 ms +3.46 kB +78 B LATE +0\.250 late\ufffd\[2J\ufffd\[31m",
+            EPOCH_3 + LATE + r"  shards █▂▁·" + LINKS,
+            "miner +state +batches +util +latency +Mbit/s +up +down +verdict +weight why",
+            r"516zGGGG +idle +1/2 +12 ms +20/1234 +3.46 kB +78 B LATE +0\.250 late\ufffd\[2J\ufffd\[31m",
             r"515zGGGG +working .* ACCEPTED +0\.250",
             r"…:1:1:1:1:1\]:8091\ufffd\[2J +away +0 B +0 B",
             r"5zzzGGGG +idle .*",
@@ -256,7 +262,7 @@ def test_forty_columns_without_colours(tmp_path: Path) -> None:
             "  faults 1 LATE, 3 SILENT",
             "said by a peer \ufffd\\[2J",
             BAR + ETA,
-            FIGURES,
+            LOSSES,
             EPOCH_3,
             "miner +state +verdict +weight",
             *[r"5zz[z\d]GGGG idle +ACCEPTED +0\.250"] * 3,
@@ -277,7 +283,7 @@ def test_a_terminal_that_can_do_nothing_gets_plain_lines(tmp_path: Path, environ
     with Terminal(script("3", "3", "to the end"), tmp_path / "dumb", 40, 30, **environment) as shown:
         assert shown.wait() == 0
         assert b"\x1b" not in shown.raw
-        assert shown.lines()[0] == "round 1/3  loss 2.500  val 2.250  123 to"  # the terminal wraps it, not we
+        assert shown.lines()[0] == "round 1/3  loss 2.500  val 2.250 (miners"  # the terminal wraps it, not we
 
 
 @pytest.mark.parametrize("colour", [{}, {"FORCE_COLOR": "1", "TTY_INTERACTIVE": "1"}])
@@ -285,7 +291,10 @@ def test_a_pipe_gets_plain_lines(colour: dict[str, str]) -> None:
     ended = subprocess.run(script("3", "3"), capture_output=True, text=True, check=True, env={**os.environ, **colour})
     assert "\x1b" not in ended.stdout
     first, second, *table, last = ended.stdout.splitlines()
-    said = "loss 2.500  val 2.250  123 tokens/s  epoch 3  41/128  late: 7 micro-batches noted"
+    said = (
+        "loss 2.500  val 2.250 (miners' 2.375)  123 tokens/s  epoch 3  41/128  late: 7 micro-batches noted  "
+        "3.46 kB up, 78 MB down a miner: 3% of a round at 9.4/123 Mbit/s"
+    )
     assert [first, second] == [f"round {i}/3  {said}" for i in (1, 2)]
     assert re.fullmatch(r"│ 5zz1G+ │ +2 │ 1 LATE, 3 SILENT │", table[-2])
     assert last == "said by a peer \ufffd[2J"

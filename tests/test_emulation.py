@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from emulation.costs import CostConfig, measure
+from codec import known_codecs
+from emulation.costs import CODECS, CostConfig, codec_cost, measure
 from emulation.traces import HOUR_S, Interval, make_trace
 from emulation.world import Conditions, Moment, World
 from market.cursor import Cursor, merge, size
@@ -184,3 +185,15 @@ def test_measuring_names_every_cost(tmp_path: Path) -> None:
 def test_costs_that_cannot_be(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=rf"--costs.{next(iter(wrong))}"):
         CostConfig(**wrong)
+
+
+def test_costs_follow_the_codecs_where_nothing_else_is_said() -> None:
+    costs = CostConfig(verify=0.5).settled("ternary+entropy", "2bit")
+    assert costs.verify == 0.5
+    for seconds in (costs.load, costs.encode, costs.broadcast, costs.aggregate):
+        assert seconds is not None
+        assert seconds > 0
+    plain = CostConfig().settled("ternary", "2bit")
+    assert (costs.encode or 0) > (plain.encode or 0) > 0
+    assert costs.validator.encode == costs.broadcast != costs.encode
+    assert {codec_cost(name) for name in known_codecs()} >= set(CODECS.values())

@@ -14,7 +14,6 @@ import torch
 import transformers
 from transformers import GPT2LMHeadModel
 
-from codec import load_codec
 from market.learner import Learner
 from protocol import MAX_SERVED_BYTES, DataSpec, Fault, ProtocolError, TaskSpec
 from report import save_model
@@ -339,7 +338,7 @@ def test_tasks_are_known_by_name_and_imported_when_used() -> None:
 
 
 def test_a_runs_model_is_one_that_hugging_face_loads(task: GPT2, tmp_path: Path) -> None:
-    learner = Learner(task, AdamWConfig(), load_codec("fp32"), torch.device("cpu"))
+    learner = Learner(task, AdamWConfig(), torch.device("cpu"))
     saved = save_model(task, learner, 7, tmp_path)
     loaded = GPT2LMHeadModel.from_pretrained(saved)
     assert saved == tmp_path / "model" / "step_000007"

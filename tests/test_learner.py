@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from typing_extensions import Buffer
 
-from aggregation.means import global_norm
 from codec import load_codec
-from market.learner import Learner, load_replica
-from protocol import ProtocolError, chain, digest
+from market.learner import Learner
+from market.replica import apply
+from protocol import BlobRef, ProtocolError, chain, digest
 from tasks.config import AdamWConfig
 from tasks.optimizer import adamw
 from tests.tiny import CPU, OPTIMIZER
+from tests.updates import whole_state
 
 FP32 = load_codec("fp32")
 Tensors = dict[str, torch.Tensor]
@@ -44,7 +46,7 @@ class Norms:
 
 
 def make_learner(config: AdamWConfig = OPTIMIZER, width: int = 6, codec: str = "fp32") -> Learner:
-    return Learner(Norms(width), config, load_codec(codec), CPU)  # type: ignore[arg-type]
+    return Learner(Norms(width), config, CPU, "full", codec)  # type: ignore[arg-type]
 
 
 def gradients(learner: Learner, steps: int, seed: int = 0, scale: float = 1.0) -> Iterator[Tensors]:
@@ -70,7 +72,7 @@ def saved(learner: Learner) -> tuple[dict[str, str], Tensors]:
 def same(a: Learner, b: Learner) -> bool:
     (header_a, state_a), (header_b, state_b) = a.state(), b.state()
     equal = state_a.keys() == state_b.keys() and all(torch.equal(state_a[k], state_b[k]) for k in state_a)
-    return equal and header_a == header_b and a.blob == b.blob and a.update == b.update
+    return equal and header_a == header_b and blob_of(a) == blob_of(b) and a.update == b.update
 
 
 # --- a step -----------------------------------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ def test_step_is_clipping_and_torchs_adamw(clip: float, scale: float) -> None:
     }
     reference = torch.optim.AdamW(groups, **options)
     for step, gradient in enumerate(gradients(learner, 5, scale=scale), start=1):
-        norm = global_norm(gradient)
+        norm = float(torch.cat([g.flatten() for g in gradient.values()]).norm())
         assert (norm > 1) == (scale == 1.0)
         for name, p in copies.items():
             p.grad = gradient[name] * (min(1.0, clip / norm) if clip else 1.0)
@@ -132,10 +134,16 @@ def test_versions_are_the_protocols_chain_of_the_broadcast_bytes() -> None:
         learner.advance()
         blob = FP32.encode(state_of(learner))
         assert learner.version == chain(version, digest("state", blob))
-        assert (learner.update.base, learner.update.blob.digest) == (version, digest("state", blob))
-        assert learner.update.blob.bytes == memoryview(blob).nbytes
-        assert learner.blob == blob
+        assert learner.update == whole_state(
+            BlobRef(kind="state", digest=digest("state", blob), bytes=memoryview(blob).nbytes), version
+        )
+        assert blob_of(learner) == blob
         version = learner.version
+
+
+def blob_of(learner: Learner) -> Buffer:
+    [blob] = learner.blobs.values()
+    return blob
 
 
 def state_of(learner: Learner) -> Tensors:
@@ -202,17 +210,21 @@ def test_snapshot_whose_state_is_not_its_versions_is_refused() -> None:
 # --- replicas ---------------------------------------------------------------------------------------------------------
 
 
+def tensors_of(learner: Learner, model: nn.Module) -> Tensors:
+    return {n: p.detach() for n, p in learner.task.trainable(model).items()} | learner.task.buffers(model)
+
+
 @pytest.mark.parametrize("codec", ["fp32", "bf16"])
 def test_replica_is_what_was_broadcast(codec: str) -> None:
     learner = make_learner(codec=codec)
     train(learner, 2)
     model = learner.task.build_model(CPU, initial=False)
-    load_replica(learner.task, model, learner.codec, learner.blob)
-    replica = {**learner.task.trainable(model), **learner.task.buffers(model)}
+    replica = tensors_of(learner, model)
+    apply(learner.update.steps[-1], blob_of(learner), replica)
     rounded = {"fp32": torch.float32, "bf16": torch.bfloat16}[codec]
     for name, t in state_of(learner).items():
         assert torch.equal(replica[name], t.to(rounded).to(torch.float32))
-    assert FP32.encode(replica) == learner.blob or codec == "bf16"
+    assert FP32.encode(replica) == blob_of(learner) or codec == "bf16"
 
 
 def test_replica_takes_no_other_tensors() -> None:
@@ -226,5 +238,5 @@ def test_replica_takes_no_other_tensors() -> None:
         state | {"0.bias": torch.ones(7)},
     ):
         with pytest.raises(ProtocolError, match="tensor"):
-            load_replica(learner.task, model, FP32, FP32.encode(wrong))
+            apply(learner.update.steps[-1], FP32.encode(wrong), tensors_of(learner, model))
         assert all(torch.equal(p, before[n]) for n, p in learner.task.trainable(model).items())

@@ -14,9 +14,8 @@ import pytest
 from records_samples import HOTKEYS, order, orders, receipt, record, reply, signed
 
 from market.cursor import merge
-from protocol import Fault, Range, Reply, Signed
+from protocol import Fault, Inner, Order, Range, Receipt, Reply, Signed
 from records.ledger import Accounting, Late, Ledger, Total
-from records.schema import upgrade
 from values import RoundRecord
 
 A, B, C = HOTKEYS
@@ -196,15 +195,69 @@ def test_only_a_reply_with_its_late_receipt_is_noted(ledger: Ledger, said: Reply
         ledger.note_late(0, signed(said), told)
 
 
+# --- inner steps ------------------------------------------------------------------------------------------------------
+
+INNER = Inner(batches=1, first_step=0, steps=9, keep=False, optimizer={})
+
+
+def inner(round: int, hotkey: str, ranges: tuple[Range, ...] = ()) -> Signed:
+    what = Order.parse(order(round, hotkey, ranges=ranges).body)
+    return signed(what.model_copy(update={"inner": INNER}))
+
+
+def settled(of: Signed, round: int, fault: Fault | None = None, done: tuple[Range, ...] = ()) -> Signed:
+    """The receipt of an order, by that round."""
+    what = Order.parse(of.body)
+    said = Receipt.parse(receipt(round, what.hotkey, fault, done=done or what.ranges).body)
+    return signed(said.model_copy(update={"order": of.digest}))
+
+
+def test_an_order_of_inner_steps_may_be_settled_by_the_next_round(path: Path, ledger: Ledger) -> None:
+    """With two rounds in flight its miner has another order in that one."""
+    first, second = {h: inner(0, h) for h in (A, B)}, {h: inner(1, h) for h in (A, B)}
+    ledger.open_round(0, list(first.values()))
+    ledger.open_round(1, list(second.values()))
+    ledger.commit(record(0, (settled(first[B], 0),)))
+    assert ledger.unsettled() == (first[A],)
+    assert ledger.accounting() == Accounting(4, outstanding=3, accepted=1, undone=0, lost=0, reassigned=2)
+    ledger.close()
+
+    again = Ledger(path)
+    assert again.unsettled() == (first[A],)
+    both = (settled(first[A], 1), settled(second[A], 1), settled(second[B], 1, Fault.LATE))
+    again.commit(record(1, both))
+    assert again.unsettled() == ()
+    assert [r.receipts for r in again.committed(0)] == [(settled(first[B], 0),), both]
+    assert [r.receipts for r in again.committed(1)] == [both]
+    assert again._rows("SELECT round, settled FROM receipts ORDER BY hotkey, round") == [(0, 1), (1, 1), (0, 0), (1, 1)]
+    assert [(t.done, t.lost) for t in again.totals()][:2] == [(2, 0), (1, 1)]
+    assert [again.oldest_needed(n) for n in (0, 1, 2)] == [0, 0, 2]
+    again.close()
+
+
+def test_nothing_waits_for_a_receipt_longer_than_that(ledger: Ledger) -> None:
+    ledger.open_round(0, [inner(0, A), inner(0, B)])
+    ledger.commit(record(0, ()))
+    ledger.open_round(1, [order(1, C)])
+    with pytest.raises(RuntimeError, match=f"round 0: the order of {B} has no receipt"):
+        ledger.commit(record(1, (settled(inner(0, A), 1), receipt(1, C))))
+    both = settled(inner(0, A), 1), settled(inner(0, B), 1, Fault.LATE)
+    with pytest.raises(RuntimeError, match=f"round 1: the order of {C} has no receipt"):  # it orders a gradient
+        ledger.commit(record(1, both))
+    ledger.commit(record(1, (*both, receipt(1, C))))
+    ledger.note_late(0, *late(0, B))  # which its own round may still hear of
+
+
 # --- accounts ---------------------------------------------------------------------------------------------------------
 
 
 def test_what_became_of_each_micro_batch(ledger: Ledger) -> None:
-    """Against counting them one by one, with rounds open ahead, partial replies, faults and reordered ranges."""
+    """Against counting them one by one: open rounds, partial replies, faults, reordered ranges, orders carried."""
     rng = random.Random(0)
     waiting: list[int] = []  # undone or lost, to be ordered again
     counts, times, top = Counter[str](), Counter[int](), 0
     plans: dict[int, dict[str, list[int]]] = {}
+    carried: dict[str, tuple[Signed, list[int]]] = {}
     for round in range(40):
         plan = plans[round] = {}
         for hotkey in HOTKEYS:
@@ -213,20 +266,25 @@ def test_what_became_of_each_micro_batch(ledger: Ledger) -> None:
             plan[hotkey] = [*again, *range(top, top + fresh)]
             top += fresh
             times.update(plan[hotkey])
-        mine = [order(round, hotkey, ranges=as_ranges(plan[hotkey])) for hotkey in HOTKEYS]
+        mine = [inner(round, hotkey, as_ranges(plan[hotkey])) for hotkey in HOTKEYS]
         ledger.open_round(round, mine[1:])
         ledger.add_orders(round, mine[:1])
         if round < 2:  # three are open at once
             continue
+        due = [*carried.values()]
+        orders_of = dict(zip(HOTKEYS, ledger.orders(round - 2), strict=True))
+        answers = {hotkey: (orders_of[hotkey], indices) for hotkey, indices in plans.pop(round - 2).items()}
+        carried = {hotkey: answer for hotkey, answer in answers.items() if rng.random() < 0.2}
         receipts = []
-        for hotkey, indices in plans.pop(round - 2).items():
+        for of, indices in [*due, *(answer for hotkey, answer in answers.items() if hotkey not in carried)]:
             fault = rng.choice([None, None, Fault.LATE])
             done = [] if fault else rng.sample(indices, rng.randrange(1, len(indices) + 1))
-            receipts.append(receipt(round - 2, hotkey, fault, done=as_ranges(done)))
+            receipts.append(settled(of, round - 2, fault, as_ranges(done)))
             waiting += set(indices) - set(done)
             counts += Counter(accepted=len(done), **{"lost" if fault else "undone": len(indices) - len(done)})
         ledger.commit(record(round - 2, tuple(receipts)))
     open_still = sum(len(indices) for plan in plans.values() for indices in plan.values())
+    open_still += sum(len(indices) for _, indices in carried.values())
     found = ledger.accounting()
     assert found == Accounting(
         ordered=times.total(), outstanding=open_still, reassigned=times.total() - len(times), **counts
@@ -309,7 +367,7 @@ def test_a_newer_schema_is_refused(path: Path, ledger: Ledger) -> None:
     ledger.close()
     with sqlite3.connect(path) as other:
         other.execute("PRAGMA user_version = 99")
-    with pytest.raises(ValueError, match="ledger schema 99, this Pilot reads up to 2"):
+    with pytest.raises(ValueError, match="ledger schema 99, this Pilot reads up to 3"):
         Ledger(path)
 
 
@@ -319,7 +377,7 @@ def test_a_ledger_of_version_1_is_brought_up_to_date(path: Path) -> None:
     ledger, fresh = Ledger(path), Ledger(path.with_name("fresh.sqlite"))
     tables = "SELECT name, sql FROM sqlite_master ORDER BY name"
     assert ledger._rows(tables) == fresh._rows(tables)
-    assert ledger._rows("PRAGMA user_version") == [(2,)]
+    assert ledger._rows("PRAGMA user_version") == [(3,)]
     assert ledger._rows("PRAGMA foreign_key_check") == []
     fresh.close()
 
@@ -338,8 +396,8 @@ def test_a_ledger_of_version_1_is_brought_up_to_date(path: Path) -> None:
 
 
 def test_two_validators_may_bring_it_up_to_date_at_once(path: Path, ledger: Ledger) -> None:
-    ledger._connection.executescript(upgrade(1))
-    assert ledger._rows("PRAGMA user_version") == [(2,)]
+    ledger._upgrade()  # of the second: it had looked before the first one did it
+    assert ledger._rows("PRAGMA user_version") == [(3,)]
 
 
 def test_another_file_is_refused_and_left_alone(path: Path) -> None:

@@ -71,7 +71,7 @@ async def forger(tmp_path: Path) -> AsyncIterator[tuple[Forger, Order, Signed, a
 
 def answer(asked: Order, digest: Digest, **changes: object) -> Reply:
     echo = Echo()
-    echo.orders[digest], echo.blobs[asked.update.blob.digest] = asked, STATE
+    echo.orders[digest], echo.blobs[asked.update.refs[0].digest] = asked, STATE
     return echo.answer(digest).model_copy(update=changes)
 
 
@@ -157,7 +157,7 @@ def test_another_process_of_this_hotkey_answers_for_nothing(tmp_path: Path) -> N
             twin, digest, reply = Forger(miner.peer), signed.digest, answer(order, signed.digest)
             for call in (
                 twin.next(),
-                twin.get(digest, order.update.blob.digest),
+                twin.get(digest, order.update.refs[0].digest),
                 twin.post("working", digest, seal(MINER, Echo().status())),
                 twin.post("refusal", digest, seal(MINER, reply)),
                 twin.post("reply", digest, seal(MINER, reply)),

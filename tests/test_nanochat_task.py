@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from codec import load_codec
 from market.baseline import train
 from market.learner import Learner
 from market.work import compute
@@ -188,7 +187,7 @@ def test_a_text_too_short_for_a_batch_is_one_line(tmp_path: Path) -> None:
 
 
 def plain(task: Nanochat, batches: int, rounds: int = ROUNDS) -> tuple[Learner, list[float]]:
-    learner = Learner(task, OPTIMIZER, load_codec("fp32"), CPU)
+    learner = Learner(task, OPTIMIZER, CPU)
     steps = (
         ((Range(i * batches, (i + 1) * batches),), task.settings(OPTIMIZER, i, ROUNDS, UNITS)) for i in range(rounds)
     )
@@ -238,7 +237,7 @@ def test_a_snapshot_holds_muons_moments(task: Nanochat) -> None:
     whole, _ = plain(task, 2, 6)
     first, _ = plain(task, 2, 3)
     header, tensors = (first.encode(), first.state())[1]
-    second = Learner(task, OPTIMIZER, load_codec("fp32"), CPU)
+    second = Learner(task, OPTIMIZER, CPU)
     second.load_state(header, {name: tensor.clone() for name, tensor in tensors.items()})
     for step in range(3, 6):
         work = compute(task, second.model, [Range(2 * step, 2 * step + 2)])

@@ -72,8 +72,8 @@ def test_miner_away_costs_its_part_and_its_ranges_come_back(tmp_path: Path, task
         assert first[gone].done == ()
         assert first[there].verdict == "ACCEPTED"
         [opened] = place.market.flight.rounds
-        assert opened.orders[there].ranges == (Range(0, 2),)  # what the other one did not do
-        assert gone not in opened.orders
+        assert opened.sent[there, 1].order.ranges == (Range(0, 2),)  # what the other one did not do
+        assert (gone, 1) not in opened.sent
         place.network.restore(gone)
         await play(place.market, 3)
         assert receipts(place.store, 2)[gone].verdict == "ACCEPTED"
@@ -187,13 +187,13 @@ def test_orders_of_the_open_round_are_sent_again_unchanged(tmp_path: Path, task:
         [opened] = place.market.flight.rounds
         await place.market.close()
         place.store.close()
-        return tuple(opened.signed.values())
+        return tuple(sent.signed for sent in opened.sent.values())
 
     async def second() -> tuple[Signed, ...]:
         place = make_place(tmp_path, task, miners=MINERS[:3])  # one more miner is there by now
         await place.market.fill(1)
         [opened] = place.market.flight.rounds
         await play(place.market, 1)
-        return tuple(opened.signed.values())
+        return tuple(sent.signed for sent in opened.sent.values())
 
     assert run(first()) == run(second())

@@ -138,7 +138,7 @@ def test_a_payload_that_made_room_is_computed_again(tmp_path: Path, task: GPT2) 
         await play(place.market, 1)
         await place.market.fill(2)
         await asyncio.sleep(1.0)
-        order, signed = opened.orders[A], opened.signed[A]
+        order, signed = opened.sent[A, 0].order, opened.sent[A, 0].signed
         assert worker.jobs[signed.digest].payload is None
         again = await place.network.exchange(order, signed, states, tmp_path / "p")
         assert again.reply.done == order.ranges

@@ -144,4 +144,4 @@ def test_the_flags_of_the_handbook_parse() -> None:
     )
     assert (validator.axons, validator.local, validator.run) == (("8091", "far:8092@5A"), 2, "demo")
     assert (validator.rounds, validator.deadline, validator.batches, validator.seed) == (7, 30, 3, 1)
-    assert (validator.codec.up, validator.codec.down, validator.snapshot_every) == ("bf16", "fp32", 5)
+    assert (validator.codec.up, validator.codec.down, validator.snapshot_every) == ("bf16", "", 5)

@@ -173,7 +173,7 @@ def test_a_payload_that_changes_between_two_parts_is_malformed(tmp_path: Path) -
     class Changing(Echo):
         async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
             reply = await super().reply(caller, order, wait_s)
-            self.blobs[self.orders[order].update.blob.digest] = BIG[:CUT] + bytes(len(BIG) - CUT)
+            self.blobs[self.orders[order].update.refs[0].digest] = BIG[:CUT] + bytes(len(BIG) - CUT)
             return reply
 
     async def main() -> Faulted:

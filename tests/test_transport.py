@@ -155,7 +155,7 @@ def test_a_miner_that_lost_the_state_gets_it_again(tmp_path: Path) -> None:
             if not self.dropped:
                 self.dropped = True
                 self.blobs.clear()
-                raise Refused(409, "the state is gone", missing=[self.orders[order].update.blob])
+                raise Refused(409, "the state is gone", missing=[self.orders[order].update.refs[0]])
             return await super().reply(caller, order, wait_s)
 
     async def main() -> None:

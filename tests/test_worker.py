@@ -8,49 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from typing_extensions import Buffer
 
-from codec import load_codec
+from codec import known_codecs, load_codec
 from market.learner import Learner
 from market.work import compute
-from market.worker import Worker
 from protocol import (
     BlobKind,
     BlobRef,
     DataSpec,
-    Digest,
     Fault,
-    Order,
     ProtocolError,
     Range,
     Receipt,
-    Reply,
     Signed,
-    Stop,
     TaskSpec,
-    Update,
-    chain,
     digest,
 )
 from tasks import TASKS
 from tasks.gpt2 import GPT2
 from tasks.tokens import Tokens
+from tests.desk import CALLER, HOTKEY, MINER, Desk, refused
 from tests.tiny import CPU, MINERS, OPTIMIZER, VALIDATOR, make_worker, tiny_task
 from transport.auth import seal
 from transport.loopback import run
 from values import Refused
 
 FP32 = load_codec("fp32")
-MINER = MINERS[0]
-HOTKEY, OTHER_MINER = MINER.ss58_address, MINERS[1].ss58_address
-CALLER, RIVAL = VALIDATOR.ss58_address, MINERS[7].ss58_address
+OTHER_MINER, RIVAL = MINERS[1].ss58_address, MINERS[7].ss58_address
 ENDLESS = (Range(0, 10**6),)
 
 
@@ -61,82 +51,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> GPT2:
 
 @pytest.fixture(scope="module")
 def learner(task: GPT2) -> Learner:
-    return Learner(task, OPTIMIZER, FP32, CPU)
-
-
-@dataclass
-class Desk:
-    """A validator's desk: writes orders, and sends them with what the miner lacks."""
-
-    task: GPT2
-    learner: Learner
-    worker: Worker
-    said: list[str]
-
-    def order(self, ranges: Sequence[Range] = (Range(0, 2),), state: Buffer | None = None, **changes: Any) -> Order:
-        """`state` instead of the learner's own, with the version that follows from it."""
-        update = self.learner.update
-        if state is not None:
-            ref = BlobRef(kind="state", digest=digest("state", state), bytes=len(memoryview(state)))
-            update = Update(broadcast="full", base=None, blob=ref)
-        fields: dict[str, Any] = {
-            "run": "tiny",
-            "round": 0,
-            "hotkey": HOTKEY,
-            "version": chain(update.base, update.blob.digest),
-            "update": update,
-            "state_digest": None,
-            "task": self.task.spec(),
-            "data": self.task.data_spec,
-            "ranges": tuple(ranges),
-            "deadline_s": 60.0,
-            "staleness": 0,
-            "codec_up": "fp32",
-            "codec_down": "fp32",
-        }
-        return Order(**(fields | changes))
-
-    def send(self, order: Order, caller: str = CALLER, state: Buffer | None = None) -> Digest:
-        """Until it is accepted, with every blob that is missing."""
-        order_digest = digest(order.kind, order.text().encode())
-        try:
-            self.worker.order(caller, order, order_digest)
-        except Refused as refused:
-            if not refused.missing:
-                raise
-            for ref in refused.missing:
-                self.push(ref, self.blob(ref, state), caller, refused.held.get(ref.digest, 0))
-            self.worker.order(caller, order, order_digest)
-        return order_digest
-
-    def blob(self, ref: BlobRef, state: Buffer | None = None) -> Buffer:
-        if ref.kind == "state":
-            return self.learner.blob if state is None else state
-        return self.task.blobs()[ref.digest]
-
-    def push(self, ref: BlobRef, data: Buffer, caller: str = CALLER, offset: int = 0) -> None:
-        writer = self.worker.receive(caller, ref, offset)
-        view = memoryview(data).cast("B")
-        for start in range(offset, len(view), 10_000):
-            writer.write(view[start : start + 10_000])
-        writer.commit()
-
-    async def reply(self, order: Digest, caller: str = CALLER) -> Reply:
-        reply = await self.worker.reply(caller, order, 60.0)
-        assert reply is not None
-        return reply
-
-    async def refusal(self, order: Digest, caller: str = CALLER) -> Refused:
-        with pytest.raises(Refused) as caught:
-            await self.worker.reply(caller, order, 60.0)
-        return caught.value
-
-    def stop(self, order: Digest, caller: str = CALLER) -> None:
-        self.worker.stop(caller, Stop(run="tiny", round=0, hotkey=HOTKEY, order=order))
-
-    def computed(self) -> int:
-        """Jobs that came to an end with a gradient."""
-        return sum(": loss " in line for line in self.said)
+    return Learner(task, OPTIMIZER, CPU)
 
 
 @pytest.fixture
@@ -152,12 +67,6 @@ def desk(tmp_path: Path, task: GPT2, learner: Learner) -> Callable[[], Desk]:
 
 
 MakeDesk = Callable[[], Desk]
-
-
-def refused(call: Callable[[], object]) -> Refused:
-    with pytest.raises(Refused) as caught:
-        call()
-    return caught.value
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -216,7 +125,7 @@ def test_hello_says_what_it_can_and_holds(desk: MakeDesk) -> None:
         d = desk()
         hello = d.worker.hello("0" * 32)
         assert (hello.hotkey, hello.nonce, hello.tasks) == (HOTKEY, "0" * 32, tuple(TASKS))
-        assert (hello.codecs, hello.version) == (("fp32", "bf16"), None)
+        assert (hello.codecs, hello.version) == (known_codecs(), None)
         assert d.worker.status().state == "idle"
         order = d.order()
         await d.reply(d.send(order))
@@ -232,7 +141,7 @@ def test_next_order_on_the_same_version_asks_for_nothing(desk: MakeDesk) -> None
         assert [ref.kind for ref in missing] == ["state", "data"]
         await d.reply(d.send(d.order()))
         assert (
-            d.learner.blob_digest not in d.worker.replica.states
+            d.learner.update.refs[0].digest not in d.worker.replica.states
         )  # it is in the model now, and needs no memory of its own
         second = d.order((Range(2, 3),), round=1)
         d.worker.order(CALLER, second, "1" * 64)  # accepted
@@ -334,9 +243,9 @@ def test_why_an_order_is_refused_is_said_once_until_it_changes(desk: MakeDesk) -
         await d.reply(sent)
         d.send(d.order(round=2))
         refused(lambda: d.send(d.order(codec_up="nine", round=3)))
-        said = [line for line in d.said if "refused" in line]
+        said, codecs = [line for line in d.said if "refused" in line], ", ".join(known_codecs())
         assert said == [
-            f"round {number}: order of {CALLER[:8]} refused, codec {codec}: this miner knows fp32, bf16"
+            f"round {number}: order of {CALLER[:8]} refused, codec {codec}: this miner knows {codecs}"
             for number, codec in ((1, "none"), (1, "nine"), (3, "nine"))
         ]
 
@@ -443,7 +352,7 @@ def test_order_for_nothing_is_late_not_an_error(desk: MakeDesk) -> None:
 def test_blobs_that_nobody_asked_for_are_refused(desk: MakeDesk) -> None:
     async def main() -> None:
         d = desk()
-        state, tokens = d.learner.update.blob, d.task.data_spec.tokens
+        state, tokens = d.learner.update.refs[0], d.task.data_spec.tokens
         assert refused(lambda: d.worker.receive(CALLER, state, 0)).status == 409
         refused(lambda: d.worker.order(CALLER, d.order(), "0" * 64))  # now it has asked
         for other in (
@@ -541,7 +450,7 @@ def test_version_does_not_follow_from_another_base(desk: MakeDesk) -> None:
         update = d.learner.update.model_copy(update={"base": "1" * 64})
         bad = refused(lambda: d.worker.order(CALLER, d.order(update=update, version=d.learner.version), "0" * 64))
         assert "does not follow" in bad.reason
-        await d.reply(d.send(d.order(update=update, version=chain("1" * 64, update.blob.digest))))
+        await d.reply(d.send(d.order(update=update, version=update.version)))
 
     run(main())
 

@@ -16,6 +16,7 @@ from transformers import GPT2LMHeadModel
 
 from aggregation import load_aggregator
 from codec import load_codec
+from market.diloco import round_settings
 from market.learner import Learner
 from market.phases import Charge
 from market.round import Market, Network, Terms
@@ -139,16 +140,17 @@ def make_place(
     keys = {k.ss58_address: k for k in miners}
     loopback = Loopback(VALIDATOR, services, keys, latency_s=0.01, bandwidth_bps=bits_per_s)
     asked = replace(TERMS, **terms)
+    keep = store.updates if asked.broadcast == "delta" else None
     market = Market(
         asked,
         task,
-        Learner(task, optimizer, load_codec(asked.codec_down), CPU),
+        Learner(task, optimizer, CPU, asked.broadcast, asked.codec_down, keep),
         network(loopback),
         store,
         load_ranker("accepted_work"),
         load_aggregator(aggregation),
-        load_codec(asked.codec_up),
-        lambda step, units: task.settings(optimizer, step, ROUNDS, UNITS),
+        load_codec,
+        lambda round, units: round_settings(asked.diloco, task, optimizer, ROUNDS)(round, UNITS),
     )
     return Place(market, store, loopback, workers, said)
 

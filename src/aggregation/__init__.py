@@ -6,13 +6,11 @@ from its record is bit-equal. Weights are the validator's own counts, normalised
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    import torch
-
-    Tensors = dict[str, torch.Tensor]
+    from codec import Specs, Tensors
 
 
 class Weighted(Protocol):
@@ -27,8 +25,12 @@ class Weighted(Protocol):
         """Euclidean norm over all tensors."""
 
     @property
-    def load(self) -> Callable[[], Mapping[str, torch.Tensor]]:
-        """Decodes its tensors: fp32, on the CPU, perhaps views of a file. Their memory goes with the last reference."""
+    def specs(self) -> Specs:
+        """The shapes of its tensors: the same in every contribution of a round."""
+
+    @property
+    def add(self) -> Callable[[Tensors, float], None]:
+        """add(result, weight): adds weight times its tensors to those of `result`, without a dense copy of its own."""
 
 
 Aggregator = Callable[[Sequence[Weighted]], "Tensors"]

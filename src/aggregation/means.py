@@ -1,18 +1,16 @@
-"""Weighted means. Both hold one result and one contribution at a time, whatever the number of miners."""
+"""Weighted means. Both hold one result and nothing else that is dense, whatever the number of miners."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from aggregation import Tensors, Weighted
-
-CHUNK = 1 << 15  # values that are widened to fp64 at a time: torch takes one thread for so few, and they stay in cache
+    from aggregation import Weighted
+    from codec import Tensors
 
 
 def mean(contributions: Sequence[Weighted]) -> Tensors:
@@ -35,25 +33,7 @@ def _weighted_sum(contributions: Sequence[Weighted], factors: Sequence[float]) -
     if not contributions:
         raise ValueError("nothing to aggregate")
     total = sum(c.count for c in contributions)
-    result: Tensors = {}
+    result = {name: torch.zeros(shape) for name, shape in contributions[0].specs.items()}
     for c, factor in zip(contributions, factors, strict=True):
-        _add(result, c.load(), factor * (c.count / total))
+        c.add(result, factor * (c.count / total))
     return result
-
-
-def _add(result: Tensors, tensors: Mapping[str, torch.Tensor], weight: float) -> None:
-    """A function of its own, so that one contribution is gone before the next is loaded."""
-    for name, tensor in tensors.items():
-        if name in result:
-            result[name] += tensor * weight  # multiply, then add: no fused arithmetic, the same on every device
-        else:
-            result[name] = tensor * weight
-
-
-def global_norm(tensors: dict[str, torch.Tensor]) -> float:
-    """Euclidean norm over all tensors on the CPU, summed in fp64. NaN or infinity anywhere makes it non-finite."""
-    total, wide = 0.0, torch.empty(CHUNK, dtype=torch.float64)
-    for _, t in sorted(tensors.items()):
-        for chunk in torch.split(t.flatten(), CHUNK):
-            total += float(wide[: chunk.numel()].copy_(chunk).square_().sum())
-    return math.sqrt(total)

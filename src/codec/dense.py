@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from typing_extensions import Buffer
 
-from protocol import ProtocolError
+from protocol import Fault, ProtocolError
 
 if TYPE_CHECKING:
     from codec import Specs, Tensors
 
+CHUNK = 1 << 15  # values at a time: torch takes one thread for so few, and they stay in cache
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
@@ -48,6 +49,25 @@ class Dense:
         return len(self._header(specs)) + sum(map(math.prod, specs.values())) * self.dtype.itemsize
 
     def decode(self, payload: Buffer, specs: Specs) -> Tensors:
+        return {name: t.to(torch.float32) for name, t in self._views(payload, specs).items()}
+
+    def check(self, payload: Buffer, specs: Specs) -> float:
+        norm = global_norm(self._views(payload, specs))
+        if not math.isfinite(norm):
+            raise ProtocolError("NaN or infinity in the tensors", Fault.NONFINITE)
+        return norm
+
+    def add(self, payload: Buffer, into: Tensors, weight: float = 1.0) -> None:
+        tensors = self._views(payload, {name: t.shape for name, t in into.items()})
+        for name, target in into.items():
+            flat, found = target.detach().view(-1), tensors[name].view(-1)
+            step = CHUNK if target.device.type == "cpu" else max(1, len(flat))
+            for start in range(0, len(flat), step):
+                values = found[start : start + step].to(flat.device, torch.float32)
+                flat[start : start + step].add_(values if weight == 1.0 else values * weight)
+
+    def _views(self, payload: Buffer, specs: Specs) -> Tensors:
+        """Of the payload, in the dtype that they travel in. ProtocolError unless exactly those of `specs`."""
         data = memoryview(payload).cast("B")
         header = self._header(specs)
         if data[: len(header)] != header:
@@ -62,7 +82,7 @@ class Dense:
                 flat = torch.frombuffer(data, dtype=self.dtype, count=sizes[name], offset=offset)
             else:
                 flat = torch.empty(0, dtype=self.dtype)
-            tensors[name] = flat.view(specs[name]).to(torch.float32)
+            tensors[name] = flat.view(specs[name])
             offset += sizes[name] * self.dtype.itemsize
         return tensors
 
@@ -103,6 +123,15 @@ class Dense:
             if entry.get("shape") != list(specs[name]):
                 return f"tensor {name}: shape {str(entry.get('shape'))[:80]}, expected {list(specs[name])}"
         return "the tensors are not laid out in the order of their names without gaps"
+
+
+def global_norm(tensors: Mapping[str, torch.Tensor]) -> float:
+    """Euclidean norm over all tensors on the CPU, summed in fp64. NaN or infinity anywhere makes it non-finite."""
+    total, wide = 0.0, torch.empty(CHUNK, dtype=torch.float64)
+    for _, t in sorted(tensors.items()):
+        for chunk in torch.split(t.flatten(), CHUNK):
+            total += float(wide[: chunk.numel()].copy_(chunk).square_().sum())
+    return math.sqrt(total)
 
 
 fp32 = Dense(torch.float32)

@@ -66,7 +66,7 @@ class SimulateConfig(RoundConfig):
     """What the end of a miner's time is where the trace does not say: notice (SIGTERM; --grace to hand over), kill, or
     cut (its line is dead, and it works on)."""
     state_mb: float | None = None
-    """Count the model's state, and its gradient, for so many megabytes, in time and in the figures. None: 42 for the
+    """Count the model for so many megabytes of fp32, in time and in the figures. None: 42 for the
     quadratic, for every other task what they are."""
     link: LinkConfig = field(default_factory=LinkConfig)
     costs: CostConfig = field(default_factory=CostConfig)

@@ -24,6 +24,7 @@ from codec import load_codec
 from emulation.costs import CostConfig
 from emulation.traces import Ending, Interval
 from market.cursor import size
+from market.diloco import round_settings
 from market.learner import Learner
 from market.planning import Terms
 from market.round import Market
@@ -132,8 +133,9 @@ class World:
         keypairs = {machine.hotkey: machine.keypair for machine in self.machines}
         validator = Keypair.create_from_uri("//Validator")
         self.network = Loopback(validator, {}, keypairs, seed=conditions.seed, scale=conditions.scale)
-        learner = Learner(task, optimizer, load_codec(terms.codec_down), device)
-        self.state_mb = memoryview(learner.blob).nbytes / 1e6
+        learner = Learner(task, optimizer, device, terms.broadcast, terms.codec_down)
+        self.costs = conditions.costs.settled(terms.codec_up, terms.codec_down)
+        self.state_mb = 4e-6 * sum(p.numel() for p in learner.parameters.values())
         self.validator_s: dict[str, float] = defaultdict(float)  # the validator's own seconds, by phase
         self.market = Market(
             terms,
@@ -143,9 +145,9 @@ class World:
             self.store,
             load_ranker("accepted_work"),
             load_aggregator(conditions.aggregation),
-            load_codec(terms.codec_up),
-            lambda step, units: task.settings(optimizer, step, steps, units),
-            charge=conditions.costs.charge(1.0, conditions.scale, self._spent),
+            load_codec,
+            round_settings(terms.diloco, task, optimizer, steps),
+            charge=self.costs.validator.charge(1.0, conditions.scale, self._spent),
         )
         self._totals: Counter[str] = Counter()  # of accepted work
         self._faults: Counter[str] = Counter()
@@ -155,21 +157,22 @@ class World:
     def _spent(self, phase: str, seconds: float) -> None:
         self.validator_s[phase] += seconds
 
-    async def play(self, seconds: float) -> AsyncIterator[Moment]:
-        """So many seconds of rounds, a moment a round. Raises what failed at the market or at a miner."""
+    async def play(self, seconds: float, rounds: int = FOR_EVER) -> AsyncIterator[Moment]:
+        """So many seconds of rounds, or so many rounds, a moment a round. Raises what failed at the market or at a
+        miner."""
         market = self.market
         loop = asyncio.get_running_loop()
         lives = [asyncio.create_task(self._live(machine)) for machine in self.machines]
         loop.call_at(seconds, market.request_stop)
         try:
-            await market.fill(FOR_EVER)
+            await market.fill(rounds)
             while market.in_flight:
-                await market.play(FOR_EVER)
+                await market.play(rounds)
                 self._raise_failures(lives)
                 await self._look_after(last=market.stopping and not market.in_flight)
                 yield self._moment()
                 if not market.in_flight:
-                    await market.fill(FOR_EVER)
+                    await market.fill(rounds)
             await market.finish()
         finally:
             for life in lives:
@@ -244,7 +247,7 @@ class World:
 
     def _start_worker(self, machine: Machine, interval: Interval) -> Worker:
         """A new process: it has what the one before it left on the disk."""
-        costs, cache = self.conditions.costs, Cache(self.folder / "miners" / machine.name)
+        cache = Cache(self.folder / "miners" / machine.name)
         speed = interval.speed or machine.speed
         return Worker(
             machine.hotkey,
@@ -254,7 +257,7 @@ class World:
             partial(_find_tokens, cache),
             lambda line: None,
             asyncio.get_running_loop().time,
-            charge=costs.charge(speed, self.conditions.scale, machine.spent),
+            charge=self.costs.charge(speed, self.conditions.scale, machine.spent),
         )
 
     def _end_worker(self, machine: Machine) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from codec import load_codec
 from market.config import TrainingConfig
 from market.learner import Learner
 from market.work import Work, compute
@@ -17,7 +16,7 @@ from tasks.optimizer import Settings
 
 def new_learner(config: TrainingConfig, task: Task, device: torch.device) -> Learner:
     """The model and optimizer that a validator with the same flags would start from."""
-    return Learner(task, config.optimizer_flags, load_codec("fp32"), device)
+    return Learner(task, config.optimizer_flags, device)
 
 
 def train(

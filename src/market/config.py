@@ -5,18 +5,21 @@ Torch-free, so that --help answers at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from limits import Limits
+from protocol import MAX_RANGES
 from tasks.config import AdamWConfig, GPT2Config, NanochatConfig, QuadraticConfig
 
 if TYPE_CHECKING:
+    from market.diloco import DiLoCo
     from market.planning import Terms
 
 
 MOST = 1_000_000  # seconds of a round, micro-batches of an order
+DILOCO_FLAGS = ("tau", "outer_lr", "nesterov_momentum", "warmup_sync", "inner_state")
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,16 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class CodecConfig:
-    up: str = "fp32"
-    """Encoding of gradients, miner to validator: fp32 or bf16 (half the bytes)."""
-    down: str = "fp32"
-    """Encoding of the model's state, validator to miner: fp32 or bf16."""
+    up: str = ""
+    """Encoding of gradients, miner to validator: fp32, bf16, int8, int4, 2bit, ternary, 1bit, ternary-rc (scales of
+    rows and columns), topk64 (64 of each 4,096; others too, and topk64-4bit), all but the first two also as
+    NAME+entropy; auto picks by the miners' links. Empty: ternary-rc, or with --mode diloco 2bit."""
+    down: str = ""
+    """Encoding of the model's updates, validator to miner, by the same names. Empty: 2bit, or with --broadcast full
+    fp32, where only fp32 and bf16 will do."""
+    feedback: float = 0.0
+    """Error feedback: what the encoding of a gradient lost is added to the miner's next one, times this. 0: off, which
+    served short runs better; 0.9 to 1 is what suits topk64."""
 
 
 @dataclass(frozen=True)
@@ -112,24 +121,41 @@ class RoundConfig(TrainingConfig):
     coverage: Literal["stream", "once"] = "stream"
     """stream: work that was lost is ordered again first, and the next epoch does not wait for it; once: no work of the
     next epoch is ordered before all of this one is accepted."""
+    broadcast: Literal["delta", "full"] = "delta"
+    """How miners get a new version: delta sends what has changed, by --codec.down; full sends the whole state."""
+    digest_every: int = 20
+    """Rounds between proofs that every miner's model is the validator's, bit for bit. 0: none."""
+    mode: Literal["gradient", "diloco"] = "gradient"
+    """gradient: miners send the gradient of the round's model; diloco: they make up to --tau steps with an optimizer
+    of their own, and send how far they came."""
+    tau: int = 30
+    """--mode diloco: inner steps of a round, each over --batches micro-batches."""
+    outer_lr: float = 0.7
+    """--mode diloco: learning rate of the validator's optimizer, SGD with Nesterov momentum."""
+    nesterov_momentum: float = 0.7
+    """--mode diloco: its momentum, the decay of the sum of its steps. 0: plain SGD."""
+    warmup_sync: float = 0.1
+    """--mode diloco: this fraction of the micro-batches comes first, in rounds of --mode gradient."""
+    inner_state: Literal["reset", "keep"] = "reset"
+    """--mode diloco: the miners' optimizers begin each round anew, or go on."""
     aggregation: str = "median_norm_mean"
     """mean, or median_norm_mean (each contribution clipped to the median norm)."""
 
     def check_rounds(self) -> None:
         """Raises ValueError for names that nobody knows, and for flags that make no rounds."""
         from aggregation import AGGREGATORS
-        from codec import CODECS
         from tasks import TASKS
 
-        names = {"task": (self.task, TASKS), "aggregation": (self.aggregation, AGGREGATORS)}
-        names |= {"codec.up": (self.codec.up, CODECS), "codec.down": (self.codec.down, CODECS)}
-        for flag, (name, known) in names.items():
+        for flag, name, known in (("task", self.task, TASKS), ("aggregation", self.aggregation, AGGREGATORS)):
             if name not in known:
                 raise ValueError(f"--{flag} {name}: unknown; known: {', '.join(known)}")
+        self._check_codecs()
         for flag in ("batches", "round_seconds", "deadline_k", "grace"):
             value, least = getattr(self, flag), int(flag == "batches")
             if not least <= value <= MOST:
                 raise ValueError(f"--{flag.replace('_', '-')} {value}: must be {least} or more, and {MOST:,} at most")
+        if self.digest_every < 0:
+            raise ValueError(f"--digest-every {self.digest_every}: must be 0 or more")
         if not 0 < self.quorum <= 1:
             raise ValueError(f"--quorum {self.quorum:g}: a share of the miners, more than 0 and at most 1")
         if isinstance(self.deadline, float) and not max(0.1, self.round_seconds) <= self.deadline <= MOST:
@@ -137,6 +163,55 @@ class RoundConfig(TrainingConfig):
                 f"--deadline {self.deadline:g}: must be 0.1 or more, and not less than --round-seconds "
                 f"{self.round_seconds:g}; leave it out for twice that"
             )
+        self._check_diloco()
+
+    def _check_codecs(self) -> None:
+        from codec import CODECS, DENSE, KEPT, known_codecs
+
+        for flag, name in (("up", self.codec.up), ("down", self.codec.down)):
+            if name not in ("", "auto", *known_codecs()):
+                raise ValueError(
+                    f"--codec.{flag} {name}: unknown; known: {', '.join(CODECS)}, topk{KEPT[0]} to topk{KEPT[-1]}, "
+                    f"topk64-4bit and so on; all but {' and '.join(DENSE)} also as NAME+entropy; auto"
+                )
+        if self.broadcast == "full" and self.codec.down not in ("", "auto", *DENSE):
+            raise ValueError(
+                f"--codec.down {self.codec.down}: --broadcast full sends the whole state, which only "
+                f"{' and '.join(DENSE)} keep; choose one of these, or --broadcast delta"
+            )
+        if not 0 <= self.codec.feedback <= 1:
+            raise ValueError(f"--codec.feedback {self.codec.feedback:g}: must lie between 0, which is off, and 1")
+
+    def _check_diloco(self) -> None:
+        """Flags of --mode diloco, which say nothing without it."""
+        for flag in DILOCO_FLAGS:
+            value = getattr(self, flag)
+            if self.mode == "gradient" and value != RoundConfig.__dataclass_fields__[flag].default:
+                raise ValueError(f"--{flag.replace('_', '-')} {value}: only --mode diloco heeds it; give that too")
+        if self.mode == "gradient":
+            return
+        if self.batches > MAX_RANGES:
+            raise ValueError(f"--batches {self.batches}: of an inner step of --mode diloco, {MAX_RANGES:,} at most")
+        if not 1 <= self.tau <= MOST // self.batches:
+            raise ValueError(
+                f"--tau {self.tau}: must be 1 or more, and with --batches {self.batches} make at most {MOST:,} "
+                "micro-batches"
+            )
+        if not 0 < self.outer_lr < float("inf"):
+            raise ValueError(f"--outer-lr {self.outer_lr:g}: must be above 0, and finite; 0.7 is the usual one")
+        for flag in ("nesterov_momentum", "warmup_sync"):
+            if not 0 <= getattr(self, flag) < 1:
+                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag):g}: must be at least 0 and below 1")
+
+    @property
+    def codecs(self) -> tuple[str, str]:
+        """Up and down, by which a run begins: the mode's own where none is named."""
+        from codec import DENSE
+
+        up, down = ("" if name == "auto" else name for name in (self.codec.up, self.codec.down))
+        return up or ("2bit" if self.mode == "diloco" else "ternary-rc"), down or (
+            "2bit" if self.broadcast == "delta" else DENSE[0]
+        )
 
     def terms(self, run: str, patience: int) -> Terms:
         """What the orders of a run say. `patience`: rounds in a row without a good reply."""
@@ -148,8 +223,7 @@ class RoundConfig(TrainingConfig):
             self.batches,
             given or max(300.0, 2 * self.round_seconds),
             patience,
-            self.codec.up,
-            self.codec.down,
+            *self.codecs,
             round_s=self.round_seconds,
             auto=self.deadline == "auto",
             quorum=self.quorum,
@@ -157,6 +231,27 @@ class RoundConfig(TrainingConfig):
             grace_s=self.grace,
             overlap=self.overlap,
             once=self.coverage == "once",
+            broadcast=self.broadcast,
+            digest_every=self.digest_every,
+            feedback=self.codec.feedback,
+            diloco=self.diloco,
+        )
+
+    @property
+    def diloco(self) -> DiLoCo | None:
+        from market.diloco import DiLoCo, warmup_rounds
+
+        if self.mode == "gradient":
+            return None
+        return DiLoCo(
+            self.tau,
+            self.batches,
+            self.outer_lr,
+            self.nesterov_momentum,
+            self.inner_state == "keep",
+            warmup_rounds(self.warmup_sync, self.rounds, self.tau),
+            self.rounds,
+            asdict(self.optimizer_flags),
         )
 
 
@@ -207,8 +302,6 @@ class ValidatorConfig(RoundConfig):
     """Rounds in a row without one good reply, after which the validator gives up."""
     connect_timeout: float = 20.0
     """Seconds at the start to wait for all the miners named; it goes on with those that are there."""
-    broadcast: Literal["full"] = "full"
-    """How miners get a new version: full sends the whole state."""
     ranking: str = "accepted_work"
     """accepted_work (share of accepted work), or your own package.module:Class."""
     baseline: bool = False

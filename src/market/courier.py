@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from functools import partial
 from typing import Any
 
 from market import score
 from market.cursor import size
 from market.ports import Network, Store
-from protocol import Digest, Hotkey, Order, Reply, Signed, Stop
+from protocol import Digest, Hotkey, Order, Receipt, Reply, Signed, Stop
 
 AT_ONCE = 8  # on their way to one miner: what an unreachable one misses, the ledger keeps
+TOLD_AGAIN = 4  # receipts of one miner
 LATE_AT_ONCE = 4  # replies of one miner that are waited for, the newest ones
 
 
@@ -25,12 +26,29 @@ class Courier:
         self._tasks: set[asyncio.Task[object]] = set()
         self._telling: Counter[Hotkey] = Counter()
         self._late: dict[Hotkey, list[asyncio.Task[object]]] = {}
+        self._untold: dict[Hotkey, list[Signed]] = {}  # the last receipts that a miner has not taken
         self._failed: BaseException | None = None
 
     def tell(self, hotkey: Hotkey, signed: Signed) -> None:
-        if self._telling[hotkey] < AT_ONCE:
+        if self._telling[hotkey] >= AT_ONCE:
+            self._missed(hotkey, signed)
+        else:
             self._telling[hotkey] += 1
-            self._start(self._network.tell(hotkey, signed)).add_done_callback(partial(self._told, hotkey))
+            self._start(self._network.tell(hotkey, signed)).add_done_callback(partial(self._told, hotkey, signed))
+
+    def owe(self, receipts: Iterable[Signed]) -> None:
+        """Receipts of which nobody knows whether their miners have taken them: a process before this one told them."""
+        for signed in receipts:
+            self._missed(Receipt.parse(signed.body).hotkey, signed)
+
+    def tell_again(self, hotkey: Hotkey) -> None:
+        """It is there: the last receipts that it did not take, for which its error feedback waits."""
+        for signed in self._untold.pop(hotkey, ()):
+            self.tell(hotkey, signed)
+
+    def _missed(self, hotkey: Hotkey, signed: Signed) -> None:
+        if signed.kind == Receipt.kind:
+            self._untold[hotkey] = [*self._untold.get(hotkey, ()), signed][-TOLD_AGAIN:]
 
     def stop(self, order: Order, name: Digest) -> None:
         """`name` is the order's digest."""
@@ -79,7 +97,9 @@ class Courier:
         if not task.cancelled():
             self._failed = self._failed or task.exception()
 
-    def _told(self, hotkey: Hotkey, task: asyncio.Task[object]) -> None:
+    def _told(self, hotkey: Hotkey, signed: Signed, task: asyncio.Task[object]) -> None:
+        if not task.cancelled() and task.exception() is None and not task.result():
+            self._missed(hotkey, signed)
         self._telling[hotkey] -= 1
         if not self._telling[hotkey]:
             del self._telling[hotkey]

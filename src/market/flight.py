@@ -1,4 +1,9 @@
-"""Rounds in flight: orders out, replies in, each verified as it arrives, until all are in or the round is closed."""
+"""Rounds in flight: orders out, replies in, each verified as it arrives, until all are in or the round is closed.
+
+An order is settled when its round is closed. But inner steps (DiLoCo) are a long work: an order of these that is under
+way then is carried into the next round, once. Its exchange goes on, its ranges stay ordered; in that round it counts
+like any other, or is late.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +17,41 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import Buffer
+
 from codec import Codec
 from market.courier import Courier
 from market.phases import Phases
 from market.planning import History, Terms
 from market.ports import Network, Store
-from market.score import Delivery, Outcome
+from market.score import Delivery, Outcome, Part
 from market.verify import Contribution, verify
-from protocol import Fault, Hotkey, Order, ProtocolError, Range, Signed
+from protocol import Digest, Fault, Order, ProtocolError, Range, Signed
 from tasks import Task
-from values import Blobs, Faulted, Received
+from values import Faulted, Received
 
 if TYPE_CHECKING:
     from codec import Specs
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Sent:
+    """An order that has left, and what comes of it."""
+
+    order: Order
+    signed: Signed
+    at: float  # when it left
+    taken: asyncio.Event = field(default_factory=asyncio.Event)  # it is at the miner, or all is over
+    found: Received | None = None  # by a process before this one
+    coming: asyncio.Task[Received] | None = None  # reply and payload: goes on while the order is carried
+    outcome: asyncio.Task[Outcome] | None = None  # in the round at hand
+    arrived: bool = False  # the whole reply
+
+    @property
+    def part(self) -> Part:
+        return self.order.hotkey, self.order.round
 
 
 @dataclass
@@ -35,17 +60,17 @@ class Opened:
 
     round: int
     started: float
-    blobs: Blobs
-    orders: dict[Hotkey, Order] = field(default_factory=dict)
-    signed: dict[Hotkey, Signed] = field(default_factory=dict)
-    exchanges: dict[Hotkey, asyncio.Task[Outcome]] = field(default_factory=dict)
-    accepted: dict[Hotkey, asyncio.Event] = field(default_factory=dict)  # the order is at the miner, or all is over
-    arrived: set[Hotkey] = field(default_factory=set)  # whole replies
-    pending: int = 0  # exchanges
+    blobs: dict[Digest, Buffer]
+    sent: dict[Part, Sent] = field(default_factory=dict)  # its own orders, and those carried into it
+    pending: int = 0  # of these without an outcome
     cut: float | None = None  # told to stop: when it is closed for good
     unsealed: list[Received] = field(default_factory=list)
     sealing: asyncio.Task[None] | None = None  # is making them durable, and what it has taken of them
     last: Received | None = None  # the reply that came when no other was awaited: sealed when nobody waits for the disk
+
+    @property
+    def outcomes(self) -> list[asyncio.Task[Outcome]]:
+        return [sent.outcome for sent in self.sent.values() if sent.outcome]
 
 
 class Flight:
@@ -60,13 +85,13 @@ class Flight:
         courier: Courier,
         phases: Phases,
         history: History,
-        codec: Codec,
+        codec: Callable[[str], Codec],
         specs: Specs,
     ) -> None:
         self.terms, self.task, self.network, self.store = terms, task, network, store
         self.courier, self.phases, self.history, self.codec, self.specs = courier, phases, history, codec, specs
-        self.largest = codec.largest(specs)  # bytes of a payload
         self.rounds: deque[Opened] = deque()
+        self.carried: list[Sent] = []  # into the next round that is opened
         self.stop_by: float | None = None  # every round is closed then
         self._failed: BaseException | None = None  # our own failure in an exchange
         self._look = asyncio.Event()  # something has happened that somebody may wait for
@@ -74,9 +99,14 @@ class Flight:
         self._watching: asyncio.Task[None] | None = None
 
     @property
+    def unsettled(self) -> list[Order]:
+        """Orders that have no receipt yet."""
+        return [sent.order for opened in self.rounds for sent in opened.sent.values()] + [s.order for s in self.carried]
+
+    @property
     def outstanding(self) -> list[Range]:
         """What miners have been ordered and have not answered for."""
-        return [r for opened in self.rounds for order in opened.orders.values() for r in order.ranges]
+        return [r for order in self.unsettled for r in order.ranges]
 
     @property
     def stopping(self) -> bool:
@@ -88,7 +118,8 @@ class Flight:
 
     async def close(self) -> None:
         """Cancels what is under way."""
-        tasks: list[asyncio.Task[Any]] = [t for opened in self.rounds for t in opened.exchanges.values()]
+        sent = [*self.carried, *(s for opened in self.rounds for s in opened.sent.values())]
+        tasks: list[asyncio.Task[Any]] = [task for s in sent for task in (s.coming, s.outcome) if task]
         tasks += [opened.sealing for opened in self.rounds if opened.sealing]
         tasks += [self._watching] if self._watching else []
         for task in tasks:
@@ -107,56 +138,71 @@ class Flight:
         self,
         opened: Opened,
         orders: Sequence[tuple[Order, Signed]],
-        received: Mapping[Hotkey, Received],
+        received: Mapping[Digest, Received],
     ) -> None:
-        """Starts the exchanges, but for replies that a process before this one has received."""
-        before = self.rounds[-1] if self.rounds and self.rounds[-1] is not opened else None
-        for order, signed in orders:
-            hotkey = order.hotkey
-            opened.orders[hotkey], opened.signed[hotkey] = order, signed
-            opened.accepted[hotkey] = asyncio.Event()
-            first = before.accepted.get(hotkey) if before and order.staleness else None
-            task = asyncio.create_task(self._exchange(opened, hotkey, received.get(hotkey), first))
-            opened.exchanges[hotkey] = task
-            opened.pending += 1
-            task.add_done_callback(partial(self._ended, opened, hotkey))
+        """Starts the exchanges, but for those of orders whose replies a process before this one has `received`.
 
-    def _ended(self, opened: Opened, hotkey: Hotkey, task: asyncio.Task[Outcome]) -> None:
+        Orders that are carried join the round.
+        """
+        before = self.rounds[-1] if self.rounds and self.rounds[-1] is not opened else None
+        joining, self.carried = self.carried, []
+        for sent in [*joining, *(Sent(order, signed, self.network.now()) for order, signed in orders)]:
+            opened.sent[sent.part] = sent
+            if sent.coming is None:
+                sent.found = received.get(sent.signed.digest)
+                first = before.sent.get((sent.order.hotkey, before.round)) if before and sent.order.staleness else None
+                sent.coming = asyncio.create_task(self._receive(opened, sent, first))
+            sent.outcome = asyncio.create_task(self._exchange(opened, sent, sent.coming))
+            opened.pending += 1
+            sent.outcome.add_done_callback(partial(self._ended, opened, sent))
+
+    def _ended(self, opened: Opened, sent: Sent, task: asyncio.Task[Outcome]) -> None:
         if not task.cancelled():
             self._failed = self._failed or task.exception()
         opened.pending -= 1
-        opened.accepted[hotkey].set()
+        sent.taken.set()
         self._look.set()
 
-    async def _exchange(
-        self, opened: Opened, hotkey: Hotkey, received: Received | None, first: asyncio.Event | None
-    ) -> Outcome:
-        """One miner's part: order out, reply and payload in, verified. A fault is an outcome, not an error.
+    async def _receive(self, opened: Opened, sent: Sent, first: Sent | None) -> Received:
+        """Order out, reply and payload in. `first` must be at the miner before. Raises Faulted."""
+        order = sent.order
+        if order.inner is not None and not self.terms.inner(opened.round):  # since a resume with other --rounds
+            raise Faulted(Fault.UNVERIFIED, f"round {opened.round} takes gradients, and this would be inner steps")
+        if sent.found is not None:
+            return sent.found
+        if first is not None:
+            await first.taken.wait()
+        sent.at = self.network.now()
+        path = self.store.payload_path(order.round, order.hotkey)
+        largest = self.codec(order.codec_up).largest(self.specs)
+        taken = partial(self._taken, sent)
+        received = await self.network.exchange(order, sent.signed, opened.blobs, path, largest, taken)
+        received = replace(received, seconds=self.network.now() - sent.at)
+        if received.seconds > order.deadline_s:
+            self.store.discard(order.round, order.hotkey)
+            raise Faulted(Fault.LATE, f"no whole reply within {order.deadline_s:g} s")
+        return received
 
-        `first`: the order before this one is at the miner.
-        """
-        order, signed = opened.orders[hotkey], opened.signed[hotkey]
+    def _taken(self, sent: Sent) -> None:
+        sent.taken.set()
+        self.courier.tell_again(sent.order.hotkey)
+
+    async def _exchange(self, opened: Opened, sent: Sent, coming: asyncio.Task[Received]) -> Outcome:
+        """One miner's part: reply and payload in, verified. A fault is an outcome, not an error."""
+        order = sent.order
         try:
-            if received is None or received.reply.order != signed.digest:
-                if first is not None:
-                    await first.wait()
-                path = self.store.payload_path(opened.round, hotkey)
-                sent, accepted = self.network.now(), opened.accepted[hotkey].set
-                received = await self.network.exchange(order, signed, opened.blobs, path, self.largest, accepted)
-                received = replace(received, seconds=self.network.now() - sent)
-                if received.seconds > order.deadline_s:
-                    self.store.discard(opened.round, hotkey)
-                    raise Faulted(Fault.LATE, f"no whole reply within {order.deadline_s:g} s")
+            received = await asyncio.shield(coming)
+            if received is not sent.found:
                 if opened.pending == 1 and opened.last is None and opened is self.rounds[0]:
                     opened.last = received
                 else:
                     self._seal(opened, received)
-            opened.arrived.add(hotkey)
-            size = received.reply.payload_bytes / 1e6
-            contribution = await self.phases.run("verify", size, self.verify, order, received)
+            sent.arrived = True
+            megabytes = 4e-6 * sum(math.prod(shape) for shape in self.specs.values())
+            contribution = await self.phases.run("verify", megabytes, self.verify, order, received)
             logger.debug(
                 "round %d: %s sent %d bytes after %.3f s, norm %.4g",
-                *(opened.round, hotkey[:8], received.reply.payload_bytes, received.seconds, contribution.norm),
+                *(order.round, order.hotkey[:8], received.reply.payload_bytes, received.seconds, contribution.norm),
             )
             return Delivery(received, contribution)
         except ProtocolError as error:
@@ -167,14 +213,15 @@ class Flight:
     def verify(self, order: Order, received: Received) -> Contribution:
         """Raises ProtocolError with the fault."""
         payload = partial(self.store.payload, order.round, order.hotkey)
-        return verify(order, received.reply, payload, codec=self.codec, specs=self.specs, count=self.task.count)
+        codec = self.codec(order.codec_up)
+        return verify(order, received.reply, payload, codec=codec, specs=self.specs, count=self.task.count)
 
     # --- back -----------------------------------------------------------------------------------------------------
 
-    async def collect(self, admit: Callable[[Opened], Awaitable[None]]) -> dict[Hotkey, Outcome]:
-        """What came of each order of the oldest round. Every exchange ends by itself, or with the round.
+    async def collect(self, admit: Callable[[Opened], Awaitable[None]], carries: bool) -> dict[Part, Outcome]:
+        """What came of each order of the oldest round, but for those that are carried into the next, if that `carries`.
 
-        `admit` may order something from who has come since.
+        Every exchange ends by itself, or with the round. `admit` may order something from who has come since.
         """
         opened = self.rounds[0]
         while opened.pending:
@@ -189,34 +236,54 @@ class Flight:
             if opened.cut is None or now < opened.cut:
                 await self._something(self._closing(opened) if opened.cut is None else opened.cut)
             else:
-                await self._cut_off(opened)
+                await self._cut_off(opened, carries and not self.stopping)
         self._changed = True  # for the next round, who is not in it has come too
-        opened.blobs = {}  # their memory is the next version's
-        seconds = self.network.now() - opened.started
-        late = Faulted(Fault.LATE, f"no whole reply within {seconds:.1f} s, when the round was closed")
-        return {hotkey: late if task.cancelled() else task.result() for hotkey, task in opened.exchanges.items()}
+        return {part: self._outcome(sent) for part, sent in opened.sent.items()}
+
+    def _outcome(self, sent: Sent) -> Outcome:
+        assert sent.outcome is not None  # of a round that is closed
+        if not sent.outcome.cancelled():
+            return sent.outcome.result()
+        seconds = self.network.now() - sent.at
+        return Faulted(Fault.LATE, f"no whole reply within {seconds:.1f} s, when the round was closed")
+
+    def pop(self) -> None:
+        """The oldest round is settled. What it carries joins the next one at once, where that is open already."""
+        self.rounds.popleft()
+        if self.rounds:
+            self.send(self.rounds[0], (), {})
 
     def _closing(self, opened: Opened) -> float:
         """When those that have not answered are told to send what they have: never before enough have answered."""
         if self.stopping:
             return -math.inf
-        answered = len(opened.exchanges) - opened.pending
-        if answered < self.terms.quorum * len(opened.exchanges):
+        answered = len(opened.sent) - opened.pending
+        if answered < self.terms.quorum * len(opened.sent):
             return math.inf
-        return opened.started + self.history.closing_s(self.terms)
+        return opened.started + self.history.closing_s(self.terms, opened.round)
 
     def _tell_stop(self, opened: Opened) -> None:
-        for hotkey, task in opened.exchanges.items():
-            if not task.done() and hotkey not in opened.arrived:
-                self.courier.stop(opened.orders[hotkey], opened.signed[hotkey].digest)
+        for sent in opened.sent.values():
+            if sent.outcome and not sent.outcome.done() and not sent.arrived:
+                self.courier.stop(sent.order, sent.signed.digest)
 
-    async def _cut_off(self, opened: Opened) -> None:
-        slow = {hotkey: task for hotkey, task in opened.exchanges.items() if hotkey not in opened.arrived}
-        for task in slow.values():
-            task.cancel()
-        await asyncio.wait(opened.exchanges.values())
-        for hotkey in slow:  # what has come of a payload is of no use, and its file as large as the whole
-            self.store.discard(opened.round, hotkey)
+    async def _cut_off(self, opened: Opened, carries: bool) -> None:
+        outcomes, slow = opened.outcomes, [sent for sent in opened.sent.values() if not sent.arrived]
+        for sent in slow:
+            if carries and self._may_be_carried(opened, sent):
+                self.carried.append(opened.sent.pop(sent.part))
+            task = sent.outcome if sent in self.carried else sent.coming
+            if task:
+                task.cancel()
+        await asyncio.wait(outcomes)
+        for sent in slow:  # what has come of a payload is of no use, and its file as large as the whole
+            if not sent.arrived and sent not in self.carried:
+                self.store.discard(sent.order.round, sent.order.hotkey)
+
+    def _may_be_carried(self, opened: Opened, sent: Sent) -> bool:
+        """Inner steps that its miner is at, and that are not a round late already."""
+        at_work = sent.taken.is_set() and sent.outcome is not None and not sent.outcome.done()
+        return at_work and sent.order.inner is not None and sent.order.round == opened.round
 
     async def sealed(self, opened: Opened) -> None:
         """Everything that was received is durable."""

@@ -11,6 +11,7 @@ from typing_extensions import Buffer
 
 from codec import Codec
 from market.cursor import indices, size
+from market.feedback import ErrorFeedback
 from market.work import Computation
 from protocol import Digest, Fault, Hotkey, Order, Reply, digest
 from values import Refused
@@ -70,14 +71,29 @@ class Job:
             return now + self.last_batch_s > self.began + order.budget_s
         return now + self.last_batch_s + handing_over_s > self.heard + order.budget_s
 
-    def encode(self, codec: Codec, computation: Computation, seconds: float) -> None:
+    def patience_s(self, now: float, handing_over_s: float) -> float:
+        """How long what is computed may wait to be encoded: a tenth of the time that is left, if that is a second.
+
+        Never beyond the budget.
+        """
+        order, left_s = self.order, self.deadline - handing_over_s - now
+        patience_s = min(left_s, max(1.0, 0.1 * left_s))
+        if order.budget_s:
+            end = self.began if order.staleness else self.heard - handing_over_s
+            patience_s = min(patience_s, end + order.budget_s - now)
+        return max(0.0, patience_s)
+
+    def encode(self, codec: Codec, computation: Computation, seconds: float, feedback: ErrorFeedback) -> None:
         """The reply over what is done, and its payload. Raises Refused for a loss that is no number."""
+        if kept := feedback.again(self.digest):
+            self.payload, self.reply = kept.payload, kept.reply
+            return
         work = computation.result()
         if not math.isfinite(work.loss):
             raise Refused(409, f"the loss is {work.loss}", Fault.NONFINITE)
         order = self.order
-        self.payload = codec.encode(work.gradient)
-        self.reply = Reply(
+        payload, before, after = feedback.encode(codec, work.gradient)
+        reply = Reply(
             run=order.run,
             round=order.round,
             hotkey=order.hotkey,
@@ -87,8 +103,10 @@ class Job:
             loss=work.loss,
             seconds=seconds,
             codec=order.codec_up,
-            payload_digest=digest("payload", self.payload),
-            payload_bytes=len(memoryview(self.payload)),
-            residual_before=None,
-            residual_after=None,
+            payload_digest=digest("payload", payload),
+            payload_bytes=memoryview(payload).nbytes,
+            residual_before=before,
+            residual_after=after,
         )
+        feedback.keep(reply, payload)
+        self.payload, self.reply = payload, reply

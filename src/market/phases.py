@@ -15,8 +15,9 @@ Charge = Callable[[str, float], Awaitable[None]]  # lets the (virtual) time pass
 class Phases:
     """Runs functions one after the other and adds up what each phase took.
 
-    Phases, with their amounts: `load` (MB of state), `batch` (micro-batches), `encode`, `verify`, `aggregate`, `step`
-    (MB each), `evaluate` (1). On a machine the functions take their time; under virtual time they take none, and
+    Phases, with their amounts: `batch` (micro-batches), `evaluate` (1); `load`, `encode`, `verify`, `aggregate`, `step`
+    (MB of the fp32 values that it is about, however few bytes carry them). On a machine the functions take their time;
+    under virtual time they take none, and
     `charge` lets pass what a cost model says.
     """
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from market.cursor import Cursor, size
+from market.diloco import DiLoCo
 from protocol import Hotkey, Range, Receipt
 
 FIRST_SHARE = 1024  # micro-batches for a time budget of a miner that nobody knows: what it does not do comes back
@@ -35,43 +36,55 @@ class Terms:
     grace_s: float = 10.0  # for partial work, once miners are told to stop
     overlap: int = 0  # versions that a miner may be behind
     once: bool = False  # no index of the next epoch before all of this one are accepted
+    broadcast: str = "full"  # or "delta"
+    digest_every: int = 0  # rounds between orders that name the digest of their version's state; 0: none does
+    feedback: float = 0.0  # decay of the miners' error feedback; 0: none
+    diloco: DiLoCo | None = None  # None: every round is a gradient round
+
+    def inner(self, round: int) -> bool:
+        """Whether miners make inner steps in this round."""
+        return self.diloco is not None and self.diloco.inner(round)
 
 
 class History:
     """What the miners did in the last rounds, from receipts alone: a restart reads them again and plans the same."""
 
     def __init__(self) -> None:
-        self._rounds: deque[dict[Hotkey, tuple[int, float]]] = deque(maxlen=ROUNDS_KNOWN)  # micro-batches and seconds
+        self._rounds: deque[dict[Hotkey, tuple[int, float, int]]] = deque(maxlen=ROUNDS_KNOWN)
+        """Of each a miner's micro-batches, its seconds, and the round."""
 
     def observe(self, receipts: Iterable[Receipt]) -> None:
         """A round's."""
-        self._rounds.append({r.hotkey: (size(r.done), r.seconds) for r in receipts if r.verdict == "ACCEPTED"})
+        self._rounds.append({r.hotkey: (size(r.done), r.seconds, r.round) for r in receipts if r.verdict == "ACCEPTED"})
 
-    def shares(self, hotkeys: Iterable[Hotkey], terms: Terms) -> dict[Hotkey, int]:
-        """Micro-batches to order: with a time budget twice the most that the miner did lately.
+    def shares(self, hotkeys: Iterable[Hotkey], terms: Terms, number: int = 0) -> dict[Hotkey, int]:
+        """Micro-batches to order in round `number`: with a time budget twice the most that the miner did lately.
 
         What it did is what it claims, so nobody is ordered more than `AHEAD` times what the median miner is. Who is not
-        known begins as the median.
+        known begins as the median. Of inner steps nobody is ordered more than a round has.
         """
+        inner = terms.diloco.tau * terms.batches if terms.diloco and terms.inner(number) else None
         if not terms.round_s:
-            return dict.fromkeys(hotkeys, terms.batches)
+            return dict.fromkeys(hotkeys, inner or terms.batches)
         known: dict[Hotkey, int] = {}
         for one in self._rounds:
-            for hotkey, (done, _) in one.items():
+            for hotkey, (done, _, _) in one.items():
                 known[hotkey] = max(known.get(hotkey, 0), 2 * done)
         middle = max(terms.batches, round(median(known.values())) if known else FIRST_SHARE)
-        most = min(AHEAD * middle, MOST_SHARE) if len(known) > 1 else MOST_SHARE
+        most = min(AHEAD * middle if len(known) > 1 else MOST_SHARE, inner or MOST_SHARE)
         return {hotkey: max(terms.batches, min(known.get(hotkey, middle), most)) for hotkey in hotkeys}
 
-    def closing_s(self, terms: Terms) -> float:
+    def closing_s(self, terms: Terms, number: int = 0) -> float:
         """Seconds from a round's orders by which who answers at all has answered: median + k MAD of the last replies.
 
         MAD is the median of the absolute deviations from the median; a tenth of the median at least, since replies that
-        all took the same time say nothing about the next. Infinite while nobody is known.
+        all took the same time say nothing about the next. Infinite while nobody is known. What gradient rounds took
+        says nothing about inner steps.
         """
         if not terms.auto:
             return math.inf
-        seconds = [s for one in self._rounds for _, s in one.values()]
+        entries = (entry for one in self._rounds for entry in one.values())
+        seconds = [s for _, s, of in entries if terms.inner(of) == terms.inner(number)]
         if not seconds:
             return math.inf
         middle = median(seconds)

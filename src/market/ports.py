@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from typing_extensions import Buffer
 
-from protocol import Hotkey, Message, Order, Signed
-from values import Blobs, Received, RoundRecord
+from protocol import BlobRef, Digest, Hotkey, Message, Order, Signed
+from values import Blobs, Link, Received, RoundRecord
 
 
 class Network(Protocol):
@@ -18,6 +18,8 @@ class Network(Protocol):
     def now(self) -> float: ...
     def seal(self, message: Message) -> Signed: ...
     def peers(self) -> tuple[Hotkey, ...]: ...
+    def links(self) -> tuple[Link, ...]: ...
+    def codecs(self, hotkey: Hotkey) -> Sequence[str] | None: ...  # that it has named; None: not heard yet
     async def wait_for_change(self) -> None: ...
     async def exchange(
         self,
@@ -46,4 +48,19 @@ class Store(Protocol):
     def commit(self, record: RoundRecord) -> None: ...
     def committed(self, since: int) -> Sequence[RoundRecord]: ...
     def head(self) -> RoundRecord | None: ...
+    def unsettled(self) -> Sequence[Signed]: ...
     def note_late(self, round: int, reply: Signed, receipt: Signed) -> None: ...
+
+
+class Keep(Protocol):
+    """Where the bytes of the chain of versions lie (records.updates; chain.Memory)."""
+
+    def put(self, ref: BlobRef, data: Buffer) -> Buffer:
+        """The same bytes, from where they lie now."""
+        ...
+
+    def get(self, ref: BlobRef) -> Buffer | None: ...
+
+    def retain(self, digests: Collection[Digest]) -> None:
+        """The others are not needed any more."""
+        ...

@@ -11,7 +11,8 @@
 The next round's orders leave before this round's commit is on disk (its miners need not wait for a disk), so a restart
 may find two rounds open: it finishes the first from what was received, which makes the same version, and the second's
 orders hold unchanged. Receipts and weights wait for the commit. With an overlap of 1 there is always one round more in
-flight: its orders name the last version, and wait at the miners behind those at work.
+flight: its orders name the last version, and wait at the miners behind those at work. What a round of inner steps was
+closed without (DiLoCo) belongs to the next: `flight`.
 """
 
 from __future__ import annotations
@@ -19,23 +20,26 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from aggregation import Aggregator
-from codec import Codec
+from codec import Codec, bits
 from market import score
+from market.budget import LinkWatch, Row
 from market.courier import Courier
 from market.coverage import progress
 from market.cursor import Cursor, subtract
-from market.flight import Flight, Opened
+from market.flight import Flight, Opened, Sent
 from market.learner import Learner
+from market.negotiation import Negotiation
 from market.phases import Charge, Phases
 from market.planning import LEAST_BUDGET, ROUNDS_KNOWN, History, Terms, epoch_end, shares
 from market.ports import Network, Store
-from market.score import Delivery, Outcome
+from market.score import Delivery, Outcome, Part
 from market.verify import Contribution
 from protocol import Fault, Hotkey, Order, Range, Receipt, Signed
 from ranking import Ranker
@@ -63,22 +67,26 @@ class Market:
         store: Store,
         ranker: Ranker,
         aggregate: Aggregator,
-        codec: Codec,
+        codec: Callable[[str], Codec],
         settings: Callable[[int, int], Settings],
         worker: Executor | None = None,
         charge: Charge | None = None,
     ) -> None:
-        """`settings`: of a step, over so many units. `worker` is one thread for everything that computes on tensors;
-        `charge` is for emulations."""
+        """`codec`: by its name. `settings`: of a round's step, over so many units. `worker` is one thread for all that
+        computes on tensors; `charge` is for emulations."""
         self.terms, self.task, self.learner, self.network, self.store = terms, task, learner, network, store
         self.ranker, self.aggregate, self.settings = ranker, aggregate, settings
         self.phases = Phases(worker, network.now, charge)
         self.history = History()
         self.courier = Courier(network, store)
+        self.negotiation = Negotiation(network.codecs)
         specs = {name: p.shape for name, p in task.trainable(learner.model).items()}
         self.flight = Flight(terms, task, network, store, self.courier, self.phases, self.history, codec, specs)
         self.blobs = task.blobs()
-        learner.keep_before = terms.overlap > 0  # orders that a restart sends again may name it
+        learner.chain.keep_before |= terms.overlap > 0  # orders that a restart sends again may name it
+        self.watch: LinkWatch | None = None  # measures what communication costs, and may choose the codecs
+        self._codecs: dict[int, tuple[str, str]] = {}  # up and down, of the rounds in flight
+        self._megabytes = 4e-6 * sum(p.numel() for p in learner.parameters.values())
         self.round = 0  # the oldest that is not committed
         self.empty_rounds = 0
         self.cursor = Cursor()
@@ -91,14 +99,19 @@ class Market:
     async def play(self, last: int) -> None:
         """Finish the oldest round in flight, down to its commit; the next ones, up to round `last`, are open then."""
         opened = self.flight.rounds[0]
-        outcomes = await self.flight.collect(self._admit)
+        outcomes = await self.flight.collect(self._admit, carries=opened.round + 1 < last)
+        opened.blobs.clear()  # their memory is the next version's
+        opened.blobs.update(self.blobs)  # for who is at work for the next round
         collected = self.network.now()
         accepted = score.accepted(outcomes)
         settings = self.settings(opened.round, max(1, sum(c.count for c in accepted)))
+        up, self.learner.codec = self.codecs(opened.round)
+        used = {"codec_up": up, "codec_down": self.learner.codec}
         await self._learn(accepted, settings)
-        self.flight.rounds.popleft()
+        self.flight.pop()
         seconds = {"collect_s": collected - opened.started, "learn_s": self.network.now() - collected}
-        record = self._score(opened, outcomes, {**settings, **seconds})
+        record = self._score(opened, outcomes, {**settings, **seconds, **used})
+        del self._codecs[opened.round]
         self.round = opened.round + 1
         self.empty_rounds = 0 if accepted else self.empty_rounds + 1
         if self.network.peers():  # else there is time to commit
@@ -112,7 +125,7 @@ class Market:
         rounds = self.flight.rounds
         while len(rounds) <= self.terms.overlap and self.round + len(rounds) < last:
             waits = rounds and (self._exhausted or not self.network.peers())
-            if self.stopping or self.out_of_patience or waits:
+            if waits or (self._over and not self.flight.carried):
                 break
             rounds.append(await self._open(self.round + len(rounds)))
 
@@ -128,6 +141,11 @@ class Market:
     @property
     def stopping(self) -> bool:
         return self.flight.stopping
+
+    @property
+    def _over(self) -> bool:
+        """Nothing more is ordered: a round that is opened all the same is for what was carried."""
+        return self.stopping or self.out_of_patience
 
     def request_stop(self) -> None:
         """Close the rounds in flight: miners are told to stop, what they have done by then counts. No round follows."""
@@ -151,12 +169,19 @@ class Market:
         """Orders of this round that are on disk already are sent again, unchanged."""
         orders = self._standing_orders(round)
         if not orders:
-            await self.flight.wait_for_peer()
+            if not self._over:
+                await self.flight.wait_for_peer()
+            if self._proves(round):
+                await self.phases.run("digest", self._megabytes, self.learner.state_digest)
+            await self._serve_whole(self.network.peers())
             orders = self._plan(round)
             await asyncio.to_thread(self.store.open_round, round, [signed for _, signed in orders])
-        opened = Opened(round, self.network.now(), {**self.blobs, **self.learner.blobs})
-        received = {r.reply.hotkey: r for r in await asyncio.to_thread(self.store.received, round)}
-        self.flight.send(opened, orders, received)
+        out = [order for order, _ in orders] + [s.order for s in self.flight.carried if s.coming is None]
+        blobs = await asyncio.to_thread(self.learner.find, {order.update for order in out})
+        opened = Opened(round, self.network.now(), {**self.blobs, **blobs})
+        rounds = {round, *(order.round for order in out)}
+        received = [r for n in sorted(rounds) for r in await asyncio.to_thread(self.store.received, n)]
+        self.flight.send(opened, orders, {r.reply.order: r for r in received})
         return opened
 
     def _standing_orders(self, round: int) -> list[tuple[Order, Signed]]:
@@ -165,34 +190,49 @@ class Market:
         fitting = {self.learner.version, self.learner.base if self.terms.overlap else None}
         if any(order.version not in fitting for order, _ in standing):
             return []
+        if any((order.inner is not None) != self.terms.inner(round) for order, _ in standing):
+            return []  # with other --rounds other rounds are DiLoCo's
         self.cursor = self.cursor.without(chain.from_iterable(order.ranges for order, _ in standing))
+        if standing:
+            ups, downs = {order.codec_up for order, _ in standing}, {order.codec_down for order, _ in standing}
+            self._codecs[round] = (min(ups, key=bits), min(downs, key=bits))  # others fell back to more
         return standing
 
+    def codecs(self, round: int) -> tuple[str, str]:
+        """Up and down, of a round in flight: the same for all of its orders, and for the delta that it makes."""
+        now = self.watch.codecs if self.watch else (self.terms.codec_up, self.terms.codec_down)
+        return self._codecs.setdefault(round, now)
+
     def _plan(self, round: int) -> list[tuple[Order, Signed]]:
-        """Disjoint ranges for every miner that is there; none at all if nobody came in time."""
+        """Disjoint ranges for every miner that is there, and keeps no more replies than it can: none at all if nobody
+        came in time."""
         staleness = 1 if self.flight.rounds else 0
+        at_work = Counter(order.hotkey for order in self.flight.unsettled)
+        free = () if self._over else [h for h in self.network.peers() if at_work[h] <= self.terms.overlap]
         return [
             self._order(round, hotkey, ranges, self.terms.round_s, staleness)
-            for hotkey, ranges in self._take(self.network.peers())
+            for hotkey, ranges in self._take(round, free)
         ]
 
     async def _admit(self, opened: Opened) -> None:
         """Who came after the round had begun gets what is left of its time."""
         began = opened.started if self._closed_at is None else max(opened.started, self._closed_at)
         left_s = self.terms.round_s - (self.network.now() - began)
-        ordered = {hotkey for other in self.flight.rounds for hotkey in other.orders}
+        ordered = {order.hotkey for order in self.flight.unsettled}
         new = [hotkey for hotkey in self.network.peers() if hotkey not in ordered]
         worth = self.terms.round_s and left_s >= LEAST_BUDGET * self.terms.round_s
         if not new or not worth or self.stopping or opened.cut is not None:
             return
-        orders = [self._order(opened.round, hotkey, ranges, left_s, 0) for hotkey, ranges in self._take(new)]
+        await self._serve_whole(new)
+        taken = self._take(opened.round, new)
+        orders = [self._order(opened.round, hotkey, ranges, left_s, 0) for hotkey, ranges in taken]
         await asyncio.to_thread(self.store.add_orders, opened.round, [signed for _, signed in orders])
-        opened.blobs = {**opened.blobs, **self.learner.blobs}
+        opened.blobs.update(self.learner.blobs)
         self.flight.send(opened, orders, {})
 
-    def _take(self, hotkeys: Sequence[Hotkey]) -> list[tuple[Hotkey, tuple[Range, ...]]]:
+    def _take(self, round: int, hotkeys: Sequence[Hotkey]) -> list[tuple[Hotkey, tuple[Range, ...]]]:
         limit, taken = self._limit, []
-        wanted = self.history.shares(sorted(hotkeys), self.terms)
+        wanted = self.history.shares(sorted(hotkeys), self.terms, round)
         for hotkey, count in shares(self.cursor, wanted, limit).items():
             ranges, self.cursor = self.cursor.take(count, limit)
             if ranges:
@@ -214,24 +254,37 @@ class Market:
     def _order(
         self, round: int, hotkey: Hotkey, ranges: tuple[Range, ...], budget_s: float, staleness: int
     ) -> tuple[Order, Signed]:
+        (up, down), whole = self.codecs(round), self.negotiation.needs_state(hotkey, self.learner.update)
+        up, down = self.negotiation.up(hotkey, up), self.negotiation.down(hotkey, down)
         order = Order(
             run=self.terms.run,
             round=round,
             hotkey=hotkey,
             version=self.learner.version,
-            update=self.learner.update,
-            state_digest=None,
+            update=self.learner.snapshot_now() if whole else self.learner.update,
+            state_digest=self.learner.state_digest() if self._proves(round) else None,
             task=self.task.spec(),
             data=self.task.data_spec,
             ranges=ranges,
             deadline_s=self.terms.deadline_s * (1 + staleness),  # it waits behind another
             staleness=staleness,
-            codec_up=self.terms.codec_up,
-            codec_down=self.terms.codec_down,
+            codec_up=up,
+            codec_down=down,
             budget_s=budget_s,
+            inner=self.terms.diloco.ordered(round) if self.terms.diloco else None,
+            feedback=0.0 if up == "fp32" else self.terms.feedback,
         )
         logger.debug("round %d: %s gets %s on %s", round, hotkey[:8], list(ranges), order.version[:12])
         return order, self.network.seal(order)
+
+    async def _serve_whole(self, hotkeys: Sequence[Hotkey]) -> None:
+        """Who cannot read the deltas finds the whole state made, which takes its time."""
+        if any(self.negotiation.needs_state(hotkey, self.learner.update) for hotkey in hotkeys):
+            await self.phases.run("encode", self._megabytes, self.learner.snapshot_now)
+
+    def _proves(self, round: int) -> bool:
+        """Whether the round's miners are to show that their model is the validator's replica, bit for bit."""
+        return self.terms.digest_every > 0 and round % self.terms.digest_every == 0
 
     # --- 5 and 6. aggregate, step ---------------------------------------------------------------------------------
 
@@ -241,36 +294,38 @@ class Market:
             await self.before_step
         if not accepted:
             return
-        parameters = sum(4 * p.numel() for p in self.learner.parameters.values()) / 1e6
-        gradient = await self.phases.run("aggregate", parameters * len(accepted), self.aggregate, accepted)
-        await self.phases.run("step", parameters, self.learner.step, gradient, settings)
-        await self.phases.run("encode", parameters, self.learner.advance)
+        size = self._megabytes
+        gradient = await self.phases.run("aggregate", size * len(accepted), self.aggregate, accepted)
+        await self.phases.run("step", size, self.learner.step, gradient, settings)
+        await self.phases.run("encode", size, self.learner.advance)
         logger.debug("%d contributions make version %s, %s", len(accepted), self.learner.version[:12], dict(settings))
 
     # --- 7. score -------------------------------------------------------------------------------------------------
 
-    def _score(self, opened: Opened, outcomes: Mapping[Hotkey, Outcome], metrics: Mapping[str, float]) -> RoundRecord:
+    def _score(self, opened: Opened, outcomes: Mapping[Part, Outcome], metrics: Row) -> RoundRecord:
         """What was not accepted goes back to the cursor; each order gets a receipt that says why it was paid."""
-        evidence = {hotkey: score.evidence(self.task, o, outcomes[hotkey]) for hotkey, o in opened.orders.items()}
-        for hotkey, order in opened.orders.items():
-            outcome = outcomes[hotkey]
+        orders = {part: sent.order for part, sent in sorted(opened.sent.items())}
+        evidence = {part: score.evidence(self.task, order, outcomes[part]) for part, order in orders.items()}
+        for part, order in orders.items():
+            outcome = outcomes[part]
             done = outcome.contribution.done if isinstance(outcome, Delivery) else ()
             self.cursor = self.cursor.give_back(subtract(order.ranges, done))
-        scores, weights = self.ranker.update(list(evidence.values())), dict(self.ranker.weights())
+        scores, weights = self.ranker.update(score.by_miner(evidence.values())), dict(self.ranker.weights())
         receipts = []
-        for hotkey, e in sorted(evidence.items()):
-            order, name, outcome = opened.orders[hotkey], opened.signed[hotkey].digest, outcomes[hotkey]
+        for part, e in evidence.items():
+            order, name, outcome = orders[part], opened.sent[part].signed.digest, outcomes[part]
             why = score.reason(self.task, self.terms, order, e, outcome)
-            weight = weights.get(hotkey, 0.0)
-            receipts.append(score.receipt(order, name, e, why, outcome, scores[hotkey], weight))
+            weight = weights.get(e.hotkey, 0.0)
+            receipts.append(score.receipt(opened.round, order, name, e, why, outcome, scores[e.hotkey], weight))
             self._warn_if_too_short(receipts[-1], outcome)
         self.history.observe(receipts)
         now, since = self.network.now(), self._closed_at
         seconds = now - (opened.started if since is None else since)
         self._closed_at = now
-        row = score.summary(self.task, opened.round, seconds, opened.orders, outcomes)
+        row = score.summary(self.task, opened.round, seconds, orders, outcomes)
         coverage = progress(self.cursor, self.flight.outstanding, self.task.batches_per_epoch)
         phases = {f"{phase}_s": s for phase, s in self.phases.take().items()}
+        links = self.watch.observe(row) if self.watch else {}
         return RoundRecord(
             round=opened.round,
             version=self.learner.version,
@@ -278,7 +333,7 @@ class Market:
             receipts=tuple(self.network.seal(r) for r in receipts),
             weights=weights,
             ranker=json.dumps(self.ranker.state_dict()),
-            metrics={**row, **coverage.metrics(), **phases, **metrics},
+            metrics={**row, **coverage.metrics(), **phases, **metrics, **links},
         )
 
     def _warn_if_too_short(self, receipt: Receipt, outcome: Outcome) -> None:
@@ -295,14 +350,13 @@ class Market:
         await asyncio.to_thread(self.store.commit, record)
         self.phases.passed("commit", self.network.now() - began)
 
-    def _announce(self, opened: Opened, record: RoundRecord, outcomes: Mapping[Hotkey, Outcome]) -> None:
+    def _announce(self, opened: Opened, record: RoundRecord, outcomes: Mapping[Part, Outcome]) -> None:
         """Receipts, once committed; who was late also stops, and what it did is noted should it still come."""
-        for signed, (hotkey, order) in zip(record.receipts, sorted(opened.orders.items()), strict=True):
-            outcome = outcomes[hotkey]
+        for signed, (part, sent) in zip(record.receipts, sorted(opened.sent.items()), strict=True):
+            outcome, hotkey = outcomes[part], sent.order.hotkey
             if isinstance(outcome, Faulted) and outcome.fault is Fault.LATE:
-                self.courier.stop(order, opened.signed[hotkey].digest)
-                weight = record.weights.get(hotkey, 0.0)
-                self.courier.note_late(order, opened.signed[hotkey], opened.started, weight)
+                self.courier.stop(sent.order, sent.signed.digest)
+                self.courier.note_late(sent.order, sent.signed, sent.at, record.weights.get(hotkey, 0.0))
             self.courier.tell(hotkey, signed)
 
     # --- restart --------------------------------------------------------------------------------------------------
@@ -319,19 +373,29 @@ class Market:
             self.round = head.round + 1
             self.cursor = Cursor.loads(head.cursor)
             self.ranker.load_state_dict(json.loads(head.ranker))
+            if self.watch:
+                self.watch.resume(head.metrics)
             for record in self.store.committed(max(0, self.round - ROUNDS_KNOWN)):
                 self.history.observe(Receipt.parse(s.body) for s in record.receipts)
+            self.courier.owe(head.receipts)
+            for signed in self.store.unsettled():
+                order = Order.parse(signed.body)
+                self.flight.carried.append(Sent(order, signed, self.network.now()))
+                self.cursor = self.cursor.without(order.ranges)
 
     def _replay_round(self, record: RoundRecord) -> None:
-        receipts = [Receipt.parse(s.body) for s in record.receipts]
-        accepted = {r.hotkey for r in receipts if r.verdict == "ACCEPTED"}
-        received = {r.reply.hotkey: r for r in self.store.received(record.round)}
-        orders = [Order.parse(s.body) for s in self.store.orders(record.round)]
-        if missing := accepted - received.keys():
-            raise ValueError(f"round {record.round}: the payload of {min(missing)} is gone from the spool")
-        verify = self.flight.verify
-        contributions = [verify(order, received[order.hotkey]) for order in orders if order.hotkey in accepted]
+        verdicts = [Receipt.parse(s.body) for s in record.receipts]
+        accepted = [r.order for r in verdicts if r.verdict == "ACCEPTED"]  # in the order in which they were summed
+        signed = [s for n in (record.round - 1, record.round) for s in self.store.orders(n)]
+        orders = {s.digest: Order.parse(s.body) for s in signed}
+        rounds = {orders[name].round for name in accepted if name in orders}
+        received = {r.reply.order: r for n in rounds for r in self.store.received(n)}
+        if missing := set(accepted) - received.keys():
+            gone = next(r.hotkey for r in verdicts if r.order in missing)
+            raise ValueError(f"round {record.round}: the payload of {gone} is gone from the spool")
+        contributions = [self.flight.verify(orders[name], received[name]) for name in accepted]
         if contributions:
+            self.learner.codec = str(record.metrics.get("codec_down", self.learner.codec))
             self.learner.step(self.aggregate(contributions), kept_settings(record.metrics))
             self.learner.advance()
         if self.learner.version != record.version:
@@ -343,8 +407,13 @@ class Market:
     # --- once in a while ------------------------------------------------------------------------------------------
 
     async def evaluate(self) -> dict[str, float]:
-        """The task's metrics of the exact parameters."""
-        return await self.phases.run("evaluate", 1.0, self.task.evaluate, self.learner.model)
+        """The task's metrics of the exact parameters, and as "replica_…" of what miners have, where that is another."""
+        found = await self.phases.run("evaluate", 1.0, self.task.evaluate, self.learner.model)
+        if self.learner.replica is None:
+            return found
+        with self.learner.replica_model() as model:
+            replica = await self.phases.run("evaluate", 1.0, self.task.evaluate, model)
+        return {**found, **{f"replica_{name}": value for name, value in replica.items()}}
 
     def save_snapshot(self, save: Callable[[int, Mapping[str, str], Mapping[str, torch.Tensor]], object]) -> None:
         """Writes the state with `round` rounds applied, from the parameters themselves: the next step waits for it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from market.cursor import indices, size
@@ -25,6 +25,7 @@ class Delivery:
 
 
 Outcome = Delivery | Faulted
+Part = tuple[Hotkey, int]  # an order by its miner and its own round: contributions are summed in the order of these
 
 
 def evidence(task: Task, order: Order, outcome: Outcome) -> Evidence:
@@ -32,6 +33,16 @@ def evidence(task: Task, order: Order, outcome: Outcome) -> Evidence:
     work = outcome.contribution.count if isinstance(outcome, Delivery) else 0
     ordered = work if order.budget_s else sum(map(task.count, indices(order.ranges)))
     return Evidence(order.hotkey, outcome.fault if isinstance(outcome, Faulted) else None, work, ordered)
+
+
+def by_miner(evidence: Iterable[Evidence]) -> list[Evidence]:
+    """One a miner: its order of this round and one that was carried into it together. A fault is one of both."""
+    found: dict[Hotkey, Evidence] = {}
+    for e in evidence:
+        before = found.get(e.hotkey, Evidence(e.hotkey, e.fault, 0, 0))
+        fault = before.fault and e.fault
+        found[e.hotkey] = Evidence(e.hotkey, fault, before.work + e.work, before.ordered + e.ordered)
+    return list(found.values())
 
 
 def reason(task: Task, terms: Terms, order: Order, e: Evidence, outcome: Outcome) -> str:
@@ -48,17 +59,24 @@ def reason(task: Task, terms: Terms, order: Order, e: Evidence, outcome: Outcome
 
 
 def receipt(
-    order: Order, name: Digest, e: Evidence, why: str, outcome: Outcome, scores: Mapping[str, float], weight: float
+    round: int,
+    order: Order,
+    name: Digest,
+    e: Evidence,
+    why: str,
+    outcome: Outcome,
+    scores: Mapping[str, float],
+    weight: float,
 ) -> Receipt:
-    """`name` is the order's digest."""
+    """`name` is the order's digest; `round` settles it."""
     good = outcome if isinstance(outcome, Delivery) else None
     return Receipt(
         run=order.run,
-        round=order.round,
+        round=round,
         hotkey=order.hotkey,
         order=name,
         verdict=e.fault or "ACCEPTED",
-        reason=why,
+        reason=why if order.round == round else f"{why}; carried from round {order.round}",
         done=good.contribution.done if good else (),
         work=e.work,
         scores=dict(scores),
@@ -85,18 +103,20 @@ def late_receipt(order: Order, name: Digest, done: int, seconds: float, weight: 
 
 
 def summary(
-    task: Task, round: int, seconds: float, orders: Mapping[Hotkey, Order], outcomes: Mapping[Hotkey, Outcome]
+    task: Task, round: int, seconds: float, orders: Mapping[Part, Order], outcomes: Mapping[Part, Outcome]
 ) -> dict[str, float | int | str]:
     """The round's row of metrics. `seconds` is all of its time; `loss` the miners' own mean, weighted by accepted work.
 
     Utilisation is a miner's seconds of computing, as it says, in a second of the round: for display, never for pay.
     """
-    good = {hotkey: o for hotkey, o in sorted(outcomes.items()) if isinstance(o, Delivery)}
+    good = {part: o for part, o in sorted(outcomes.items()) if isinstance(o, Delivery)}
     work = sum(d.contribution.count for d in good.values())
-    used = {hotkey: d.received.reply.seconds / seconds if seconds else 0.0 for hotkey, d in good.items()}
+    used: dict[Hotkey, float] = {}
+    for (hotkey, _), d in good.items():
+        used[hotkey] = used.get(hotkey, 0.0) + (d.received.reply.seconds / seconds if seconds else 0.0)
     row: dict[str, float | int | str] = {
         "round": round,
-        "miners": len(good),
+        "miners": len(used),
         "faults": len(outcomes) - len(good),
         "work": work,
         "seconds": seconds,
@@ -104,17 +124,19 @@ def summary(
         "compute_s": max((d.received.reply.seconds for d in good.values()), default=0.0),
         "bytes_up": sum(d.received.bytes_up for d in good.values()),
         "bytes_down": sum(d.received.bytes_down for d in good.values()),
-        "utilisation": sum(used.values()) / len(outcomes) if outcomes else 0.0,
+        "utilisation": sum(used.values()) / len({h for h, _ in outcomes}) if outcomes else 0.0,
         "batches_done": sum(size(d.contribution.done) for d in good.values()),
-        "batches_lost": sum(size(o.ranges) for hotkey, o in orders.items() if not o.budget_s and hotkey not in good),
+        "batches_lost": sum(size(o.ranges) for part, o in orders.items() if not o.budget_s and part not in good),
     }
     if len(outcomes) <= SHOWN:
         row |= {f"utilisation.{hotkey[:8]}": value for hotkey, value in used.items()}
+    if carried := sum(of < round for _, of in good):
+        row["carried"] = carried
     if good:
         row["loss"] = sum(d.received.reply.loss * d.contribution.count for d in good.values()) / work
     return row
 
 
-def accepted(outcomes: Mapping[Hotkey, Outcome]) -> Sequence[Contribution]:
-    """In the order of the hotkeys, in which they are summed."""
+def accepted(outcomes: Mapping[Part, Outcome]) -> Sequence[Contribution]:
+    """In the order of hotkeys and rounds, in which they are summed."""
     return [o.contribution for _, o in sorted(outcomes.items()) if isinstance(o, Delivery)]

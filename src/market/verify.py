@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer
 
-from aggregation.means import global_norm
 from codec import Codec
 from market.cursor import indices, within
 from protocol import Fault, Hotkey, Order, ProtocolError, Range, Reply
@@ -23,16 +21,17 @@ PIECES = 64  # that partial work may leave an order's ranges in, beyond their nu
 
 @dataclass(frozen=True)
 class Contribution:
-    """A verified gradient. Its weight is `count`, the validator's own count over the ranges done.
+    """A verified gradient, in DiLoCo a pseudo-gradient. Its weight is `count`, the validator's own over the ranges done.
 
-    It holds no tensors: a round's contributions together take the memory of one, however many there are.
+    It holds no tensors: however many there are in a round, they take no memory until they are summed.
     """
 
     hotkey: Hotkey
     done: tuple[Range, ...]
     count: int
     norm: float
-    load: Callable[[], Tensors]  # fp32, on the CPU, views of the spooled payload where the codec allows
+    specs: Specs
+    add: Callable[[Tensors, float], None]  # adds weight times the gradient; the payload is only read for it
 
 
 def verify(
@@ -56,10 +55,8 @@ def verify(
     if not reply.done or not within(reply.done, order.ranges):
         raise ProtocolError(f"did {list(reply.done)[:3]}, ordered were {list(order.ranges)[:3]}", Fault.WRONG_DATA)
 
-    def load() -> Tensors:  # again when it is summed: the bytes are the same, and until then not even mapped
-        return codec.decode(payload(), specs)
+    def add(into: Tensors, weight: float) -> None:  # the bytes are the same then, and until then not even mapped
+        codec.add(payload(), into, weight)
 
-    norm = global_norm(load())
-    if not math.isfinite(norm):
-        raise ProtocolError("NaN or infinity in the gradient", Fault.NONFINITE)
-    return Contribution(order.hotkey, reply.done, sum(map(count, indices(reply.done))), norm, load)
+    norm = codec.check(payload(), specs)
+    return Contribution(order.hotkey, reply.done, sum(map(count, indices(reply.done))), norm, specs, add)

@@ -15,7 +15,10 @@ from tasks import Batch, Task
 
 @dataclass(frozen=True)
 class Work:
-    """What was computed: the mean gradient over `done`, weighted by its count of examples or tokens."""
+    """What was computed: the mean gradient over `done`, weighted by its count of examples or tokens.
+
+    Or, where there were inner steps over `done`, the pseudo-gradient: see `market.inner`.
+    """
 
     done: tuple[Range, ...]
     gradient: dict[str, torch.Tensor]  # fp32, by parameter name, on the model's device

@@ -19,11 +19,14 @@ from typing import Literal, Protocol, TypeVar
 import torch
 from typing_extensions import Buffer
 
-from codec import CODECS, load_codec
+from codec import bits, known_codecs, load_codec
+from market.chain import Way
+from market.feedback import ErrorFeedback, Residuals
+from market.inner import Starter
 from market.job import Job
 from market.phases import Charge, Phases
 from market.replica import Replica
-from market.states import StateWriter
+from market.states import BlobWriter, Inbox
 from market.work import Computation
 from protocol import (
     MAX_SERVED_BYTES,
@@ -41,7 +44,7 @@ from protocol import (
     Signed,
     Status,
     Stop,
-    chain,
+    Version,
 )
 from tasks.tokens import Tokens
 from values import Refused
@@ -51,22 +54,15 @@ KEPT_JOBS = 4  # replies stay answerable for so many orders: one that comes too 
 V = TypeVar("V")
 
 
-class BlobWriter(Protocol):
-    """A blob on its way in, written in a thread; `commit` raises ProtocolError where it is not what was promised."""
-
-    @property
-    def held(self) -> int: ...
-    def write(self, chunk: Buffer) -> None: ...
-    def commit(self) -> None: ...
-    def abort(self) -> None: ...
-
-
 class Cache(Protocol):
     """The miner's files (records.cache)."""
 
     def blob(self, ref: BlobRef) -> Path | None: ...
     def store(self, ref: BlobRef) -> BlobWriter: ...
-    def add_receipt(self, signed: Signed) -> None: ...
+    def add_receipt(self, signed: Signed) -> bool: ...
+    def receipts(self) -> Sequence[Signed]: ...
+    @property
+    def residuals(self) -> Residuals: ...
 
 
 class Worker:
@@ -87,12 +83,14 @@ class Worker:
         """`charge` is for emulations: a micro-batch then takes what it lets pass (`market.phases`)."""
         self.hotkey, self.tasks, self.cache, self.say, self.clock = hotkey, tasks, cache, say, clock
         self.jobs: dict[Digest, Job] = {}  # of the last orders
-        self.replica = Replica(device, find_tokens, compiled)
+        self.codecs = known_codecs()
+        self.feedback = ErrorFeedback(cache.residuals, cache.receipts, say)
+        self.replica = Replica(device, find_tokens, compiled, lambda codec: codec in self.codecs)
+        self.inbox = Inbox(self.replica.states, cache.store)
+        self.starter = Starter()
         self.leaving = False
         self.heard: dict[Digest, float] = {}  # when each of the last orders was first offered
         self.stopped: dict[Digest, None] = {}  # orders that were stopped before they came
-        self.wanted: dict[Digest, BlobRef] = {}  # asked for by the last refusal; nothing else is taken
-        self.writers: dict[Digest, BlobWriter] = {}  # of those wanted: what is held of them waits for the rest
         self.figures: tuple[str, ...] = ()  # of the last gradient, for display
         self.refusals: dict[Hotkey, str] = {}  # the reason that each caller got last, so that it is said once
         self.encodings: deque[float] = deque(maxlen=5)  # seconds
@@ -144,7 +142,7 @@ class Worker:
             hotkey=self.hotkey,
             nonce=nonce,
             tasks=tuple(sorted(self.tasks)),
-            codecs=tuple(CODECS),
+            codecs=self.codecs,
             version=self.replica.version,
             time_ns=time.time_ns(),
         )
@@ -206,23 +204,9 @@ class Worker:
         self._check(order)
         if self.clock() - self.heard.get(order_digest, -math.inf) >= order.deadline_s:
             _remember(self.heard, order_digest, self.clock())
-        self._take_what_is_needed(order)
+        self.inbox.ask(self._needed(order))
         self._begin(Job(order, order_digest, caller, self.heard[order_digest]))
         return self.status()
-
-    def _take_what_is_needed(self, order: Order) -> None:
-        """Raises Refused with the blobs that are missing."""
-        update = order.update.blob
-        writer = self.writers.get(update.digest)
-        arrived = isinstance(writer, StateWriter) and writer.whole
-        missing = [ref for ref in self._missing(order) if ref != update or not arrived]
-        self.wanted = {ref.digest: ref for ref in (*missing, *([update] if missing and arrived else []))}
-        if not missing and isinstance(writer, StateWriter) and arrived:
-            self.replica.states.adopt(writer)
-        self._drop_unwanted()
-        if missing:
-            held = {name: writer.held for name, writer in self.writers.items()}
-            raise Refused(409, "send the blobs that are missing, then the order again", missing=missing, held=held)
 
     def _begin(self, job: Job) -> None:
         """An order takes the place of those before it; one that says staleness 1 waits for the one at work."""
@@ -241,27 +225,7 @@ class Worker:
 
     def receive(self, caller: Hotkey, ref: BlobRef, offset: int) -> BlobWriter:
         """Only blobs that the last order was refused for are taken, from where they broke off."""
-        if self.wanted.get(ref.digest) != ref:
-            raise Refused(409, f"no order asked for this {ref.kind}")
-        writer = self.writers.get(ref.digest)
-        if offset != (writer.held if writer else 0):
-            held = {ref.digest: writer.held} if writer else {}
-            raise Refused(409, f"another part of the {ref.kind} is held", missing=[ref], held=held)
-        if writer is None:
-            writer = self.writers[ref.digest] = self._writer(ref)
-        return writer
-
-    def _writer(self, ref: BlobRef) -> BlobWriter:
-        return self.replica.states.writer(ref) if ref.kind == "state" else self.cache.store(ref)
-
-    def _drop_unwanted(self) -> None:
-        for name in self.writers.keys() - self.wanted.keys():
-            self.writers.pop(name).abort()
-
-    @property
-    def arriving(self) -> StateWriter | None:
-        """The state that is on its way in."""
-        return next((w for w in self.writers.values() if isinstance(w, StateWriter) and not w.whole), None)
+        return self.inbox.receive(ref, offset)
 
     async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
         """The reply, or None while the work goes on after `wait_s` seconds."""
@@ -301,7 +265,10 @@ class Worker:
     def receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status:
         if receipt.hotkey != self.hotkey:
             raise Refused(400, f"a receipt for {receipt.hotkey[:8]}", Fault.MALFORMED)
-        self.cache.add_receipt(signed)
+        new = self.cache.add_receipt(signed)
+        self.feedback.heard(caller, receipt)
+        if not new:
+            return self.status()
         job = self.jobs.get(receipt.order)
         if job is not None and job.owner == caller:
             self._loop.call_soon_threadsafe(job.settled.set)
@@ -321,26 +288,26 @@ class Worker:
                 400, f"task {order.task.name}: this miner does {', '.join(sorted(self.tasks))}", Fault.MALFORMED
             )
         for codec in (order.codec_up, order.codec_down):
-            if codec not in CODECS:
-                raise Refused(400, f"codec {codec}: this miner knows {', '.join(CODECS)}", Fault.MALFORMED)
-        if chain(order.update.base, order.update.blob.digest) != order.version:
+            if codec not in self.codecs:
+                raise Refused(400, f"codec {codec}: this miner knows {', '.join(self.codecs)}", Fault.MALFORMED)
+        if order.update.version != order.version:
             raise Refused(400, "the version does not follow from its base and its update", Fault.MALFORMED)
 
-    def _missing(self, order: Order) -> list[BlobRef]:
-        missing = []
-        update, tokens, vocabulary = order.update.blob, order.data.tokens, order.data.vocabulary
-        if self._needs_state(order) and update.digest not in self.replica.states:
-            missing.append(update)
+    def _needed(self, order: Order) -> list[BlobRef]:
+        """What is not here of its data, and of its way from the version that its turn will find in the model."""
+        before = self._unfinished()
+        way = self._way(order, before[-1].order.version if before else self.replica.version)
+        needed = [step.ref for step in way if step.digest not in self.replica.states]
+        tokens, vocabulary = order.data.tokens, order.data.vocabulary
         if self.cache.blob(tokens) is None:
             if tokens.bytes <= MAX_SERVED_BYTES:
-                missing.append(tokens)
+                needed.append(tokens)
             elif vocabulary is not None and self.cache.blob(vocabulary) is None:
-                missing.append(vocabulary)
-        return missing
+                needed.append(vocabulary)
+        return list(dict.fromkeys(needed))  # two deltas may be the same
 
-    def _needs_state(self, order: Order) -> bool:
-        """Whether another version may be in the model when its turn comes."""
-        return {self.replica.version, *(job.order.version for job in self._unfinished())} != {order.version}
+    def _way(self, order: Order, version: Version | None) -> Way:
+        return self.replica.way(order, version, self.inbox.missing)
 
     def _awaited(self, job: Job) -> bool:
         """Until it is delivered or refused, or its deadline is over."""
@@ -372,9 +339,10 @@ class Worker:
             self.say(f"round {job.order.round}: refused, {job.refusal}")
 
     def _forget_states(self) -> None:
-        """Those that no order waits for."""
-        waiting = {job.order.update.blob.digest for job in self._unfinished()}
-        self.replica.states.keep(waiting, self.replica.state)
+        """Those that are not on the way to an order's version, or to the newest one's."""
+        jobs = self._unfinished() or list(self.jobs.values())[-1:]
+        ways = [self._way(job.order, self.replica.version) for job in jobs]
+        self.replica.states.keep({step.digest for way in ways for step in way})
 
     def _ended(self, running: asyncio.Task[None]) -> None:
         """Our own fault ends the process: `failed` is what miner.py waits on."""
@@ -389,13 +357,14 @@ class Worker:
         if job.stopping.is_set():  # replaced or stopped in the queue: the model stays at the version it has
             raise Refused(409, "stopped before it began", Fault.LATE)
         began = self.clock()
-        megabytes = order.update.blob.bytes / 1e6 if self.replica.version != order.version else 0.0
+        way = self._way(order, self.replica.version)
+        megabytes = sum(step.bytes * 32 / bits(step.codec) for step in way) / 1e6
         task, model = await self._phases.run("load", megabytes, self.replica.prepare, order)
         self._forget_states()
         job.began = self.clock()
         asked = f"{order.budget_s:g} s of micro-batches" if order.budget_s else f"{job.left} micro-batches"
         self.say(f"round {order.round}: {asked} on version {order.version[:12]}")
-        computation = Computation(task, model)
+        computation = await self._phases.run("load", 0.0, self.starter.begin, order, task, model, self.replica.lend)
         while not self._enough(job):
             looked = self.clock()
             await self._phases.run("batch", 1.0, self._compute, job, computation)
@@ -406,9 +375,11 @@ class Worker:
             raise Refused(409, f"{why} before the first micro-batch was done", Fault.LATE)
         computed = self.clock()
         codec = load_codec(order.codec_up)
-        size = codec.largest({name: p.shape for name, p in computation.parameters.items()}) / 1e6
-        await self._phases.run("encode", size, job.encode, codec, computation, computed - job.began)
-        self.encodings.append(self.clock() - computed)
+        megabytes = 4e-6 * sum(p.numel() for p in computation.parameters.values())
+        await self.feedback.ready(job, computation.parameters, self._phases, self._handing_over_s)
+        began_encoding = self.clock()
+        await self._phases.run("encode", megabytes, job.encode, codec, computation, computed - job.began, self.feedback)
+        self.encodings.append(self.clock() - began_encoding)
         per_s = computation.count / max(computed - job.began, 1e-9)
         loss = computation.loss / computation.count
         self.figures = (f"loss {loss:.3f}", f"{per_s:,.0f} {task.unit}/s")
@@ -417,10 +388,13 @@ class Worker:
             f"load {job.began - began:.3f} s, compute {computed - job.began:.3f} s, encode {self.encodings[-1]:.3f} s"
         )
 
-    def _enough(self, job: Job) -> bool:
+    @property
+    def _handing_over_s(self) -> float:
         """The least of the last times: one that held a pause of anybody's says nothing about the next."""
-        handing_over_s = min(self.encodings, default=0.0) + min(self.uploads, default=0.0)
-        return job.enough(self.clock(), handing_over_s)
+        return min(self.encodings, default=0.0) + min(self.uploads, default=0.0)
+
+    def _enough(self, job: Job) -> bool:
+        return job.enough(self.clock(), self._handing_over_s)
 
     def _compute(self, job: Job, computation: Computation) -> None:
         """In the compute thread: micro-batches until it is enough; under virtual time only one."""

@@ -3,22 +3,29 @@
     <cache>/blobs/<kind>/<digest>     verified once, when stored
     <cache>/validator                 the pinned hotkey
     <cache>/receipts.jsonl            one signed receipt a line
+    <cache>/residual.safetensors      error feedback, where orders ask for it (records.residuals)
 
 Model states are no part of it: a miner holds the one it works on in memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import tempfile
+import threading
+from collections import deque
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import Buffer
 
 from durable import TEMPORARY, make_folder, replacing, sync_file
-from protocol import BlobRef, Hasher, Hotkey, ProtocolError, Signed
+from protocol import BlobRef, Digest, Hasher, Hotkey, ProtocolError, Receipt, Signed
+from records.residuals import Residuals
+
+LAST_RECEIPTS = 64
 
 _HOTKEY: TypeAdapter[str] = TypeAdapter(Hotkey)
 
@@ -85,6 +92,9 @@ class Cache:
         self._blobs = make_folder(folder / "blobs")
         self._pin = folder / "validator"
         self._receipts = folder / "receipts.jsonl"
+        self._last: deque[Digest] | None = None  # receipts; None: not looked at yet
+        self._adding = threading.Lock()
+        self.residuals = Residuals(folder / "residual.safetensors")
         for leftover in self._blobs.glob("*/*" + TEMPORARY):
             _delete_unless_written(leftover)
 
@@ -121,12 +131,43 @@ class Cache:
     def unpin(self) -> None:
         self._pin.unlink(missing_ok=True)
 
-    def add_receipt(self, signed: Signed) -> None:
-        """Keep the validator's signed word on what became of a reply."""
-        with open(self._receipts, "ab") as file:
-            file.write(signed.model_dump_json().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def add_receipt(self, signed: Signed) -> bool:
+        """Keep the validator's signed word on what became of a reply. False where it is one of the last ones again."""
+        with self._adding:
+            torn = self._last is None and self._is_torn()
+            if self._last is None:
+                self._last = deque((kept.digest for kept in self.receipts()), LAST_RECEIPTS)
+            if signed.digest in self._last:
+                return False
+            with open(self._receipts, "ab") as file:
+                if torn:
+                    file.write(b"\n")
+                file.write(signed.model_dump_json().encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self._last.append(signed.digest)
+            return True
+
+    def _is_torn(self) -> bool:
+        """A killed process wrote half of a line."""
+        if not self._receipts.is_file() or not self._receipts.stat().st_size:
+            return False
+        with open(self._receipts, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read() != b"\n"
+
+    def receipts(self) -> list[Signed]:
+        """The last ones, oldest first; what is none is passed over."""
+        if not self._receipts.is_file():
+            return []
+        kept = []
+        with open(self._receipts, "rb") as file:
+            for line in deque(file, LAST_RECEIPTS):
+                with contextlib.suppress(ProtocolError):
+                    signed = Signed.parse(line)
+                    Receipt.parse(signed.body)
+                    kept.append(signed)
+        return kept
 
     def _blob_path(self, ref: BlobRef) -> Path:
         return self._blobs / ref.kind / ref.digest

@@ -10,18 +10,20 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from protocol import Fault, Hotkey, Range, Receipt, Signed, Version, chain
+from protocol import Digest, Fault, Hotkey, Range, Receipt, Signed, Version
 from records.evidence import Evidence, Place, Unseal, Violation, read, receipts_of, twin
 
 RULES = {
     "signature": "every order, reply and receipt is signed by the right key, and lies in its own round's place",
     "row": "every column of the ledger says what the signed message says",
-    "rounds": "rounds are consecutive, and each order of a committed one has its receipt",
+    "rounds": "rounds are consecutive, and each order of a committed one has its receipt, or is carried into the next",
+    "carried": "an order is settled by its own round, or, of inner steps, by the next one",
     "twice": "no micro-batch index was accepted twice",
     "ordered": "nothing was accepted that had not been ordered, nothing credited with a fault",
     "late": "nothing was accepted after its deadline, nothing both accepted and noted as late",
@@ -79,7 +81,7 @@ def check_run(
     once = json.loads(run.meta.get("coverage", '""')) == "once"
     applied, walked = _walk(run, (batches_per_epoch or next(told, 0)) if once else 0)
     found = [
-        *(*run.wrong, *walked, *_rounds(run), *_ordered(run), *_late(run), *_complete(run, applied)),
+        *(*run.wrong, *walked, *_rounds(run), *_carried(run), *_ordered(run), *_late(run), *_complete(run, applied)),
         *(*_lost(run, held), *_payloads(run), *_dropped(run), *_chain(run), *_stale(run)),
         *(*_weights(run, ranker), *_work(run, count), *_snapshots(run)),
     ]
@@ -104,19 +106,19 @@ def check_run(
 def _walk(run: Evidence, batches_per_epoch: int) -> tuple[Indices, list[Violation]]:
     """Round by round: `twice`, `disjoint`, `epoch`. Also the round that accepted each index, or -1."""
     applied = np.full(_room(run), -1, np.int64)
-    holder = np.full_like(applied, -1)  # the last round that ordered each index; those not committed count as one
+    held = np.full_like(applied, -1)  # the last round in which an order had each index; those not committed are one
     whole = 0  # every index below it was accepted in a round before this one
     found: list[Violation] = []
     for place, order in sorted(run.orders.items()):
-        round = min(place[0], len(run.rounds))
+        round, settled = (min(n, len(run.rounds)) for n in (place[0], run.settled(place)))
         while whole < len(applied) and 0 <= applied[whole] < round:
             whole += 1
         receipt = run.receipts.get(place)
         done = _indices(receipt.done if receipt and receipt.verdict == "ACCEPTED" else (), len(applied))
         twice = done[applied[done] >= 0]
         ordered = _indices(order.ranges, len(applied))
-        clash = ordered[((applied[ordered] >= 0) & (applied[ordered] < round)) | (holder[ordered] == round)]
-        holder[ordered], applied[done] = round, round
+        clash = ordered[((applied[ordered] >= 0) & (applied[ordered] < round)) | (held[ordered] >= round)]
+        held[ordered], applied[done] = settled, settled
         found += _named("twice", *place, twice, "accepted before")
         found += _named("disjoint", *place, np.setdiff1d(clash, twice), "ordered or accepted already")
         epoch = (order.ranges[-1].stop - 1) // batches_per_epoch if order.ranges and batches_per_epoch else 0
@@ -148,7 +150,7 @@ def _complete(run: Evidence, applied: Indices) -> Iterator[Violation]:
     head, room = run.rounds[-1], len(applied)
     if head.next > room:
         yield Violation("complete", head.round, None, f"the cursor is at {head.next}, {room} were ordered")
-    ordered = [r for (round, _), order in run.orders.items() if round > head.round for r in order.ranges]
+    ordered = [r for place, order in run.orders.items() if run.settled(place) > head.round for r in order.ranges]
     accepted, returned = np.flatnonzero(applied >= 0), _indices(head.returned, room)
     known = np.concatenate([accepted, returned, _indices(ordered, room)])
     lost = np.setdiff1d(np.arange(min(head.next, room)), known)
@@ -185,10 +187,18 @@ def _rounds(run: Evidence) -> Iterator[Violation]:
             yield Violation("rounds", row.round, None, f"it is the committed round number {expected}")
     newest = run.rounds[-1].round if run.rounds else -1
     for place in sorted(run.orders.keys() | run.receipts.keys()):
-        if place not in run.receipts and place[0] <= newest:
+        if place not in run.receipts and run.settled(place) <= newest:
             yield Violation("rounds", *place, "its order has no receipt")
         elif place in run.receipts and run.receipts[place].order != run.names.get(place):
             yield Violation("rounds", *place, "its receipt is for another order")
+
+
+def _carried(run: Evidence) -> Iterator[Violation]:
+    for place, receipt in run.receipts.items():
+        order = run.orders.get(place)
+        latest = place[0] + (order is not None and order.inner is not None)
+        if not place[0] <= receipt.round <= latest:
+            yield Violation("carried", *place, f"its receipt is of round {receipt.round}")
 
 
 def _late(run: Evidence) -> Iterator[Violation]:
@@ -219,7 +229,7 @@ def _payloads(run: Evidence) -> Iterator[Violation]:
     """The spool goes back to the second-newest snapshot."""
     since = sorted(run.snapshots)[-2] if len(run.snapshots) >= 2 else 0
     for place, receipt in run.accepted():
-        if place[0] >= since:
+        if receipt.round >= since:
             received = run.spooled.get(place)
             if received is None:
                 yield Violation("payload", *place, "accepted, but no whole payload and reply are in the spool")
@@ -251,7 +261,7 @@ def _versions(run: Evidence) -> list[Version]:
 
 def _chain(run: Evidence) -> Iterator[Violation]:
     versions = _versions(run)
-    accepted = {place[0] for place, _ in run.accepted()}
+    accepted = {receipt.round for _, receipt in run.accepted()}
     for before, row in zip(versions, run.rounds, strict=False):
         if (row.version != before) != (row.round in accepted):
             text = (
@@ -261,13 +271,16 @@ def _chain(run: Evidence) -> Iterator[Violation]:
             )
             yield Violation("chain", row.round, None, text)
     distinct = list(dict.fromkeys(versions))
-    base_of = dict(zip(distinct[1:], distinct, strict=False))
+    base_of: dict[Version | None, Version | None] = dict(zip(distinct[1:], distinct, strict=False))
+    proofs: dict[Version, Digest] = {}
     for place, order in run.orders.items():
-        update = order.update
-        if chain(update.base, update.blob.digest) != order.version:
+        way = order.update.versions
+        if way[-1] != order.version:
             yield Violation("chain", *place, "the order's version does not follow from its base and its update")
-        elif order.version in base_of and update.base != base_of[order.version]:
-            yield Violation("chain", *place, "the order's version is not based on the one before it")
+        elif any(base_of.get(version, before) != before for before, version in pairwise(way)):
+            yield Violation("chain", *place, "the way to the order's version is not by the versions before it")
+        if order.state_digest and proofs.setdefault(order.version, order.state_digest) != order.state_digest:
+            yield Violation("chain", *place, "its version's state has another digest than in another order")
 
 
 def _stale(run: Evidence) -> Iterator[Violation]:
@@ -275,15 +288,15 @@ def _stale(run: Evidence) -> Iterator[Violation]:
     for place, order in run.orders.items():
         newest = min(place[0], len(versions) - 1)
         allowed = versions[max(0, newest - order.staleness) : newest + 1]
-        ahead = place[0] > newest and order.update.base == versions[-1]  # of a round whose commit was under way
+        ahead = place[0] > newest and order.update.versions[-2] == versions[-1]  # of a round whose commit was under way
         if order.version not in allowed and not ahead:
             yield Violation("stale", *place, f"ordered on version {order.version[:12]}, not {allowed[-1][:12]}")
 
 
 def _weights(run: Evidence, make: Callable[[], Ranker] | None) -> Iterator[Violation]:
     receipts: dict[int, list[Receipt]] = defaultdict(list)
-    for (round, _), receipt in run.receipts.items():
-        receipts[round].append(receipt)
+    for receipt in run.receipts.values():
+        receipts[receipt.round].append(receipt)
     for row in run.rounds:
         weights = run.weights.get(row.round, {})
         if make is not None:

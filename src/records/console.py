@@ -142,8 +142,9 @@ class Console(_Screen):
         self._last_line = -_QUIET_S
 
     def round(self, row: Mapping[str, float | int | str], receipts: Iterable[Receipt] = ()) -> None:
-        """A committed round: `round` (from 0), and where known `loss`, `val_loss` (nats), `<unit>_per_s`, the epoch's
-        progress (market.coverage), `utilisation.<8 of the hotkey>`, and `late_batches`, noted since the start."""
+        """A committed round: `round` (from 0), and where known `loss`, `val_loss` (nats), that of the miners' model
+        where it is another, `<unit>_per_s`, the epoch's progress (market.coverage), `utilisation.<8 of the hotkey>`,
+        what the median link carries and what of the round it takes (market.budget), and `late_batches` so far."""
         done = int(row["round"]) + 1
         now = time.monotonic()
         self._receipts.update((receipt.hotkey, receipt) for receipt in receipts)
@@ -154,7 +155,8 @@ class Console(_Screen):
             self._view.refresh()
         elif "val_loss" in row or done == self._total or now - self._last_line >= _QUIET_S:
             self._last_line = now
-            self.say("  ".join([f"round {done}/{self._total}", *_figures(row), *_progress(row)]))
+            parts = [*_figures(row), *_progress(row), *_communication(row)]
+            self.say("  ".join([f"round {done}/{self._total}", *parts]))
 
     @contextlib.asynccontextmanager
     async def watching(self, links: Callable[[], tuple[Link, ...]]) -> AsyncIterator[None]:
@@ -190,7 +192,7 @@ class Console(_Screen):
         done = int(self._seen.get("round", -1)) + 1
         label = f"round {done}/{self._total}"
         head = list(_bar(width, label, done, self._total, _figures(self._seen), f"ETA {self._eta(done)}"))
-        if progress := [*_progress(self._seen), *_shards(self._seen)]:
+        if progress := [*_progress(self._seen), *_shards(self._seen), *_communication(self._seen)]:
             head.append(_as_fits(progress, width))
         yield from head
         if self._links:
@@ -238,12 +240,13 @@ _USED = _Column("util", 4, right=True)
 _LATENCY = _Column("latency", 7, right=True)
 _UP = _Column("up", 8, right=True)
 _DOWN = _Column("down", 8, right=True)
+_LINK = _Column("Mbit/s", 9, right=True)  # up/down
 _VERDICT = _Column("verdict", 10)
 _WEIGHT = _Column("weight", 6, right=True)
 _WHY = _Column("why", 16, style="dim")
-_COLUMNS = (_NAME, _STATE, _BATCHES, _USED, _LATENCY, _UP, _DOWN, _VERDICT, _WEIGHT)
-_LEFT_OUT = (_DOWN, _UP, _LATENCY, _BATCHES, _USED, _WEIGHT, _VERDICT)  # the first first
-_OPTIONAL = (_USED,)  # only where there is something in it
+_COLUMNS = (_NAME, _STATE, _BATCHES, _USED, _LATENCY, _LINK, _UP, _DOWN, _VERDICT, _WEIGHT)
+_LEFT_OUT = (_DOWN, _UP, _LINK, _LATENCY, _BATCHES, _USED, _WEIGHT, _VERDICT)  # the first first
+_OPTIONAL = (_USED, _LINK)  # only where there is something in it
 
 
 def _miners(cells: Sequence[dict[_Column, Text]], width: int) -> Table:
@@ -278,6 +281,7 @@ def _cells(link: Link, receipt: Receipt | None, used: float | None) -> dict[_Col
         _BATCHES: _text(f"{min(link.batches_done, link.batches)}/{link.batches}" if link.batches else ""),
         _USED: _text("" if used is None else f"{used:.0%}"),
         _LATENCY: _text(_seconds(link.latency_s)),
+        _LINK: _text(f"{_rate(link.up_bps)}/{_rate(link.down_bps)}" if link.up_bps or link.down_bps else ""),
         _UP: _text(_size(link.bytes_up)),
         _DOWN: _text(_size(link.bytes_down)),
         _VERDICT: _text(receipt.verdict if receipt else "", "green" if good else "red"),
@@ -386,6 +390,15 @@ def _progress(row: Mapping[str, float | int | str]) -> list[str]:
     return epoch + ([f"late: {row['late_batches']} micro-batches noted"] if row.get("late_batches") else [])
 
 
+def _communication(row: Mapping[str, float | int | str]) -> list[str]:
+    """What a miner sent and got in a round, and what of the round that takes on the median link."""
+    if "communication" not in row:
+        return []
+    up, down = (_rate(1e6 * float(row[f"link_{way}_mbps"])) for way in ("up", "down"))
+    sent, got = (_size(float(row[f"bytes_{way}"]) / max(1, int(row["miners"]))) for way in ("up", "down"))
+    return [f"{sent} up, {got} down a miner: {float(row['communication']):.0%} of a round at {up}/{down} Mbit/s"]
+
+
 def _shards(row: Mapping[str, float | int | str]) -> list[str]:
     """Of "4/4 3/4 0/4" a character a shard."""
     parts = [map(int, shard.split("/")) for shard in str(row.get("shards", "")).split()]
@@ -396,6 +409,8 @@ def _shards(row: Mapping[str, float | int | str]) -> list[str]:
 def _figures(row: Mapping[str, float | int | str]) -> list[str]:
     named = (("loss", "loss"), ("val_loss", "val"))
     losses = [f"{name} {row[key]:.3f}" for key, name in named if key in row]
+    if "replica_val_loss" in row:  # after the exact parameters' own
+        losses[-1] += f" (miners' {row['replica_val_loss']:.3f})"
     losses += [f"{row['val_bpb']:.4f} bits/byte"] if "val_bpb" in row else []
     speeds = [f"{value:,.0f} {key.removesuffix('_per_s')}/s" for key, value in row.items() if key.endswith("_per_s")]
     return losses + speeds + ([f"MFU {row['mfu']:.1%}"] if "mfu" in row else [])
@@ -403,6 +418,12 @@ def _figures(row: Mapping[str, float | int | str]) -> list[str]:
 
 def _seconds(seconds: float) -> str:
     return "" if not seconds else f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def _rate(bps: float) -> str:
+    """Megabits a second, in at most four characters up to 9,999; "?" where they are not known."""
+    mbps = bps / 1e6
+    return "?" if not bps else f"{mbps:.0f}" if mbps >= 99.5 else f"{mbps:.2g}"
 
 
 def _size(count: float) -> str:

@@ -72,7 +72,9 @@ class Evidence:
     weights: dict[int, dict[Hotkey, float]] = field(default_factory=dict)
     orders: dict[Place, Order] = field(default_factory=dict)
     names: dict[Place, Digest] = field(default_factory=dict)  # of the orders
-    receipts: dict[Place, Receipt] = field(default_factory=dict)
+    receipts: dict[Place, Receipt] = field(
+        default_factory=dict
+    )  # at their orders' places; `round` is what settled them
     signed: dict[Place, Signed] = field(default_factory=dict)  # the receipts' envelopes
     late: dict[Place, tuple[Reply, Receipt]] = field(default_factory=dict)
     spooled: dict[Place, Received] = field(default_factory=dict)
@@ -98,6 +100,16 @@ class Evidence:
             text = f"{cls.kind} in its place is of run {said[0]}, round {said[1]}, {said[2][:8]}"
             self.wrong.append(Violation("signature", *place, text))
         return message
+
+    def carried(self, place: Place) -> bool:
+        """An order without a receipt, which may wait for that of the next round: inner steps of the last one."""
+        order = self.orders.get(place)
+        last = bool(self.rounds) and place[0] == self.rounds[-1].round
+        return last and place not in self.receipts and order is not None and order.inner is not None
+
+    def settled(self, place: Place) -> int:
+        """The round in which an order got its receipt, or will get it."""
+        return self.receipts[place].round if place in self.receipts else place[0] + self.carried(place)
 
     def accepted(self) -> Iterator[tuple[Place, Receipt]]:
         return ((place, r) for place, r in self.receipts.items() if r.verdict == "ACCEPTED")
@@ -172,7 +184,7 @@ def _read_orders(found: Evidence, db: sqlite3.Connection) -> None:
 def _read_receipts(found: Evidence, db: sqlite3.Connection) -> None:
     for row in db.execute("SELECT * FROM receipts ORDER BY round, hotkey"):
         place, signed = (row["round"], row["hotkey"]), _signed("receipt", row)
-        receipt = found.open(signed, Receipt, found.validator, place)
+        receipt = found.open(signed, Receipt, found.validator, (row["settled"], row["hotkey"]))
         if receipt:
             found.receipts[place], found.signed[place] = receipt, signed
             says = {
@@ -212,8 +224,8 @@ def _compare(found: Evidence, place: Place, row: sqlite3.Row, says: Mapping[str,
 
 
 def receipts_of(miner: Path, found: Evidence) -> Iterator[tuple[Place, Signed, Receipt]]:
-    """Of this run; a miner's last line may be half a line, if it was killed or its disk was full."""
-    path = miner / "receipts.jsonl"
+    """Of this run, each with its order's place; a miner's last line may be half a line, if it was killed."""
+    path, places = miner / "receipts.jsonl", {name: place for place, name in found.names.items()}
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines[:-1], 1):
         try:
@@ -223,9 +235,9 @@ def receipts_of(miner: Path, found: Evidence) -> Iterator[tuple[Place, Signed, R
             found.wrong.append(Violation("lost", None, None, f"{path}, line {number} cannot be read: {error}"))
             continue
         if receipt.run == found.run:
-            place = (receipt.round, receipt.hotkey)
-            found.open(signed, Receipt, found.validator, place)
-            yield place, signed, receipt
+            said = (receipt.round, receipt.hotkey)
+            found.open(signed, Receipt, found.validator, said)
+            yield places.get(receipt.order, said), signed, receipt
 
 
 def _version_of(snapshot: Path) -> str:

@@ -3,6 +3,10 @@
     sqlite3 runs/demo/ledger.sqlite "SELECT round, hotkey, fault, reason FROM receipts WHERE fault IS NOT NULL"
     sqlite3 runs/demo/ledger.sqlite "SELECT hotkey, sum(work) FROM receipts GROUP BY hotkey"
     sqlite3 runs/demo/ledger.sqlite "SELECT round, hotkey, done, seconds FROM late"
+    sqlite3 runs/demo/ledger.sqlite "SELECT round, settled, hotkey, work FROM receipts WHERE settled > round"
+
+A receipt lies beside its order. `settled` is the round whose commit brought it: the order's own, or the next one where
+DiLoCo carried it over; until then the order is out, as those of open rounds are.
 
 One transaction commits a round. Orders, receipts and their signatures are kept as they were signed, so each row is
 evidence by itself.
@@ -14,13 +18,13 @@ import json
 import math
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protocol import Fault, Hotkey, Order, Range, Receipt, Reply, Signed
+from protocol import Digest, Fault, Hotkey, Order, Range, Receipt, Reply, Signed
 from records.schema import VERSION, upgrade
 from values import RoundRecord
 
@@ -59,7 +63,7 @@ class Accounting:
     """
 
     ordered: int
-    outstanding: int  # in orders of rounds that are not committed
+    outstanding: int  # in orders that have no receipt yet
     accepted: int  # in the model
     undone: int  # left out of a reply that was accepted: its time was over
     lost: int  # in orders that ended in a fault
@@ -89,7 +93,8 @@ _INSERT_LATE = """
 INSERT INTO late (round, hotkey, done, seconds, reply, receipt) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
 """
 _UNSETTLED = """
-SELECT hotkey FROM orders WHERE round = ?1 EXCEPT SELECT hotkey FROM receipts WHERE round = ?1 LIMIT 1
+SELECT orders.signer, orders.body, orders.signature FROM orders LEFT JOIN receipts USING (round, hotkey)
+WHERE orders.round = ? AND settled IS NULL ORDER BY hotkey
 """
 
 
@@ -122,7 +127,13 @@ class Ledger:
         self._connection.execute("PRAGMA synchronous = FULL")  # in WAL mode NORMAL may lose the last commits
         self._connection.execute("PRAGMA foreign_keys = ON")
         if version < VERSION:
-            self._connection.executescript(upgrade(version))
+            self._upgrade()
+
+    def _upgrade(self) -> None:
+        with self._transaction() as db:  # in which nobody else does
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            for statement in upgrade(version):
+                db.execute(statement)
 
     def close(self) -> None:
         with self._lock:
@@ -171,23 +182,32 @@ class Ledger:
     def commit(self, record: RoundRecord) -> None:
         """The one transaction that makes a round done.
 
-        Raises RuntimeError unless it follows the last committed one, with a receipt for each of its orders.
+        Raises RuntimeError unless it follows the last committed one, with a receipt for each order that that one left
+        without, and for each of its own, but for those of inner steps.
         """
-        receipts = [_receipt_row(record.round, signed) for signed in record.receipts]
         with self._transaction() as db:
             if record.round != _next(db):
                 raise RuntimeError(f"round {record.round} cannot be committed, the next is {_next(db)}")
+            carried = {order.digest for order in _unsettled(db, record.round - 1)}
+            receipts = [_receipt_row(record.round, signed, carried) for signed in record.receipts]
             db.execute(
                 "INSERT INTO rounds (round, version, cursor, ranker, metrics) VALUES (?, ?, ?, ?, ?)",
                 (record.round, record.version, record.cursor, record.ranker, json.dumps(dict(record.metrics))),
             )
-            db.executemany("INSERT INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", receipts)
+            db.executemany("INSERT INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", receipts)
             db.executemany(
                 "INSERT INTO weights VALUES (?, ?, ?)",
                 [(record.round, hotkey, weight) for hotkey, weight in sorted(record.weights.items())],
             )
-            if unsettled := db.execute(_UNSETTLED, (record.round,)).fetchone():
-                raise RuntimeError(f"round {record.round}: the order of {unsettled[0]} has no receipt")
+            for order in (*_unsettled(db, record.round - 1), *_unsettled(db, record.round)):
+                what = Order.parse(order.body)
+                if what.round < record.round or what.inner is None:
+                    raise RuntimeError(f"round {what.round}: the order of {what.hotkey} has no receipt")
+
+    def unsettled(self) -> tuple[Signed, ...]:
+        """The orders that the last committed round left without a receipt, in the order of the hotkeys."""
+        with self._lock:
+            return _unsettled(self._connection, _next(self._connection) - 1)
 
     def head(self) -> RoundRecord | None:
         """The last committed round."""
@@ -200,9 +220,8 @@ class Ledger:
             "SELECT round, version, cursor, ranker, metrics FROM rounds WHERE round >= ? ORDER BY round", since
         )
         receipts: dict[int, list[Signed]] = {}
-        for round, *row in self._rows(
-            "SELECT round, signer, body, signature FROM receipts WHERE round >= ? ORDER BY round, hotkey", since
-        ):
+        query = "SELECT settled, signer, body, signature FROM receipts WHERE round >= ? - 1 ORDER BY hotkey, round"
+        for round, *row in self._rows(query, since):
             receipts.setdefault(round, []).append(_signed("receipt", *row))
         weights: dict[int, dict[Hotkey, float]] = {}
         for round, hotkey, weight in self._rows(
@@ -221,6 +240,12 @@ class Ledger:
             )
             for round, version, cursor, ranker, metrics in rounds
         ]
+
+    def oldest_needed(self, round: int) -> int:
+        """The first round whose orders' replies a replay from `round` on needs: that one, or the one before it."""
+        query = "SELECT min(round) FROM receipts WHERE round >= ?1 - 1 AND settled >= ?1"
+        [(oldest,)] = self._rows(query, round)
+        return round if oldest is None else min(round, int(oldest))
 
     # --- late work ------------------------------------------------------------------------------------------------
 
@@ -350,6 +375,10 @@ def _check_open(db: sqlite3.Connection, round: int) -> None:
         raise RuntimeError(f"round {round} is committed, its orders cannot change")
 
 
+def _unsettled(db: sqlite3.Connection, round: int) -> tuple[Signed, ...]:
+    return tuple(_signed("order", *row) for row in db.execute(_UNSETTLED, (round,)))
+
+
 def _insert_orders(db: sqlite3.Connection, round: int, orders: Sequence[Signed]) -> None:
     rows = [(round, Order.parse(o.body).hotkey, o.body, o.signer, o.signature) for o in orders]
     db.executemany("INSERT INTO orders VALUES (?, ?, ?, ?, ?)", rows)
@@ -359,12 +388,13 @@ def _signed(kind: str, signer: str, body: str, signature: str) -> Signed:
     return Signed(kind=kind, signer=signer, body=body, signature=signature)
 
 
-def _receipt_row(round: int, signed: Signed) -> tuple[object, ...]:
+def _receipt_row(round: int, signed: Signed, carried: Collection[Digest]) -> tuple[object, ...]:
+    """`carried`: orders of the round before that are settled by this one."""
     receipt = Receipt.parse(signed.body)
     if receipt.round != round:
         raise RuntimeError(f"a receipt of round {receipt.round} in the record of round {round}")
     return (
-        round,
+        round - (receipt.order in carried),
         receipt.hotkey,
         None if receipt.verdict == "ACCEPTED" else str(receipt.verdict),
         receipt.reason,
@@ -375,4 +405,5 @@ def _receipt_row(round: int, signed: Signed) -> tuple[object, ...]:
         signed.body,
         signed.signer,
         signed.signature,
+        round,
     )

@@ -16,9 +16,16 @@ _FEW_POINTS = 40  # up to here each point gets a dot
 
 
 def loss_plot(
-    path: Path, series: Mapping[str, Sequence[tuple[float, float]]], title: str, xlabel: str, ylabel: str
+    path: Path,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    logarithmic: bool = False,
 ) -> None:
     """Draw each series of (x, y) points, named by its key, to a PNG that appears at once. Takes no global state.
+
+    `logarithmic` is the axis of x.
 
     Points that are not finite are left out; a series without any gets no curve.
     """
@@ -45,6 +52,8 @@ def loss_plot(
             marker="o" if few else "",
             markersize=5 if index < 2 else 3,
         )
+    if logarithmic:
+        axes.set_xscale("log")
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=_INK, pad=12)
     axes.set_xlabel(xlabel, color=_INK)
     axes.set_ylabel(ylabel, color=_INK)

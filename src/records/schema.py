@@ -66,10 +66,15 @@ CREATE TABLE IF NOT EXISTS late (  -- work that came after its round was closed:
     FOREIGN KEY (round, hotkey) REFERENCES orders (round, hotkey)
 );
 """
-STEPS: Final = (TABLES, LATE)  # never changed once released: add another
+SETTLED = """  -- by which round's commit it came: its order's own, or the next
+ALTER TABLE receipts ADD COLUMN settled INTEGER NOT NULL DEFAULT 0;
+UPDATE receipts SET settled = round;
+"""
+STEPS: Final = (TABLES, LATE, SETTLED)  # never changed once released: add another
 VERSION: Final = len(STEPS)  # PRAGMA user_version
 
 
-def upgrade(version: int) -> str:
-    """The script that brings a ledger of this version to the newest, in one transaction."""
-    return f"BEGIN IMMEDIATE; {''.join(STEPS[version:])} PRAGMA user_version = {VERSION}; COMMIT;"
+def upgrade(version: int) -> list[str]:
+    """The statements that bring a ledger of this version to the newest, for one transaction."""
+    statements = "".join(STEPS[version:]).split(";\n")  # each ends a line
+    return [*statements, f"PRAGMA user_version = {VERSION}"]

@@ -26,6 +26,7 @@ from protocol import Hotkey, Signed
 from records.ledger import Accounting, Late, Ledger, Total
 from records.snapshots import Snapshot, Snapshots
 from records.spool import Spool
+from records.updates import Updates
 from values import Received, RoundRecord
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Store:
             with self._room:
                 self._snapshots = Snapshots(folder / "snapshots", keep)
                 self._spool = Spool(folder / "spool")
+                self.updates = Updates(folder / "chain")
                 self._ledger = Ledger(folder / _LEDGER)
         except (ValueError, DiskFull):
             self._lock.release()
@@ -158,6 +160,10 @@ class Store:
     def head(self) -> RoundRecord | None:
         return self._ledger.head()
 
+    def unsettled(self) -> tuple[Signed, ...]:
+        """The orders that the last committed round carried into the next."""
+        return self._ledger.unsettled()
+
     # --- once in a while ------------------------------------------------------------------------------------------
 
     def add_evaluation(self, round: int, values: Mapping[str, float]) -> None:
@@ -185,8 +191,12 @@ class Store:
         return self._ledger.accounting()
 
     def save_snapshot(self, round: int, header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Path:
-        """The state with the rounds before `round` applied. Then deletes what of the spool no snapshot needs."""
+        """The state with the rounds before `round` applied. Then deletes what of the spool no snapshot needs.
+
+        The chain's bytes are durable before it: a replay makes those that come after it.
+        """
         with self._room:
+            self.updates.sync()
             path = self._snapshots.save(round, header, tensors)
         self.prune()
         return path
@@ -198,4 +208,4 @@ class Store:
         """Delete the payloads that neither of the two newest snapshots needs to go on from."""
         rounds = self._snapshots.rounds()
         if len(rounds) >= 2:
-            self._spool.prune(before=rounds[-2])
+            self._spool.prune(before=self._ledger.oldest_needed(rounds[-2]))

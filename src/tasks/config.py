@@ -170,16 +170,17 @@ class QuadraticConfig:
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """The optimizer that moves the model, and its schedule; the task nanochat has its own."""
+    """The optimizer that moves the model, and its schedule; with --mode diloco that of the miners' inner steps too. The
+    task nanochat has its own."""
 
     lr: float = 3e-3
     """Peak learning rate."""
 
     beta1: float = 0.9
-    """Decay of the gradient's running mean, per round."""
+    """Decay of the gradient's running mean, per round or inner step."""
 
     beta2: float = 0.95
-    """Decay of the squared gradient's running mean, per round."""
+    """Decay of the squared gradient's running mean, per round or inner step."""
 
     eps: float = 1e-8
     """Added to the root of the squared gradient's mean."""
@@ -191,7 +192,7 @@ class AdamWConfig:
     """Largest global L2 norm of the gradient. 0: no clipping."""
 
     warmup: int = 10
-    """Rounds of linear warm-up."""
+    """Rounds of linear warm-up; with --mode diloco the inner steps of a round count each."""
 
     final_lr: float = 0.1
     """Learning rate at the end of the cosine, as a fraction of the peak."""

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
+from nanochat.config import MuonAdamWConfig
+from protocol import ProtocolError
 from tasks.config import AdamWConfig
 
 if TYPE_CHECKING:
@@ -17,7 +20,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 Settings = Mapping[str, float]
-SETTINGS = ("lr", "momentum", "weight_decay")
+OPTIMIZERS: dict[str, type[AdamWConfig | MuonAdamWConfig]] = {
+    "nanochat": MuonAdamWConfig
+}  # of each task that has its own
+LARGEST = 1e30  # of a stranger's flags: fp32 holds what a schedule and a width make of it
+SETTINGS = ("lr", "momentum", "weight_decay", "outer_lr", "outer_momentum")
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, settings: Settings) -> None:
@@ -31,6 +38,24 @@ def apply_settings(optimizer: torch.optim.Optimizer, settings: Settings) -> None
 def kept_settings(metrics: Mapping[str, object]) -> dict[str, float]:
     """The settings among a committed round's metrics."""
     return {key: float(value) for key in SETTINGS if isinstance(value := metrics.get(key), int | float)}
+
+
+def from_parameters(task: str, parameters: Mapping[str, object]) -> AdamWConfig | MuonAdamWConfig:
+    """The flags of the task's optimizer, from an order. ProtocolError unless exactly these, each of its kind."""
+    cls = OPTIMIZERS.get(task, AdamWConfig)
+    defaults = {f.name: f.default for f in fields(cls)}
+    values: dict[str, Any] = {}
+    try:
+        if wrong := defaults.keys() ^ parameters.keys():
+            raise ValueError(f"{min(wrong)} is {'missing' if min(wrong) in defaults else 'unknown'}")
+        for name, value in parameters.items():
+            kind = int if isinstance(defaults[name], int) else float
+            if not isinstance(value, kind | int) or isinstance(value, bool) or not abs(value) <= LARGEST:
+                raise ValueError(f"{name} {value}: not {kind.__name__}, or too large")
+            values[name] = kind(value)
+        return cls(**values)
+    except ValueError as error:
+        raise ProtocolError(f"optimizer of task {task}: {error}") from None
 
 
 def adamw_settings(config: AdamWConfig, step: int, steps: int) -> dict[str, float]:

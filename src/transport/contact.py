@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 
 from protocol import Hotkey, Order, Signed
 from values import Link
@@ -28,12 +30,35 @@ class Progress:
         self.doing, self.moving = doing, 0
 
 
+class Meter:
+    """What a line carries in one direction, from how long the last larger transfers took."""
+
+    LARGE = 1 << 16  # bytes, below which a transfer is mostly waiting; where all are smaller, the largest tell
+    LAST = 8
+
+    def __init__(self) -> None:
+        self._largest = 0
+        self._seen: deque[float] = deque(maxlen=self.LAST)  # bits a second
+
+    def add(self, size: float, seconds: float) -> None:
+        """A transfer of so many bytes, from its request to its end."""
+        if size >= min(self._largest or 1, self.LARGE) and seconds > 0:
+            self._seen.append(8 * size / seconds)
+        self._largest = max(self._largest, int(size))
+
+    @property
+    def bps(self) -> float:
+        """Bits a second, the median; 0 where nothing was measured."""
+        return median(self._seen) if self._seen else 0.0
+
+
 class Contact(ABC):
     """Who it is, whether it is there, and what it is doing. `changed` is called when it comes or goes."""
 
     def __init__(self, name: str, hotkey: Hotkey | None) -> None:
         self.name = name  # where it is
         self.hotkey = hotkey  # None until the first hello
+        self.codecs: tuple[str, ...] | None = None  # that it says it knows
         self.announced = False  # it came by itself, and hears itself what is wrong
         self.complaint = ""  # what was last said about it, so that it is said once
         self.changed: Callable[[], object] = lambda: None
@@ -41,6 +66,7 @@ class Contact(ABC):
         self._ended = Progress()  # the last of them
         self.latency_s = 0.0
         self.bytes_up = self.bytes_down = 0
+        self.up, self.down = Meter(), Meter()
         self._reachable = False
 
     @property
@@ -70,9 +96,8 @@ class Contact(ABC):
         state = at.doing if self.reachable else "away"
         if self.reachable and at.moving:
             state += f" {100 * at.moved // at.moving} %"
-        return Link(
-            self.name, self.hotkey, state, at.batches_done, at.batches, self.latency_s, self.bytes_up, self.bytes_down
-        )
+        sums = (self.bytes_up, self.bytes_down, self.up.bps, self.down.bps)
+        return Link(self.name, self.hotkey, state, at.batches_done, at.batches, self.latency_s, *sums)
 
     @abstractmethod
     async def tell(self, signed: Signed) -> bool:

@@ -179,6 +179,11 @@ class Dendrite:
         """Every miner as it is now, in the order in which they were added."""
         return tuple(contact.link() for contact in self._contacts)
 
+    def codecs(self, hotkey: Hotkey) -> tuple[str, ...] | None:
+        """Those that a miner says it knows; None for one that was not heard of yet."""
+        contact = self._known(hotkey)
+        return contact.codecs if contact else None
+
     async def wait_for_change(self) -> None:
         """Until somebody comes or goes. Raises what has failed here in the background."""
         self._raise_if_dead()
@@ -325,7 +330,7 @@ class Dendrite:
             self._pins[str(peer.endpoint)] = signed.signer
             self._save_pins(dict(self._pins))
             peer.hotkey = signed.signer
-        peer.reachable, peer.complaint = True, ""
+        peer.codecs, peer.reachable, peer.complaint = hello.codecs, True, ""
         return True
 
     def _objection(self, peer: Peer, nonce: str, signer: Hotkey, hello: Hello) -> str | None:

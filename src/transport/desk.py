@@ -167,6 +167,7 @@ class Desk(Server):
         endpoint = self._endpoint(request, caller, announce)
         await self._check_twin(caller, session, endpoint)
         place = self._seat(caller, session, endpoint)
+        place.contact.codecs = announce.codecs
         self._door.welcome(request)
         return await self._say_how_it_is(place)
 

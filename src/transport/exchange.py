@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+HEALED = 2  # times that a miner may find, for one order, that what it has does not lead to the order's version
 RESENT = 8  # times its size that a blob is sent at most: who lacks it then has no use for it
 
 Room = Callable[[Path, int], None]  # raises Faulted where a file of so many bytes may not be written
@@ -66,7 +67,7 @@ class Exchange(ABC):
 
     async def run(self) -> Received:
         """Raises Faulted, ProtocolError."""
-        began, restarts = time.monotonic(), 0
+        began, restarts, healed = time.monotonic(), 0, 0
         download: Download | None = None
         job: Future[None] | None = None
         try:
@@ -89,9 +90,10 @@ class Exchange(ABC):
                     self.progress.doing, self.progress.batches_done = "done", self.progress.batches
                     return Received(reply, signed, self.bytes_up, self.bytes_down, time.monotonic() - began)
                 except Refused as refused:
-                    if refused.status != 404 and not refused.missing:
+                    healed += bool(refused.missing)
+                    if (refused.status != 404 and not refused.missing) or healed > HEALED:
                         raise faulted(refused) from None
-                await asyncio.sleep(pause(restarts))  # it was restarted and knows nothing: it gets the order again
+                await asyncio.sleep(pause(restarts))  # it was restarted, or lacks more than it knew: the order again
                 restarts += 1
         except OSError as error:
             if error.errno not in NO_DISK:
@@ -132,8 +134,8 @@ class Exchange(ABC):
 
     def _blob(self, ref_digest: Digest, size: int, kind: str, offset: int) -> memoryview:
         """What is left of a blob, to be sent. Raises Faulted for one that the order does not name, or too often."""
-        blob, state = self.blobs.get(ref_digest), self.order.update.blob
-        if blob is None and (ref_digest, size) == (state.digest, state.bytes):
+        blob = self.blobs.get(ref_digest)
+        if blob is None and (ref_digest, size) in {(ref.digest, ref.bytes) for ref in self.order.update.refs}:
             raise Faulted(Fault.UNVERIFIED, "the validator was restarted and no longer has that version")
         if blob is None or memoryview(blob).nbytes != size:
             raise Faulted(Fault.MALFORMED, f"asks for a {kind} that is not of this order")
@@ -203,6 +205,7 @@ class Push(Exchange):
         finally:
             self.sent[ref.digest] += max(self.bytes_down - before, CHUNK)
             self.progress.rest("ordering")
+        self.peer.down.add(len(rest), time.monotonic() - began)
         self._log(f"{ref.kind} sent", ref.bytes - offset, began)
         return True
 
@@ -246,7 +249,8 @@ class Push(Exchange):
             self.progress.rest("working")
         if download.held != size:
             raise Lost(f"{self.peer.endpoint}: the payload broke off")
-        self._log("payload fetched", download.held - before, began)
+        self.peer.up.add(left, time.monotonic() - began)
+        self._log("payload fetched", left, began)
 
     # --- both ---------------------------------------------------------------------------------------------------------
 

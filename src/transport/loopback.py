@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import selectors
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,11 +22,15 @@ from typing import Any, TypeVar
 from protocol import BlobRef, Fault, Hotkey, Message, Order, ProtocolError, Receipt, Reply, Signed, Stop, digest
 from transport import Service
 from transport.auth import Keypair, open_reply, seal, unseal
+from transport.contact import Meter
 from transport.links import Link, LinkSpec
 from values import Blobs, Faulted, Received, Refused
+from values import Link as LinkNow
 
 CHUNK = 1 << 20
 POLL_S = 20.0
+NO_NONCE = "0" * 32
+TIMES = 2  # that a blob is sent for an order: the second time heals a model
 
 T = TypeVar("T")
 
@@ -103,6 +108,7 @@ class Loopback:
         plain = LinkSpec(up_bps=bandwidth_bps, down_bps=bandwidth_bps, latency_s=latency_s)
         specs = {hotkey: (links or {}).get(hotkey, plain) for hotkey in self._keypairs}
         self._links = {hotkey: Link(spec, seed, hotkey) for hotkey, spec in specs.items()}
+        self._meters = {hotkey: (Meter(), Meter()) for hotkey in self._keypairs}  # up, down
         self._away: set[Hotkey] = set()
         self._change = asyncio.Event()  # set, and replaced, whenever a miner goes or comes
 
@@ -133,6 +139,18 @@ class Loopback:
 
     def peers(self) -> tuple[Hotkey, ...]:
         return tuple(sorted(self._services.keys() - self._away))
+
+    def links(self) -> tuple[LinkNow, ...]:
+        """As the dendrite's, but for the display's part."""
+        found = []
+        for hotkey in self.peers():
+            up, down = self._meters[hotkey]
+            latency_s = 2 * self._links[hotkey].spec.latency_s
+            found.append(LinkNow("loopback", hotkey, "idle", 0, 0, latency_s, 0, 0, up.bps, down.bps))
+        return tuple(found)
+
+    def codecs(self, hotkey: Hotkey) -> tuple[str, ...] | None:
+        return self._services[hotkey].hello(NO_NONCE).codecs if hotkey in self._services else None
 
     async def wait_for_peer(self, timeout_s: float) -> bool:
         try:
@@ -232,9 +250,16 @@ class Loopback:
     ) -> Received:
         began = self.now()
         service, link = self._services[order.hotkey], self._links[order.hotkey]
-        bytes_down = await self._offer(service, link, signed, blobs)
-        accepted()
-        reply, answer = await self._answer(order, signed)
+        bytes_down, times, answered = 0, Counter[str](), None
+        while answered is None:
+            bytes_down += await self._offer(service, link, self._meters[order.hotkey][1], signed, blobs, times)
+            accepted()
+            try:
+                answered = await self._answer(order, signed)
+            except Refused as refused:  # what it has does not lead to the order's version
+                if not refused.missing:
+                    raise
+        reply, answer = answered
         if largest is not None and reply.payload_bytes > largest:
             raise ProtocolError(f"payload: {reply.payload_bytes} bytes, at most {largest}")
         await link.travel("down", 0)
@@ -242,7 +267,9 @@ class Loopback:
         if (memoryview(payload).nbytes, digest("payload", payload)) != (reply.payload_bytes, reply.payload_digest):
             raise ProtocolError("payload: not the bytes that the reply's digest names")
         scaled = round(reply.payload_bytes * self._scale)
+        sent = self.now()
         await link.travel("up", scaled)
+        self._meters[order.hotkey][0].add(scaled, self.now() - sent)
         path.write_bytes(payload)
         service.delivered(self._caller, signed.digest)
         return Received(reply, answer, len(answer.body) + scaled, bytes_down, self.now() - began)
@@ -258,10 +285,11 @@ class Loopback:
             if answer is not None:
                 return open_reply(answer, order, signed.digest), answer
 
-    async def _offer(self, service: Service, link: Link, signed: Signed, blobs: Blobs) -> int:
-        """Until the order is accepted, with the blobs that it lacks, each once. Returns the bytes sent."""
+    async def _offer(
+        self, service: Service, link: Link, meter: Meter, signed: Signed, blobs: Blobs, times: Counter[str]
+    ) -> int:
+        """Until the order is accepted, with the blobs that it lacks; `times` each was sent. Returns the bytes sent."""
         bytes_down = 0
-        sent: set[str] = set()
         while True:
             await link.travel("down", len(signed.body))
             bytes_down += len(signed.body)
@@ -270,14 +298,16 @@ class Loopback:
             if not missing:
                 return bytes_down
             for ref in missing:
-                if ref.kind == "state" and ref.digest not in blobs and ref.digest in signed.body:
+                if ref.kind in ("state", "delta") and ref.digest not in blobs and ref.digest in signed.body:
                     raise Faulted(Fault.UNVERIFIED, "the validator was restarted and no longer has that version")
-                if ref.digest in sent or ref.digest not in blobs:
+                if times[ref.digest] == TIMES or ref.digest not in blobs:
                     raise Faulted(Fault.MALFORMED, f"asks for a {ref.kind} that is not of this order, or asks again")
-                sent.add(ref.digest)
+                times[ref.digest] += 1
                 data = memoryview(blobs[ref.digest]).cast("B")
-                size = round(len(data) * self._scale) if ref.kind == "state" else len(data)
+                size = round(len(data) * self._scale) if ref.kind in ("state", "delta") else len(data)
+                began = self.now()
                 await link.travel("down", size)
+                meter.add(size, self.now() - began)
                 bytes_down += size
                 writer = service.receive(self._caller, ref, 0)
                 for start in range(0, len(data), CHUNK):

@@ -221,6 +221,7 @@ class Pull(Exchange):
     def _forget(self) -> None:
         self._session = self.peer.session
         self._taken = False
+        self._given, self._giving_since = 0, 0.0  # bytes of the blobs that it fetched, and when it began
         self._failure: Exception | None = None
         self._reply: tuple[Signed, Reply] | None = None
 
@@ -275,7 +276,10 @@ class Pull(Exchange):
     # --- what the miner brings ----------------------------------------------------------------------------------------
 
     def take_status(self, status: Status) -> None:
-        """It has the order, and works on it."""
+        """It has the order, and all that it needs for it, and works on it."""
+        if self._given:  # only now: what was written to a socket need not be there
+            self.peer.down.add(self._given, time.monotonic() - self._giving_since)
+            self._given = 0
         self.progress.batches_done = status.batches_done
         self._taken = True
         self.news.set()
@@ -307,6 +311,7 @@ class Pull(Exchange):
             self._fail(fault)
             raise Refused(400, fault.reason, fault.fault) from None
         self.sent[digest] += CHUNK
+        self._giving_since = self._giving_since if self._given else time.monotonic()
         self.progress.move("sending", len(rest) + offset, offset)
         try:
             yield rest
@@ -315,11 +320,12 @@ class Pull(Exchange):
 
     def _refs(self) -> list[BlobRef]:
         data = self.order.data
-        return [ref for ref in (self.order.update.blob, data.tokens, data.vocabulary) if ref is not None]
+        return [*self.order.update.refs, data.tokens, *([data.vocabulary] if data.vocabulary else [])]
 
     def gave(self, digest: Digest, size: int) -> None:
         """So many more bytes of a blob have left."""
         self.bytes_down += size
+        self._given += size
         self.sent[digest] += size
         self.peer.bytes_down += size
         self.progress.moved += size
@@ -339,11 +345,13 @@ class Pull(Exchange):
                 raise Refused(404, "this order is over")
             if offset != download.held:
                 raise Refused(409, f"{download.held} bytes are held", held={digest: download.held})
+            began = time.monotonic()
             try:
                 await pump(partial(self._write, download))
             finally:
                 self.news.set()
             whole, held = download.finish(), download.held
+            self.peer.up.add(held - offset, time.monotonic() - began)
         if held < size:
             raise Refused(409, f"{held} bytes are held", held={digest: held})
         if not whole and download.found:

@@ -222,7 +222,7 @@ def test_ranges_that_cannot_be(target: str, announced: int, status: int, tmp_pat
 def test_an_offset_beyond_the_payload(tmp_path: Path) -> None:
     async def play(caller: Caller, axon: Axon, miner: Echo) -> None:
         miner.orders[ORDER_DIGEST] = ORDER
-        miner.blobs[ORDER.update.blob.digest] = STATE
+        miner.blobs[ORDER.update.refs[0].digest] = STATE
         for offset, status in ((SIZE + 1, 416), (10**15 - 1, 416), (SIZE, 200)):
             target = f"/v1/payload?order={ORDER_DIGEST}&offset={offset}"
             answer = await caller.raw(head("GET", target))

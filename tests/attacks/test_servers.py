@@ -21,7 +21,7 @@ from transport.auth import seal
 from transport.axon import Axon
 from values import Faulted, Refused
 
-BLOB = make_order().update.blob
+BLOB = make_order().update.refs[0]
 Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 

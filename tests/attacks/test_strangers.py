@@ -100,7 +100,7 @@ def test_a_payload_that_nobody_reads_is_cut_off(tmp_path: Path) -> None:
 
     async def play(caller: Caller, axon: Axon, miner: Echo) -> None:
         miner.orders[ORDER_DIGEST] = ORDER
-        miner.blobs[ORDER.update.blob.digest] = bytes(64 << 20)  # more than the sockets hold
+        miner.blobs[ORDER.update.refs[0].digest] = bytes(64 << 20)  # more than the sockets hold
         target = f"/v1/payload?order={ORDER_DIGEST}&offset=0"
         reader, writer = await asyncio.open_connection("127.0.0.1", caller.port, limit=1024)
         writer.write(head("GET", target))

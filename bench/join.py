@@ -1,0 +1,130 @@
+"""What it takes to join at round 1,000: bytes until a newcomer has the model, and seconds until it has worked on it.
+
+    python -m bench.join
+
+The chain of 1,000 versions is made as a validator makes it, of 2-bit deltas of 10.6 million parameters that walk at
+random. A miner that has nothing but its data is then ordered one micro-batch over loopback sockets, and a second one on
+the same version: what the first took more is the joining, with the model's building and the proof that it is the
+validator's replica. The peer is a chain without snapshots: the first state and all deltas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from bittensor.sp_core import Keypair
+
+from bench import Figure
+from bench.roundtrip import save_model
+from bench.scale import scratch
+from limits import Limits
+from market.learner import Learner
+from market.worker import Worker
+from protocol import DataSpec, Order, Range
+from records.cache import Cache
+from tasks import Task, load_task
+from tasks.config import AdamWConfig, GPT2Config
+from tasks.tokens import Tokens
+from transport.auth import Guard
+from transport.axon import Axon
+from transport.dendrite import Dendrite, Endpoint
+
+ROUNDS = 1000
+CODEC = "2bit"
+VALIDATOR, MINER = (Keypair.create_from_uri(name) for name in ("//Validator", "//Miner"))
+
+
+def prepare(folder: Path) -> Task:
+    text = folder / "text.txt"
+    text.write_text("the validator owns the model. " * 2000)
+    config = GPT2Config(
+        model=str(save_model(folder / "model")), text=str(text), tokenizer="byte", batch_size=1, eval_sequences=1
+    )
+    return load_task("gpt2").prepare(config, seed=0, cache=folder / "cache", device=torch.device("cpu"), progress=print)
+
+
+def grow(learner: Learner) -> int:
+    """1,000 versions. Returns the bytes of the first state and of all deltas."""
+    steps = {n: 1e-3 * torch.randn(p.shape) for n, p in learner.parameters.items()}
+    total = sum(step.bytes for step in learner.update.steps)
+    for round in range(ROUNDS):
+        with torch.no_grad():
+            for name, p in learner.parameters.items():
+                p.add_(steps[name].roll(round), alpha=(-1) ** round)  # as good as a random one, and cheaper
+        learner.advance()
+        total += learner.update.steps[-1].bytes
+    return total
+
+
+def order(task: Task, learner: Learner, round: int) -> Order:
+    return Order(
+        run="join",
+        round=round,
+        hotkey=MINER.ss58_address,
+        version=learner.version,
+        update=learner.update,
+        state_digest=learner.state_digest(),
+        task=task.spec(),
+        data=task.data_spec,
+        ranges=(Range(round, round + 1),),
+        deadline_s=600.0,
+        staleness=0,
+        codec_up="fp32",
+        codec_down=CODEC,
+    )
+
+
+def find_tokens(cache: Cache, spec: DataSpec) -> Tokens:
+    path = cache.blob(spec.tokens)
+    assert path is not None
+    return Tokens.open(path)
+
+
+async def join(folder: Path, task: Task, learner: Learner) -> Sequence[tuple[int, float]]:
+    """Bytes down and seconds of the orders of two rounds."""
+    cache = Cache(folder / "miner")
+    worker = Worker(
+        MINER.ss58_address, frozenset(["gpt2"]), torch.device("cpu"), cache, partial(find_tokens, cache), lambda _: None
+    )
+    axon = Axon(worker, MINER, Guard(frozenset(), None, lambda _: None), "127.0.0.1", 0, None)
+    endpoint = Endpoint("127.0.0.1", await axon.start())
+    network = Dendrite(VALIDATOR, [endpoint], {}, lambda _: None, "gpt2", print, Limits())
+    await network.start()
+    found = []
+    try:
+        await network.wait_for_peer(60)
+        writer = cache.store(task.data_spec.tokens)
+        writer.write(task.blobs()[task.data_digest])
+        writer.commit()
+        for round in range(2):
+            asked = order(task, learner, round)  # both prove the version
+            began = time.perf_counter()
+            received = await network.exchange(asked, network.seal(asked), learner.blobs, folder / f"payload{round}")
+            found.append((received.bytes_down, time.perf_counter() - began))
+        return found
+    finally:
+        worker.close()
+        await network.close()
+        await axon.close()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with scratch() as folder:
+        task = prepare(folder)
+        learner = Learner(task, AdamWConfig(), torch.device("cpu"), "delta", CODEC)
+        everything = grow(learner)
+        (first, join_s), (second, warm_s) = asyncio.run(join(folder, task, learner))
+    least = first - second
+    Figure("wire.join_bytes", least, "bytes", f"all {ROUNDS:,} deltas", everything, least / everything)
+    Figure("wire.join_s", join_s - warm_s, "s")
+
+
+if __name__ == "__main__":
+    main()

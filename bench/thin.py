@@ -1,0 +1,113 @@
+"""A thin link: what of the time GPT-2's 124 million parameters leave for computing at 100 Mbit/s and 50 ms one way.
+
+    python -m bench.thin             # some minutes; what each was made of goes to stderr
+
+Rounds of a minute in virtual time (emulation): market, miners, codecs and files are the real ones, links and computing
+are emulated. A small model stands for the large one: its payloads count for as many bytes as the real codec makes of
+GPT-2's own tensors, and encoding, checking and adding for as many seconds as this machine takes for these, on one core.
+Utilisation is seconds of computing micro-batches in a second of being up, after two rounds.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bench import Figure
+from codec import load_codec
+from emulation.costs import CodecCost, CostConfig, codec_phases, measure_codec
+from emulation.traces import HOUR_S, make_trace
+from emulation.world import Conditions, World
+from market.budget import Rate, link_watch
+from market.config import RoundConfig
+from tasks.config import AdamWConfig, QuadraticConfig
+from tasks.quadratic import Quadratic
+from transport.links import LinkSpec
+from transport.loopback import run
+
+MINERS = 4
+SECONDS = HOUR_S / 2
+BATCH_S = 0.5  # of a micro-batch at a miner of speed 1
+LINK = LinkSpec(up_bps=100e6, down_bps=100e6, latency_s=0.05)
+RATE = Rate(LINK.up_bps, LINK.down_bps, 2 * LINK.latency_s)
+SMALL = QuadraticConfig(dimension=1 << 16)  # large enough that headers weigh next to nothing
+WARM_UP = 2  # rounds
+# As the flags: in DiLoCo as many micro-batches as no miner does in a minute, so that it is the time that ends a round.
+MODES = {
+    "gradient": RoundConfig(task="quadratic", round_seconds=60.0, rounds=1000),
+    "diloco": RoundConfig(
+        task="quadratic", round_seconds=60.0, rounds=1000, mode="diloco", batches=16, warmup_sync=0.0
+    ),
+}
+MEMORY = Path("/dev/shm")
+
+
+def gpt2() -> dict[str, torch.Tensor]:
+    """Values like a gradient's, in the shapes of GPT-2's parameters."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in GPT2LMHeadModel(GPT2Config()).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    return {name: 1e-3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def count(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(t.numel() for t in tensors.values())
+
+
+def play(config: RoundConfig, costs: CostConfig, parameters: int) -> tuple[float, float, float]:
+    """Utilisation, and megabytes up and down a round and miner."""
+
+    async def main(folder: Path) -> tuple[float, float, float]:
+        task = Quadratic.prepare(SMALL, seed=0, cache=folder)
+        scale = parameters / SMALL.dimension
+        trace = make_trace("calm", MINERS, 2 * SECONDS, seed=0)
+        terms, conditions = config.terms("thin", 1 << 30), Conditions(costs, LINK, scale=scale)
+        world = World(folder, task, AdamWConfig(), terms, conditions, trace, config.rounds)
+        watch = world.market.watch = link_watch(config, world.market.learner, world.network.links, say, scale)
+        say(watch.budget.line(RATE, "a link"))
+        moments = [moment async for moment in world.play(SECONDS)]
+        first, last = moments[WARM_UP - 1], moments[-2]  # the last is cut short
+        rounds = MINERS * (last.rounds - first.rounds)
+        sent = ((last.bytes_up - first.bytes_up) / rounds, (last.bytes_down - first.bytes_down) / rounds)
+        say(f"  {last}")
+        return last.utilisation(first), sent[0] / 1e6, sent[1] / 1e6
+
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as name:
+        return run(main(Path(name)))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    tensors = gpt2()
+    measured: dict[str, tuple[CodecCost, float]] = {}
+    for name in sorted({name for config in MODES.values() for name in config.codecs}):
+        size = memoryview(load_codec(name).encode(tensors)).nbytes / 1e6
+        measured[name] = measure_codec(name, tensors), size
+        cost = CodecCost(*(4e-6 * count(tensors) * seconds for seconds in measured[name][0]))
+        say(f"{name}: {size:.2f} MB; encode {cost.encode:.3f} s, check {cost.check:.3f} s, add {cost.add:.3f} s")
+    parameters = count(tensors)
+    del tensors
+    for mode, config in MODES.items():
+        (up, up_mb), (down, down_mb) = (measured[name] for name in config.codecs)
+        costs = replace(CostConfig(batch=BATCH_S, evaluate=0.0), **codec_phases(up, down))
+        for overlap in (0, 1):
+            used, *sent = play(replace(config, overlap=overlap), costs, parameters)
+            for megabytes, real in zip(sent, (up_mb, down_mb), strict=True):
+                assert real < megabytes < 1.02 * real, (mode, megabytes, real)  # orders and replies are the rest
+            suffix = "_overlap" if overlap else ""
+            Figure(f"wire.utilisation_100mbit.{mode}{suffix}", used, "of the time")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

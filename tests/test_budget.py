@@ -1,0 +1,290 @@
+"""The link budget: bytes, seconds and shares of a round, what would mend them, and what `auto` chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from codec import bits, known_codecs
+from market.budget import LADDERS_DOWN, LADDERS_UP, LinkBudget, LinkWatch, Rate, link_watch, median_rate
+from market.config import CodecConfig, RoundConfig
+from market.learner import Learner
+from tasks.config import AdamWConfig, QuadraticConfig
+from tasks.quadratic import Quadratic
+from values import Link
+
+torch.set_num_threads(1)
+
+GPT2 = LinkBudget(124_439_808, 0, "fp32", "fp32", round_s=60.0)
+HOME = Rate(20e6, 100e6, 0.1)
+HUNDRED = Rate(100e6, 100e6)
+
+
+def link(up_mbps: float, down_mbps: float, latency_s: float = 0.0) -> Link:
+    return Link("here", None, "idle", 0, 0, latency_s, 0, 0, 1e6 * up_mbps, 1e6 * down_mbps)
+
+
+def share(budget: LinkBudget, rate: Rate) -> float:
+    found = budget.share(rate)
+    assert found is not None
+    return found
+
+
+# --- sizes and seconds ------------------------------------------------------------------------------------------------
+
+
+def test_fp32_both_ways_is_what_the_parameters_weigh() -> None:
+    assert GPT2.bytes_up == GPT2.bytes_down == 4 * 124_439_808
+    assert replace(GPT2, buffers=1000).bytes_down == 4 * 124_440_808
+    assert replace(GPT2, buffers=1000).bytes_up == GPT2.bytes_up
+    assert GPT2.communication_s(HUNDRED) == pytest.approx(2 * 39.82, rel=1e-3)
+    assert GPT2.communication_s(HOME) == pytest.approx(199.1 + 39.82 + 0.5, rel=1e-3)
+
+
+def test_a_narrower_codec_takes_its_part_of_that() -> None:
+    narrow = replace(GPT2, up="bf16", down="int8")
+    assert narrow.bytes_up == GPT2.bytes_up / 2
+    assert narrow.bytes_down == pytest.approx(GPT2.bytes_down * 8.125 / 32)
+
+
+@pytest.mark.parametrize("ladder", [*LADDERS_UP.values(), *LADDERS_DOWN.values()])
+def test_ladders_are_of_known_codecs_and_go_down(ladder: tuple[str, ...]) -> None:
+    assert set(ladder) <= set(known_codecs())
+    widths = [bits(name) for name in ladder]
+    assert widths == sorted(widths, reverse=True)
+    assert len(set(widths)) == len(widths)
+
+
+def test_a_share_is_of_the_budget_or_of_what_the_round_takes() -> None:
+    half = replace(GPT2, up="bf16", down="bf16")  # 39.82 s on HUNDRED
+    assert half.share(HUNDRED) == pytest.approx(39.82 / 60, rel=1e-3)
+    assert half.utilisation(HUNDRED) == pytest.approx(1 - 39.82 / 60, rel=1e-3)
+    fixed = replace(half, round_s=0.0)
+    assert fixed.share(HUNDRED) is fixed.utilisation(HUNDRED) is None  # nobody knows what a round takes
+    fixed = replace(fixed, compute_s=80.0)
+    assert fixed.share(HUNDRED) == pytest.approx(39.82 / 119.82, rel=1e-3)
+    assert fixed.utilisation(HUNDRED) == pytest.approx(80 / 119.82, rel=1e-3)
+    assert replace(GPT2, round_s=0.0, compute_s=0.0).warning(HUNDRED) is None
+
+
+def test_with_overlap_computing_waits_only_for_what_takes_longer() -> None:
+    beside = replace(GPT2, up="bf16", down="bf16", overlap=True)
+    assert beside.utilisation(HUNDRED) == 1.0
+    assert replace(beside, up="fp32", down="fp32").utilisation(HUNDRED) == pytest.approx(60 / 79.64, rel=1e-3)
+    fixed = replace(beside, round_s=0.0, compute_s=20.0)
+    assert fixed.share(HUNDRED) == 1.0
+    assert fixed.utilisation(HUNDRED) == pytest.approx(20 / 39.82, rel=1e-3)
+
+
+def test_the_median_of_the_links_that_were_measured() -> None:
+    assert median_rate([]) is None
+    assert median_rate([link(0, 5), link(0, 7)]) is None
+    links = [link(10, 90, 0.1), link(0, 0), link(30, 50, 0.3), link(20, 1, 0.2)]
+    assert median_rate(links) == Rate(20e6, 50e6, 0.2)
+
+
+def test_the_line_says_it_all() -> None:
+    line = replace(GPT2, up="bf16", down="bf16").line(HUNDRED, "a link")
+    assert line == (
+        "249 MB up (bf16) and 249 MB down (bf16) a round and miner: 39.8 s on a link of 100 Mbit/s up, 100 down, "
+        "66% of it; computing has 34%"
+    )
+    assert "%" not in replace(GPT2, round_s=0.0).line(HUNDRED, "a link")
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_warning_up_to_a_fifth() -> None:
+    fifth = replace(GPT2, round_s=5 * GPT2.communication_s(HUNDRED))
+    assert fifth.warning(HUNDRED) is None
+    assert replace(fifth, round_s=fifth.round_s - 1).warning(HUNDRED) is not None
+
+
+def test_one_flag_is_suggested_where_one_will_do() -> None:
+    slow_up = replace(GPT2, up="fp32", down="2bit", round_s=300.0)
+    warning = slow_up.warning(HOME)
+    assert warning is not None
+    assert warning.startswith("communication takes 67% of a round on links of 20 Mbit/s up, 100 down; ")
+    mended = replace(slow_up, up="int8")  # bf16 leaves too much
+    assert share(replace(slow_up, up="bf16"), HOME) > 0.2
+    assert f"; --codec.up int8 would make it {share(mended, HOME):.0%}" in warning
+    assert "--codec.down" not in warning
+
+
+def test_both_flags_where_one_is_not_enough() -> None:
+    warning = GPT2.warning(HUNDRED)
+    assert warning is not None
+    assert "--codec.up " in warning
+    assert "--codec.down " in warning
+    assert "longer rounds" not in warning
+
+
+def test_what_nothing_mends_is_said_too() -> None:
+    lost = Rate(1e5, 1e5)
+    assert "longer rounds less" in (GPT2.warning(lost) or "")
+    best = GPT2.fitting(lost)
+    assert (best.up, best.down) == ("ternary+entropy", "2bit+entropy")
+    assert (best.warning(lost) or "").endswith("; longer rounds would make it less")
+
+
+def test_no_codec_is_suggested_where_waiting_is_what_takes_long() -> None:
+    small = replace(GPT2, parameters=20_000, up="ternary", down="2bit", round_s=0.0, compute_s=0.01)
+    warning = small.warning(Rate(100e6, 100e6, 0.01))
+    assert warning is not None
+    assert warning.endswith("; longer rounds would make it less")
+    assert small.fitting(Rate(100e6, 100e6, 0.01)) == replace(small, up="bf16", down="int8")
+
+
+def test_under_full_broadcast_deltas_are_suggested() -> None:
+    full = replace(GPT2, up="ternary", broadcast="full")
+    assert "; --broadcast delta --codec.down int4 would make it 12%" in (full.warning(HUNDRED) or "")
+    assert full.fitting(HUNDRED).down == "bf16"  # all that full broadcast has
+
+
+# --- auto -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_least_compression_that_fits_is_chosen() -> None:
+    for rate in (Rate(r, r) for r in (3e9, 4e8, 2e8, 1e8, 5e7)):
+        found = GPT2.fitting(rate)
+        assert share(found, rate) <= 0.2
+        looser = found.looser()
+        if looser != found:
+            assert share(looser, rate) > 0.2
+
+
+def test_the_slower_direction_is_compressed_more() -> None:
+    assert GPT2.fitting(Rate(10e9, 10e9)) == replace(GPT2, up="bf16", down="int8")
+    assert GPT2.fitting(Rate(60e6, 10e9)) == replace(GPT2, up="int4", down="int8")
+    assert GPT2.fitting(Rate(10e9, 60e6)) == replace(GPT2, up="bf16", down="int4")
+
+
+def test_only_what_is_auto_changes() -> None:
+    assert GPT2.fitting(HUNDRED, up=False).up == "fp32"
+    assert GPT2.fitting(HUNDRED, down=False).down == "fp32"
+    assert replace(GPT2, mode="diloco").fitting(Rate(5e6, 5e6)).up == "2bit+entropy"
+
+
+class Watched:
+    """A watch over links that change, and what it said."""
+
+    def __init__(self, budget: LinkBudget, *auto: bool) -> None:
+        self.links: list[Link] = []
+        self.said: list[str] = []
+        self.watch = LinkWatch(budget, lambda: self.links, self.said.append, *auto)
+
+    def rounds(self, count: int, *links: Link) -> Iterator[tuple[str, str]]:
+        """The codecs of the next rounds, with these links."""
+        self.links = list(links)
+        for _ in range(count):
+            yield self.watch.codecs
+            self.watch.observe({"compute_s": 50.0})
+
+
+DEFAULT = replace(GPT2, up="ternary", down="2bit")
+
+
+def test_auto_chooses_after_three_measured_rounds() -> None:
+    w = Watched(DEFAULT, True, True)
+    assert set(w.rounds(9)) == {("ternary", "2bit")}  # nothing is measured
+    fast = link(1000, 1000)
+    assert list(w.rounds(4, fast)) == [("ternary", "2bit")] * 3 + [("bf16", "int8")]
+    (said,) = w.said
+    assert said.startswith("--codec.up auto --codec.down auto: 249 MB up (bf16) and 126 MB down (int8) a round")
+
+
+def test_auto_waits_before_it_chooses_again() -> None:
+    w = Watched(DEFAULT, True, True)
+    slow, fast = link(40, 40), link(1000, 1000)
+    assert list(w.rounds(4, fast))[-1] == ("bf16", "int8")
+    assert set(w.rounds(19, slow)) == {("bf16", "int8")}
+    assert set(w.rounds(1, fast)) == {("bf16", "int8")}  # and begins to count anew
+    seen = list(w.rounds(21, slow))
+    assert set(seen[:20]) == {("bf16", "int8")}
+    assert share(replace(DEFAULT, up=seen[20][0], down=seen[20][1]), Rate(40e6, 40e6)) <= 0.2
+    assert set(w.rounds(40, slow)) == {seen[20]}  # not beyond, not idle
+    back = list(w.rounds(21, link(10_000, 10_000)))
+    assert back[19:] == [seen[20], ("bf16", "int8")]
+    assert len(w.said) == 3
+
+
+def test_one_direction_may_be_auto() -> None:
+    w = Watched(replace(DEFAULT, down="int4"), True, False)
+    assert list(w.rounds(4, link(1000, 1000)))[-1] == ("bf16", "int4")
+    assert w.said[0].startswith("--codec.up auto: ")
+
+
+def test_a_resumed_run_goes_on_with_what_was_chosen() -> None:
+    w = Watched(DEFAULT, True, True)
+    w.watch.resume({"round": 7, "codec_up": "int8", "codec_down": "int4"})
+    assert set(w.rounds(10, link(150, 100))) == {("int8", "int4")}
+    fixed = Watched(DEFAULT)
+    fixed.watch.resume({"round": 7, "codec_up": "int8", "codec_down": "int4"})
+    assert fixed.watch.codecs == ("ternary", "2bit")  # as its flags say now
+
+
+def test_without_auto_a_warning_is_said_once() -> None:
+    w = Watched(GPT2)
+    assert set(w.rounds(5, link(100, 100))) == {("fp32", "fp32")}
+    (said,) = w.said
+    assert said.startswith("communication takes 133% of a round on links of 100 Mbit/s up, 100 down; --codec.up ")
+    w = Watched(DEFAULT)
+    assert len(list(w.rounds(5, link(100, 100)))) == 5
+    assert not w.said
+
+
+def test_auto_is_warned_only_of_what_it_cannot_mend() -> None:
+    w = Watched(replace(DEFAULT, down="fp32"), True, False)
+    assert len(list(w.rounds(5, link(100, 100)))) == 5
+    choice, warning = w.said
+    assert "; --codec.down " in warning
+    assert choice.startswith("--codec.up auto: ")
+    w = Watched(DEFAULT, True, True)
+    assert len(list(w.rounds(5, link(5, 5)))) == 5
+    choice, warning = w.said
+    assert "; longer rounds would make it less" in warning
+    assert "(ternary+entropy)" in choice
+
+
+def test_metrics_say_what_was_measured() -> None:
+    w = Watched(DEFAULT)
+    assert w.watch.observe({"compute_s": 50.0}) == {}
+    w.links = [link(80, 90, 0.1)]
+    row = w.watch.observe({"compute_s": 50.0})
+    assert (row["link_up_mbps"], row["link_down_mbps"]) == (80.0, 90.0)
+    assert row["communication"] == DEFAULT.share(Rate(80e6, 90e6, 0.1))
+    assert row["utilisation_expected"] == 1 - row["communication"]
+
+
+def test_without_a_time_budget_a_round_is_what_was_computed() -> None:
+    w = Watched(replace(GPT2, round_s=0.0))
+    w.links = [link(100, 100)]
+    assert w.watch.observe({"round": 0}) == {}  # nothing was computed yet
+    assert w.watch.observe({"compute_s": 79.64})["communication"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_before_anything_is_measured_a_hundred_megabits_are_assumed() -> None:
+    w = Watched(DEFAULT)
+    w.watch.introduce()
+    assert "(ternary) and " in w.said[0]
+    assert " on a link of 100 Mbit/s up, 100 down" in w.said[0]
+
+
+def test_flags_make_a_watch(tmp_path: Path) -> None:
+    task = Quadratic.prepare(QuadraticConfig(), seed=0, cache=tmp_path)
+    learner = Learner(task, AdamWConfig(), torch.device("cpu"))
+    (model,) = learner.parameters.values()
+    flags = RoundConfig(codec=CodecConfig(up="auto"), round_seconds=60.0, overlap=1, mode="diloco")
+    said: list[str] = []
+    watch = link_watch(flags, learner, lambda: [link(1000, 1000)], said.append, scale=10.0)
+    assert watch.budget == LinkBudget(10 * model.numel(), 0, "2bit", "2bit", 60.0, overlap=True, mode="diloco")
+    for _ in range(4):
+        watch.observe({"compute_s": 1.0})
+    assert watch.codecs == ("bf16", "2bit")
+    full = link_watch(RoundConfig(broadcast="full", codec=CodecConfig(down="bf16")), learner, list, said.append)
+    assert full.codecs == ("ternary", "bf16")

@@ -1,0 +1,151 @@
+"""Thin links in the emulated world: what deltas and small codes leave on the wire, and codecs that the links choose."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from aggregation import load_aggregator
+from codec import bits, load_codec
+from emulation.costs import CostConfig
+from emulation.traces import Interval
+from emulation.world import Conditions, Moment, World
+from market.budget import link_watch
+from market.config import CodecConfig, RoundConfig
+from market.diloco import round_settings
+from market.learner import Learner
+from market.round import Market
+from protocol import Order
+from ranking import load_ranker
+from records.store import Store
+from tasks.config import AdamWConfig, QuadraticConfig
+from tasks.quadratic import Quadratic
+from tests.echo import VALIDATOR
+from transport.links import LinkSpec
+from transport.loopback import Loopback, run
+from values import RoundRecord
+
+torch.set_num_threads(1)
+MINERS = 3
+PARAMETERS = 124e6  # that the small model stands for
+SMALL = QuadraticConfig(dimension=1 << 14, samples=64)
+FLAGS = RoundConfig(task="quadratic", round_seconds=60.0, rounds=50, batches=4)
+AUTO = replace(FLAGS, codec=CodecConfig(up="auto", down="auto"))
+LINK = LinkSpec(up_bps=100e6, down_bps=100e6, latency_s=0.05)
+COSTS = CostConfig(batch=2.0, spread=0.1, evaluate=0.0)
+
+
+def play(
+    folder: Path, flags: RoundConfig, seconds: float, link: LinkSpec = LINK
+) -> tuple[list[Moment], list[RoundRecord], list[str]]:
+    """Moments, records, and what was said of the links."""
+    said: list[str] = []
+    scale = PARAMETERS / SMALL.dimension
+
+    async def main() -> list[Moment]:
+        task = Quadratic.prepare(SMALL, seed=0, cache=folder / "cache")
+        trace = [Interval(f"m{n}", 0.0, 1e6) for n in range(MINERS)]
+        conditions = Conditions(COSTS, link, scale=scale)
+        world = World(folder, task, AdamWConfig(), flags.terms("thin", 10), conditions, trace, flags.rounds)
+        world.market.watch = link_watch(flags, world.market.learner, world.network.links, said.append, scale)
+        return [moment async for moment in world.play(seconds)]
+
+    moments = run(main())
+    store = Store.open(folder / "run", keep=2)
+    records = list(store.committed(0))
+    store.close()
+    return moments, records, said
+
+
+def orders(folder: Path, round: int) -> list[Order]:
+    store = Store.open(folder / "run", keep=2)
+    found = [Order.parse(signed.body) for signed in store.orders(round)]
+    store.close()
+    return found
+
+
+def replayed(folder: Path, flags: RoundConfig) -> tuple[Market, RoundRecord]:
+    """A market of a new process, from the run's records alone, and the last of these."""
+    task = Quadratic.prepare(SMALL, seed=0, cache=folder / "cache")
+    store = Store.open(folder / "run", keep=2)
+    terms = flags.terms("thin", 10)
+    learner = Learner(task, AdamWConfig(), torch.device("cpu"), terms.broadcast, terms.codec_down)
+
+    async def main() -> Market:
+        market = Market(
+            *(terms, task, learner, Loopback(VALIDATOR, {}, {}), store, load_ranker("accepted_work")),
+            *(load_aggregator("median_norm_mean"), load_codec),
+            round_settings(terms.diloco, task, AdamWConfig(), flags.rounds),
+        )
+        market.watch = link_watch(flags, learner, list, lambda line: None)
+        await market.replay(0)
+        return market
+
+    market = asyncio.run(main())
+    head = store.head()
+    assert head is not None
+    store.close()
+    return market, head
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_the_links_choose_codecs_and_a_restart_makes_the_same_versions(overlap: int, tmp_path: Path) -> None:
+    flags = replace(AUTO, overlap=overlap)
+    _, records, said = play(tmp_path, flags, 600.0)
+    assert len(records) >= 8
+    used = [(r.metrics["codec_up"], r.metrics["codec_down"]) for r in records]
+    first = 3 + overlap  # a round is opened before the third is over
+    assert set(used[:first]) == {("ternary", "2bit")}
+    (chosen,) = set(used[first:])
+    assert bits(str(chosen[0])) > bits("ternary")
+    (line,) = said
+    assert f"({chosen[0]}) and " in line
+    assert float(records[-1].metrics["communication"]) <= 0.2
+    assert float(records[-1].metrics["link_up_mbps"]) == pytest.approx(100, rel=0.1)
+    for record in records[:-1]:
+        sent, after = orders(tmp_path, record.round), orders(tmp_path, record.round + 1)
+        assert {(o.codec_up, o.codec_down) for o in sent} == {used[record.round]}
+        if not overlap:
+            assert {o.update.steps[-1].codec for o in after} == {used[record.round][1]}
+    market, head = replayed(tmp_path, flags)
+    assert market.learner.version == head.version
+    assert market.watch is not None
+    assert market.watch.codecs == chosen
+
+
+def test_deltas_and_codes_leave_the_line_to_itself(tmp_path: Path) -> None:
+    moments, records, said = play(tmp_path, FLAGS, 600.0)
+    rounds = MINERS * (records[-2].round - 1)
+    up = sum(int(r.metrics["bytes_up"]) for r in records[2:-1]) / rounds
+    down = sum(int(r.metrics["bytes_down"]) for r in records[2:-1]) / rounds
+    assert up == pytest.approx(PARAMETERS * bits("ternary") / 8, rel=0.03)
+    assert down == pytest.approx(PARAMETERS * bits("2bit") / 8, rel=0.03)
+    assert float(records[-1].metrics["utilisation_expected"]) > 0.88
+    assert moments[-2].utilisation(moments[1]) > 0.8
+    assert not said
+
+
+def test_a_line_that_is_too_thin_is_said_once_with_what_would_help(tmp_path: Path) -> None:
+    flags = replace(FLAGS, codec=CodecConfig(up="int8", down="2bit"), deadline=900.0)
+    _, records, said = play(tmp_path, flags, 900.0, replace(LINK, up_bps=30e6))
+    assert len(records) > 2
+    (line,) = said
+    assert line.startswith("communication takes ")
+    assert "; --codec.up " in line
+    assert "--codec.down" not in line
+
+
+def test_diloco_in_the_emulated_world(tmp_path: Path) -> None:
+    flags = replace(FLAGS, mode="diloco", tau=100, batches=1, warmup_sync=0.0, rounds=10)
+    moments, records, _ = play(tmp_path, flags, 600.0)
+    assert {r.metrics["codec_up"] for r in records} == {"2bit"}
+    assert all(order.inner is not None for order in orders(tmp_path, 3))
+    assert not moments[-1].faults
+    assert moments[-1].accepted > 100
+    assert moments[-2].utilisation(moments[1]) > 0.8
+    market, head = replayed(tmp_path, flags)
+    assert market.learner.version == head.version
