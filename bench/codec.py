@@ -27,7 +27,10 @@ from codec.topk import TopK
 TURNS = 3
 Tensors = dict[str, torch.Tensor]
 
-NAMES = ("int8", "int4", "2bit", "ternary", "1bit", "topk64", "2bit+entropy", "ternary+entropy", "topk64+entropy")
+NAMES = (
+    *("int8", "int4", "2bit", "ternary", "ternary-rc", "1bit", "topk64"),
+    *("2bit+entropy", "ternary+entropy", "ternary-rc+entropy", "topk64+entropy"),
+)
 KEPT = 64
 
 
@@ -104,6 +107,31 @@ def plain_add(name: str, payload: dict[str, Blocks], into: Tensors) -> None:
         into[key] += values.view(-1)[: into[key].numel()].view(into[key].shape)
 
 
+Factored = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # scales of the rows, of the columns, bytes of digits
+
+
+def plain_rc_encode(tensors: Tensors) -> dict[str, Factored]:
+    found = {}
+    for key, t in tensors.items():
+        x = t.view(-1, t.shape[-1] if t.dim() > 1 else 128)
+        row = x.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
+        column = (x / row).square().mean(0, keepdim=True).sqrt() if t.dim() > 1 else torch.ones(1, 128)
+        code = torch.sign(x) * (x.abs() > 0.612 * row * column)
+        level = code * column
+        row = (x * level).sum(1, keepdim=True) / level.square().sum(1, keepdim=True).clamp(min=1e-30)
+        planes = torch.nn.functional.pad((code + 1).to(torch.uint8).view(-1), (0, -x.numel() % 640)).view(-1, 5, 128)
+        packed = planes[:, 0] + planes[:, 1] * 3 + planes[:, 2] * 9 + planes[:, 3] * 27 + planes[:, 4] * 81
+        found[key] = row.bfloat16(), column.bfloat16(), packed
+    return found
+
+
+def plain_rc_add(payload: dict[str, Factored], into: Tensors) -> None:
+    for key, (row, column, packed) in payload.items():
+        planes = torch.stack([packed // 3**i % 3 for i in range(5)], 1).view(-1)[: into[key].numel()]
+        levels = LEVELS["ternary"][planes.int()].view(-1, column.shape[1])
+        into[key] += (levels * row.float() * column.float()).view(into[key].shape)
+
+
 Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # indices, signs and codes, the two levels of each chunk
 
 
@@ -152,6 +180,9 @@ def measure(name: str, tensors: Tensors, into: Tensors) -> None:
     if plain.startswith("topk"):
         theirs = plain_top_encode(tensors)
         plays = {"encode": lambda: plain_top_encode(tensors), "decode": lambda: plain_top_add(theirs, into)}
+    elif plain == "ternary-rc":
+        factored = plain_rc_encode(tensors)
+        plays = {"encode": lambda: plain_rc_encode(tensors), "decode": lambda: plain_rc_add(factored, into)}
     else:
         blocks = plain_encode(plain, tensors)
         plays = {"encode": lambda: plain_encode(plain, tensors), "decode": lambda: plain_add(plain, blocks, into)}

@@ -12,7 +12,7 @@ optimizers keep their state, were chosen on seed 0 too. The figures are of seeds
 one of the same seed. Losses are of the validator's exact parameters, on 32,768 bytes never trained on, after the run.
 
 What was measured stays in bench/wire.jsonl, a run a line; a run that is there is not made again. The curves of the
-other codecs are of a quarter of the tokens and seed 1, with a schedule of their own.
+other codecs are of an eighth of the tokens and seed 1, with a schedule of their own.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
+from typing import Literal
 
 from bench import Figure
 
@@ -49,19 +50,23 @@ class Variant:
     down: str
     steps: int = STEPS
     seed: int = 0
+    inner: Literal["keep", "reset"] = "keep"  # state of the miners' own optimizers
+    feedback: float = 0.0
+    batch: int = 6  # sequences of 64 in a micro-batch, of which each miner does one a step
 
     @property
     def name(self) -> str:
-        return f"{self.mode} {self.up}/{self.down}"
+        feedback = f", feedback {self.feedback:g}" if self.feedback else ""
+        return f"{self.mode} {self.up}/{self.down}{feedback}{'' if self.inner == 'keep' else ', ' + self.inner}"
 
     @property
     def rounds(self) -> int:
         return self.steps if self.mode == "gradient" else DILOCO_ROUNDS * self.steps // STEPS
 
 
-DENSE, GRADIENT = Variant("gradient", *FP32), Variant("gradient", "ternary-rc", "2bit")
+DENSE, GRADIENT = Variant("gradient", *FP32), Variant("gradient", "ternary-rc", "2bit", feedback=0.9)
 DENSE_DILOCO, DILOCO = Variant("diloco", *FP32), Variant("diloco", "2bit", "2bit")
-SHORT = STEPS // 4
+SHORT = STEPS // 8
 OTHERS = (
     *(("gradient", up, "2bit") for up in ("bf16", "int4", "ternary", "ternary-rc", "2bit", "1bit")),
     *(("gradient", f"topk{k}+entropy", "2bit") for k in (512, 64)),
@@ -72,7 +77,8 @@ OTHERS = (
     ("diloco", *FP32),
 )
 CURVES = [Variant(mode, up, down, SHORT, SEEDS[0]) for mode, up, down in OTHERS]
-FIGURES = [Variant(v.mode, v.up, v.down, v.steps, seed) for seed in SEEDS for v in (DENSE, GRADIENT, DENSE_DILOCO, DILOCO)]
+CURVES.append(Variant("diloco", *FP32, SHORT, SEEDS[0], "reset"))
+FIGURES = [replace(v, seed=seed) for seed in SEEDS for v in (DENSE, GRADIENT, DENSE_DILOCO, DILOCO)]
 
 
 @dataclass(frozen=True)
@@ -110,12 +116,12 @@ def play(variant: Variant, text: str) -> Outcome:
 
     torch.set_num_threads(1)
     config = RoundConfig(
-        gpt2=GPT2Config(text=text, batch_size=6, eval_sequences=512),
+        gpt2=GPT2Config(text=text, batch_size=variant.batch, eval_sequences=512),
         optimizer=AdamWConfig(lr=6e-3, warmup=100 * variant.steps // STEPS),
-        codec=CodecConfig(variant.up, variant.down),
+        codec=CodecConfig(variant.up, variant.down, variant.feedback),
         broadcast="full" if variant.down == "fp32" else "delta",
         mode="diloco" if variant.mode == "diloco" else "gradient",
-        inner_state="keep" if variant.mode == "diloco" else "reset",
+        inner_state=variant.inner,
         rounds=variant.rounds,
         batches=1,
         aggregation="mean",
@@ -142,7 +148,9 @@ def play(variant: Variant, text: str) -> Outcome:
                 loss = (await world.market.evaluate())["val_loss"]
                 curve.append((steps, moment.bytes_up, moment.bytes_down - books, loss))
                 say(f"{variant.name}, seed {variant.seed}: step {steps}, loss {loss:.4f}")
-        assert moment is not None and not moment.faults and moment.accepted == MINERS * steps, moment
+        assert moment is not None
+        assert not moment.faults, moment
+        assert moment.accepted == MINERS * steps, moment
         inner = None
         if first is not None:
             sent = moment.bytes_up - first.bytes_up, moment.bytes_down - first.bytes_down
@@ -183,10 +191,10 @@ def made(variants: Iterable[Variant]) -> list[Outcome]:
 
 
 def figures(outcomes: Iterable[Outcome]) -> None:
-    by = {(o.variant.mode, o.variant.up, o.variant.seed): o for o in outcomes}
+    by = {o.variant: o for o in outcomes}
 
     def each(variant: Variant) -> list[Outcome]:
-        return [by[variant.mode, variant.up, seed] for seed in SEEDS]
+        return [by[replace(variant, seed=seed)] for seed in SEEDS]
 
     dense, gradient, dense_diloco, diloco = map(each, (DENSE, GRADIENT, DENSE_DILOCO, DILOCO))
     worst = max(o.loss for o in dense)
@@ -196,24 +204,42 @@ def figures(outcomes: Iterable[Outcome]) -> None:
     step = 4 * dense[0].parameters * MINERS  # bytes of fp32 one way, all miners
     for way, place in (("up", 1), ("down", 2)):
         sent = mean(o.curve[-1][place] for o in gradient) / STEPS
-        Figure(f"wire.gradient.gpt2.{way}_ratio", step / sent, "times fewer bytes", "fp32, bytes a round", step, step / sent)
+        Figure(
+            f"wire.gradient.gpt2.{way}_ratio",
+            step / sent,
+            "times fewer bytes",
+            "fp32, bytes a round",
+            step,
+            step / sent,
+        )
     compare("wire.gradient.gpt2.loss_vs_dense", gradient, dense, "dense")
     compare("wire.diloco.gpt2.loss_vs_sync", dense_diloco, dense, "synchronous")
     compare("wire.diloco.gpt2.loss_vs_dense", diloco, dense_diloco, "dense DiLoCo")
     rounds, up, down = (mean(o.diloco[k] for o in diloco if o.diloco) for k in range(3))
     sent = (up + down) / rounds
-    Figure("wire.diloco.gpt2.round_ratio", 2 * step / sent, "times fewer bytes", "fp32, bytes a round", 2 * step, 2 * step / sent)
+    Figure(
+        "wire.diloco.gpt2.round_ratio",
+        2 * step / sent,
+        "times fewer bytes",
+        "fp32, bytes a round",
+        2 * step,
+        2 * step / sent,
+    )
     token = 2 * step * TAU / sent
     Figure("wire.diloco.gpt2.token_ratio", token, "times fewer bytes", "fp32 each step", 2 * step * TAU, token)
     whole = mean(sum(o.curve[-1][1:3]) for o in diloco)
-    Figure("wire.diloco.gpt2.run_ratio", full / whole, "times fewer bytes", "fp32, bytes of the run", full, full / whole)
+    Figure(
+        "wire.diloco.gpt2.run_ratio", full / whole, "times fewer bytes", "fp32, bytes of the run", full, full / whole
+    )
 
 
 def compare(name: str, ours: list[Outcome], theirs: list[Outcome], peer: str) -> None:
     """Mean over the seeds of the loss against that of the peer's run of the same seed."""
     ratios = [a.loss / b.loss for a, b in zip(ours, theirs, strict=True)]
     say(f"{name}: {', '.join(f'{a.loss:.4f}/{b.loss:.4f}' for a, b in zip(ours, theirs, strict=True))}")
-    Figure(name, mean(o.loss for o in ours), "nats/byte", f"{peer}, nats/byte", mean(o.loss for o in theirs), mean(ratios))
+    Figure(
+        name, mean(o.loss for o in ours), "nats/byte", f"{peer}, nats/byte", mean(o.loss for o in theirs), mean(ratios)
+    )
 
 
 def plot(outcomes: Iterable[Outcome]) -> None:
@@ -223,7 +249,7 @@ def plot(outcomes: Iterable[Outcome]) -> None:
         o.variant.name: [(sum(point[1:3]) / MINERS / 1e6, point[3]) for point in o.curve] for o in outcomes
     }
     loss_plot(
-        PLOT, series, "Loss against bytes: GPT-2 nano, 1 million tokens", "MB a miner, both ways", "validation loss",
+        PLOT, series, "Loss against bytes: GPT-2 nano, 0.5 million tokens", "MB a miner, both ways", "validation loss",
         logarithmic=True,
     )  # fmt: skip
 

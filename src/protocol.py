@@ -10,7 +10,7 @@
 
 Messages are frozen and strict: an unknown field or protocol version is refused, never guessed at. Each travels in a
 `Signed` envelope, whose detached signature covers the exact text of the body and its kind, so it stays evidence in a
-ledger whichever way it came. This module does no I/O, knows no keys and imports nothing of ours.
+ledger whichever way it came. This module does no I/O, knows no keys and imports nothing of ours but `digests`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,15 @@ import secrets
 from enum import StrEnum
 from typing import Annotated, ClassVar, Final, Literal, NamedTuple, Self, TypeVar
 
-from blake3 import blake3
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
-from typing_extensions import Buffer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-PROTOCOL: Final = "pilot/1"
+from digests import PROTOCOL as PROTOCOL
+from digests import Digest as Digest
+from digests import Hasher as Hasher
+from digests import Version as Version
+from digests import chain as chain
+from digests import digest as digest
+
 RELEASE: Final = "0.1.0"  # of this program, as pyproject.toml has it
 
 # Limits: what a peer may ask us to hold in memory before anything is believed.
@@ -44,8 +40,6 @@ MAX_BLOB_BYTES = 1 << 36
 MAX_SERVED_BYTES = 64 << 20  # data and vocabularies up to this size come from the validator
 MAX_STEPS = 64  # of the chain of versions that an order names
 
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]  # blake3-256, in hex
-Version = Digest
 Hotkey = Annotated[str, StringConstraints(pattern=r"^[1-9A-HJ-NP-Za-km-z]{46,49}$")]  # an ss58 address
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+-]{1,64}$")]
 Text = Annotated[str, StringConstraints(max_length=1000)]
@@ -83,34 +77,6 @@ class ProtocolError(ValueError):
     def __init__(self, reason: str, fault: Fault = Fault.MALFORMED) -> None:
         super().__init__(one_line(reason))
         self.fault = fault
-
-
-# --- digests ----------------------------------------------------------------------------------------------------------
-
-
-class Hasher:
-    """blake3-256 under a domain: equal bytes of different kinds never share a digest."""
-
-    def __init__(self, domain: str) -> None:
-        self._state = blake3(derive_key_context=f"{PROTOCOL} {domain}")
-
-    def update(self, chunk: Buffer) -> None:
-        self._state.update(chunk)
-
-    def hexdigest(self) -> Digest:
-        return self._state.hexdigest()
-
-
-def digest(domain: str, data: Buffer) -> Digest:
-    """The digest of `data` under `domain` (message kinds, `payload`, and the blob kinds)."""
-    size = memoryview(data).nbytes
-    threads = blake3.AUTO if size >= 1 << 20 else 1
-    return blake3(data, derive_key_context=f"{PROTOCOL} {domain}", max_threads=threads).hexdigest()
-
-
-def chain(base: Version | None, update: Digest) -> Version:
-    """version(t+1) = hash(version(t), hash(update bytes)); the first version has no base."""
-    return digest("version", bytes.fromhex(base or "00" * 32) + bytes.fromhex(update))
 
 
 # --- ranges -----------------------------------------------------------------------------------------------------------
@@ -253,7 +219,7 @@ class DataSpec(Part):
 
 
 class Step(Part):
-    """From one version to the next: a whole state that takes the place of the one before it, or a delta to add to it."""
+    """From one version to the next: a whole state in place of what was there, or a delta to add to it."""
 
     kind: Literal["state", "delta"]
     codec: Name

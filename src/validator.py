@@ -178,11 +178,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         # spins a nano step beside a busy process takes 190 to 700 ms, with this 40, and undisturbed 19 instead of 16.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from records.store import DiskFull
+    from values import Diverged
 
     try:
         asyncio.run(run(config))
-    except DiskFull as full:
-        cli.fail(PROGRAM, str(full), code=1)
+    except (DiskFull, Diverged) as end:
+        cli.fail(PROGRAM, str(end), code=1)
     except (KeyboardInterrupt, asyncio.CancelledError):
         cli.fail(PROGRAM, "stopped; --resume goes on from here", code=130)
 

@@ -78,3 +78,7 @@ class RoundRecord:
     weights: Mapping[Hotkey, float]
     ranker: str  # JSON: the ranker's state
     metrics: Mapping[str, float | int | str]
+
+
+class Diverged(Exception):
+    """A step has made NaN or infinity of the model. Its text says in one line what the user does."""

@@ -195,9 +195,9 @@ async def restored_market(
     market.watch = link_watch(config, learner, network.links, console.say)
     market.watch.introduce()
     snapshot = store.newest_snapshot(console.say)
-    if snapshot is not None:
-        learner.load_state(snapshot.header, snapshot.tensors)
     try:
+        if snapshot is not None:
+            learner.load_state(snapshot.header, snapshot.tensors)
         await market.replay(snapshot.round if snapshot else 0)
     except ValueError as error:
         lost = "" if snapshot else "no whole snapshot is left; "

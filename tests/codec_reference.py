@@ -30,7 +30,7 @@ def unpacked(name: str, payload: bytes) -> bytes:
 
 
 def bf16(high: int, low: int) -> np.float32:
-    return np.frombuffer(bytes([0, 0, low, high]), np.float32)[0]
+    return np.float32(np.frombuffer(bytes([0, 0, low, high]), np.float32)[0])
 
 
 def blocks_of(specs: Mapping[str, torch.Size], width: int) -> list[tuple[str, int, int]]:

@@ -25,7 +25,8 @@ CORES = frozenset({"market", "aggregation", "ranking"})
 EDGES = frozenset({"transport", "records", "chain", "dashboard"})
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "limits": frozenset(),
-    "protocol": frozenset(),
+    "digests": frozenset(),
+    "protocol": frozenset({"digests"}),
     "values": frozenset({"protocol"}),
     "durable": frozenset({"protocol"}),
     "nanochat": frozenset({"protocol", "durable"}),

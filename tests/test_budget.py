@@ -128,12 +128,12 @@ def test_what_nothing_mends_is_said_too() -> None:
     lost = Rate(1e5, 1e5)
     assert "longer rounds less" in (GPT2.warning(lost) or "")
     best = GPT2.fitting(lost)
-    assert (best.up, best.down) == ("ternary+entropy", "2bit+entropy")
+    assert (best.up, best.down) == ("ternary-rc", "2bit+entropy")
     assert (best.warning(lost) or "").endswith("; longer rounds would make it less")
 
 
 def test_no_codec_is_suggested_where_waiting_is_what_takes_long() -> None:
-    small = replace(GPT2, parameters=20_000, up="ternary", down="2bit", round_s=0.0, compute_s=0.01)
+    small = replace(GPT2, parameters=20_000, up="ternary-rc", down="2bit", round_s=0.0, compute_s=0.01)
     warning = small.warning(Rate(100e6, 100e6, 0.01))
     assert warning is not None
     assert warning.endswith("; longer rounds would make it less")
@@ -141,7 +141,7 @@ def test_no_codec_is_suggested_where_waiting_is_what_takes_long() -> None:
 
 
 def test_under_full_broadcast_deltas_are_suggested() -> None:
-    full = replace(GPT2, up="ternary", broadcast="full")
+    full = replace(GPT2, up="ternary-rc", broadcast="full")
     assert "; --broadcast delta --codec.down int4 would make it 12%" in (full.warning(HUNDRED) or "")
     assert full.fitting(HUNDRED).down == "bf16"  # all that full broadcast has
 
@@ -186,14 +186,14 @@ class Watched:
             self.watch.observe({"compute_s": 50.0})
 
 
-DEFAULT = replace(GPT2, up="ternary", down="2bit")
+DEFAULT = replace(GPT2, up="ternary-rc", down="2bit")
 
 
 def test_auto_chooses_after_three_measured_rounds() -> None:
     w = Watched(DEFAULT, True, True)
-    assert set(w.rounds(9)) == {("ternary", "2bit")}  # nothing is measured
+    assert set(w.rounds(9)) == {("ternary-rc", "2bit")}  # nothing is measured
     fast = link(1000, 1000)
-    assert list(w.rounds(4, fast)) == [("ternary", "2bit")] * 3 + [("bf16", "int8")]
+    assert list(w.rounds(4, fast)) == [("ternary-rc", "2bit")] * 3 + [("bf16", "int8")]
     (said,) = w.said
     assert said.startswith("--codec.up auto --codec.down auto: 249 MB up (bf16) and 126 MB down (int8) a round")
 
@@ -225,7 +225,7 @@ def test_a_resumed_run_goes_on_with_what_was_chosen() -> None:
     assert set(w.rounds(10, link(150, 100))) == {("int8", "int4")}
     fixed = Watched(DEFAULT)
     fixed.watch.resume({"round": 7, "codec_up": "int8", "codec_down": "int4"})
-    assert fixed.watch.codecs == ("ternary", "2bit")  # as its flags say now
+    assert fixed.watch.codecs == ("ternary-rc", "2bit")  # as its flags say now
 
 
 def test_without_auto_a_warning_is_said_once() -> None:
@@ -248,7 +248,7 @@ def test_auto_is_warned_only_of_what_it_cannot_mend() -> None:
     assert len(list(w.rounds(5, link(5, 5)))) == 5
     choice, warning = w.said
     assert "; longer rounds would make it less" in warning
-    assert "(ternary+entropy)" in choice
+    assert "(ternary-rc+entropy)" in choice
 
 
 def test_metrics_say_what_was_measured() -> None:
@@ -271,7 +271,7 @@ def test_without_a_time_budget_a_round_is_what_was_computed() -> None:
 def test_before_anything_is_measured_a_hundred_megabits_are_assumed() -> None:
     w = Watched(DEFAULT)
     w.watch.introduce()
-    assert "(ternary) and " in w.said[0]
+    assert "(ternary-rc) and " in w.said[0]
     assert " on a link of 100 Mbit/s up, 100 down" in w.said[0]
 
 
@@ -287,4 +287,4 @@ def test_flags_make_a_watch(tmp_path: Path) -> None:
         watch.observe({"compute_s": 1.0})
     assert watch.codecs == ("bf16", "2bit")
     full = link_watch(RoundConfig(broadcast="full", codec=CodecConfig(down="bf16")), learner, list, said.append)
-    assert full.codecs == ("ternary", "bf16")
+    assert full.codecs == ("ternary-rc", "bf16")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol import Fault, Receipt, chain
+from protocol import Fault, Receipt, Update, chain
 from ranking.accepted_work import AcceptedWork
 from records.checker import RULES, Report, check_run
 from records.store import Store

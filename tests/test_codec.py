@@ -201,5 +201,7 @@ UNKNOWN = [
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_codec_is_a_value_error(name: str) -> None:
-    with pytest.raises(ValueError, match="unknown; known: fp32, bf16, int8, int4, 2bit, ternary, ternary-rc, 1bit, topkK"):
+    with pytest.raises(
+        ValueError, match="unknown; known: fp32, bf16, int8, int4, 2bit, ternary, ternary-rc, 1bit, topkK"
+    ):
         load_codec(name)

@@ -378,10 +378,10 @@ def terms_of(**flags: Any) -> Terms:
 @pytest.mark.parametrize(
     ("flags", "up", "down"),
     [
-        ({}, "ternary", "2bit"),
+        ({}, "ternary-rc", "2bit"),
         ({"mode": "diloco"}, "2bit", "2bit"),
-        ({"broadcast": "full"}, "ternary", "fp32"),
-        ({"codec": CodecConfig(up="auto", down="auto")}, "ternary", "2bit"),
+        ({"broadcast": "full"}, "ternary-rc", "fp32"),
+        ({"codec": CodecConfig(up="auto", down="auto")}, "ternary-rc", "2bit"),
         ({"codec": CodecConfig(up="topk64+entropy", down="int8")}, "topk64+entropy", "int8"),
         ({"broadcast": "full", "mode": "diloco", "codec": CodecConfig(down="bf16")}, "2bit", "bf16"),
     ],
@@ -392,8 +392,8 @@ def test_codecs_are_the_modes_own_where_none_is_named(flags: dict[str, Any], up:
 
 
 def test_terms_say_what_the_flags_say() -> None:
-    terms = terms_of(mode="diloco", rounds=100, batches=3, tau=10, inner_state="keep", codec=CodecConfig(feedback=0.9))
-    assert terms.diloco == DiLoCo(10, 3, 0.7, 0.7, True, 53, 100, asdict(AdamWConfig()))
+    terms = terms_of(mode="diloco", rounds=100, batches=3, tau=10, inner_state="reset", codec=CodecConfig(feedback=0.9))
+    assert terms.diloco == DiLoCo(10, 3, 0.7, 0.7, False, 53, 100, asdict(AdamWConfig()))
     assert (terms.feedback, terms.broadcast, terms.digest_every) == (0.9, "delta", 20)
     assert terms_of().diloco is None
     muon = terms_of(mode="diloco", task="nanochat").diloco
@@ -405,7 +405,7 @@ def test_terms_say_what_the_flags_say() -> None:
     ("flags", "said"),
     [
         ({"tau": 3}, "--tau 3: only --mode diloco heeds it"),
-        ({"inner_state": "keep"}, "--inner-state keep: only --mode diloco heeds it"),
+        ({"inner_state": "reset"}, "--inner-state reset: only --mode diloco heeds it"),
         ({"mode": "diloco", "tau": 0}, "--tau 0: must be 1 or more"),
         ({"mode": "diloco", "tau": 10**6}, "--tau 1000000: .* with --batches 4 make at most 1,000,000 micro-batches"),
         ({"mode": "diloco", "batches": 5000}, "--batches 5000: .* 4,096 at most"),

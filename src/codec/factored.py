@@ -33,19 +33,28 @@ class Factors:
 
     def __init__(self, specs: Specs) -> None:
         self.blocks = Blocks(specs, WIDTH)
+        self.matrices: list[tuple[str, int, int, int]] = []  # name, first row, first block of columns, blocks of a row
         rows, columns, self.rows, self.column_blocks = [], [], 0, 1
-        sizes = np.diff(self.blocks.ends)
-        for name, number in zip(self.blocks.names, sizes, strict=True):
+        for name, number in zip(self.blocks.names, np.diff(self.blocks.ends).tolist(), strict=True):
             wide = specs[name][-1] // WIDTH if len(specs[name]) > 1 and specs[name][-1] % WIDTH == 0 else 0
-            matrix = wide > 0 and number // wide >= FEW
             here = np.arange(number)
-            rows.append(self.rows + (here // wide if matrix else here))
-            columns.append(self.column_blocks + here % wide if matrix else np.zeros_like(here))
-            self.rows += int(number // wide if matrix else number)
-            self.column_blocks += wide if matrix else 0
+            if wide and number // wide >= FEW:
+                self.matrices.append((name, self.rows, self.column_blocks, wide))
+                rows.append(self.rows + here // wide)
+                columns.append(self.column_blocks + here % wide)
+                self.column_blocks += wide
+                self.rows += number // wide
+            else:
+                rows.append(self.rows + here)
+                columns.append(np.zeros_like(here))
+                self.rows += number
         self.row = np.concatenate(rows) if rows else np.zeros(0, np.int64)  # [blocks]
         self.column = np.concatenate(columns) if columns else np.zeros(0, np.int64)  # [blocks]
         self.starts = np.flatnonzero(np.diff(self.row, prepend=-1))  # [rows] the first block of each
+
+    def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """[blocks] of each block: its row, and its block of columns."""
+        return torch.from_numpy(self.row).to(device), torch.from_numpy(self.column).to(device)
 
     @property
     def scales(self) -> int:
@@ -65,67 +74,65 @@ class RowColumn(Ternary):
         return size, size
 
     def body(self, tensors: Mapping[str, torch.Tensor]) -> Bytes:
-        factors = Factors({name: t.shape for name, t in tensors.items()})
-        flat = {name: t.reshape(-1) for name, t in tensors.items()}
-        number = factors.blocks.number
-        body = np.empty(self.sizes({name: t.shape for name, t in tensors.items()})[0], np.uint8)
-        if number:
+        specs = {name: t.shape for name, t in tensors.items()}
+        factors, body = Factors(specs), np.empty(self.sizes(specs)[0], np.uint8)
+        if factors.blocks.number:
+            flat = {name: t.reshape(-1) for name, t in tensors.items()}
             device = next(iter(flat.values())).device
-            row, column = (torch.from_numpy(index).to(device) for index in (factors.row, factors.column))
-            spread, columns = self._spread(flat, factors, row, column, device)
-            sums = self._codes(flat, factors, body[2 * factors.scales :], spread[row] * 1.224, columns[column], device)
-            scale = factors.row_sums(sums)
-            rows = scale[:, :1] / _divisor(scale[:, 1:])
-            scales = torch.cat([rows.view(-1), columns[1:].view(-1)]).to(torch.bfloat16)
-            body[: 2 * factors.scales] = scale_bytes(scales)
+            spread = self._rows(flat, factors, device)
+            columns = self._columns(flat, factors, spread, device)
+            sums = self._codes(flat, factors, body[2 * factors.scales :], spread, columns)
+            above, below = factors.row_sums(sums).unbind(1)
+            scales = torch.cat([above / _divisor(below), columns[1:].view(-1)])
+            body[: 2 * factors.scales] = scale_bytes(scales.to(torch.bfloat16))
         return body
 
-    def _spread(
-        self, flat: Tensors, factors: Factors, row: torch.Tensor, column: torch.Tensor, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Root mean squares: [rows, 1] of the rows, and [column blocks, 128] of the columns over their rows' ones."""
-        number, blocks = factors.blocks.number, factors.blocks
-        square = torch.empty(number, 2, device=device)
+    def _rows(self, flat: Tensors, factors: Factors, device: torch.device) -> torch.Tensor:
+        """[rows, 1] root mean squares."""
+        blocks = factors.blocks
+        square = torch.empty(blocks.number, 2, device=device)
         square[:, 1] = torch.from_numpy(blocks.counts()).to(device)
-        for low, high in _chunks(number, device):
+        for low, high in _chunks(blocks.number, device):
             square[low:high, 0] = _gather(flat, blocks, low, high, device).square().sum(1)
         sums = factors.row_sums(square)
-        rows = (sums[:, :1] / sums[:, 1:]).sqrt_()
-        columns = torch.zeros(factors.column_blocks, WIDTH, device=device)
-        for low, high in _chunks(number, device):
-            values = _gather(flat, blocks, low, high, device) / _divisor(rows[row[low:high]])
-            columns.index_add_(0, column[low:high], values.square_())
-        members = torch.bincount(column, minlength=factors.column_blocks).clamp_(min=1)
-        columns = (columns / members[:, None]).sqrt_().to(torch.bfloat16).to(torch.float32)
-        columns[0] = 1.0
-        return rows, columns
+        return (sums[:, :1] / sums[:, 1:]).sqrt_()
+
+    def _columns(self, flat: Tensors, factors: Factors, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """[column blocks, 128] root mean squares of what is left of the columns once each row has 1; to bf16."""
+        columns = torch.ones(factors.column_blocks, WIDTH, device=device)
+        for name, first_row, first_column, wide in factors.matrices:
+            values = flat[name].view(-1, wide * WIDTH)
+            total = torch.zeros(wide * WIDTH, device=device)
+            for low, high in _chunks(len(values), device, wide):
+                here = slice(first_row + low, first_row + high)
+                total += values[low:high].to(torch.float32).div(_divisor(rows[here])).square_().sum(0)
+            columns[first_column : first_column + wide] = (total / len(values)).sqrt_().view(wide, WIDTH)
+        return columns.to(torch.bfloat16).to(torch.float32)
 
     def _codes(
-        self,
-        flat: Tensors,
-        factors: Factors,
-        packed: Bytes,
-        border: torch.Tensor,
-        columns: torch.Tensor,
-        device: torch.device,
+        self, flat: Tensors, factors: Factors, packed: Bytes, spread: torch.Tensor, columns: torch.Tensor
     ) -> torch.Tensor:
-        """Writes the codes. [blocks, 2] sums for the least squares of a row's scale: x . code column, |code column|^2."""
-        number, target = factors.blocks.number, torch.from_numpy(packed).view(-1, WIDTH)
-        height = len(target)
-        sums = torch.zeros(number, 2, device=device)
+        """Writes the codes. [blocks, 2] for the least squares of a row's scale: x . code column, |code column|^2."""
+        number, target, device = factors.blocks.number, torch.from_numpy(packed).view(-1, WIDTH), columns.device
+        row, column = factors.places(device)
+        height, sums = len(target), torch.zeros(number, 2, device=device)
+        border, across = _divisor(spread * (2 * 0.612)), _divisor(columns)  # neither is below 1e-23: nor 0 a product
         for low, high in _chunks(height, device):
             byte = torch.zeros(high - low, WIDTH, dtype=torch.uint8, device=device)
             for plane in reversed(range(self.digits)):
                 start, stop = plane * height + low, min(plane * height + high, number)
-                digits = torch.ones(high - low, WIDTH, dtype=torch.uint8, device=device)  # code 0
+                digits = torch.zeros(high - low, WIDTH, dtype=torch.int8, device=device)
                 if stop > start:
-                    x, scale = _gather(flat, factors.blocks, start, stop, device), columns[start:stop]
-                    codes = (x / _divisor(scale * border[start:stop])).round_().clamp_(-1, 1)
-                    digits[: stop - start] = codes.to(torch.int8).add_(1).view(torch.uint8)
+                    x = _gather(flat, factors.blocks, start, stop, device)
+                    scale = across.index_select(0, column[start:stop])
+                    codes = scale * border.index_select(0, row[start:stop])
+                    codes = torch.div(x, codes, out=codes).round_().clamp_(-1, 1)
+                    digits[: stop - start] = codes
                     codes.mul_(scale)
-                    sums[start:stop, 0], sums[start:stop, 1] = (x * codes).sum(1), codes.square().sum(1)
-                byte.mul_(self.base).add_(digits)
-            target[low:high] = byte.cpu()
+                    sums[start:stop, 0] = torch.mul(x, codes, out=scale).sum(1)
+                    sums[start:stop, 1] = codes.square_().sum(1)
+                byte.mul_(self.base).add_(digits.add_(1).view(torch.uint8))
+            target[low:high] = byte
         return sums
 
     def inspect(self, body: Bytes, specs: Specs) -> float:
@@ -135,6 +142,7 @@ class RowColumn(Ternary):
         codes = body[2 * factors.scales :]
         self._check_codes(codes)
         rows, columns = self._scales(bits, factors)
+        row, column = factors.places(torch.device("cpu"))
         counts, place = torch.from_numpy(factors.blocks.counts()), torch.arange(WIDTH)
         total = 0.0
         for start, levels in self._levels(codes, factors.blocks, torch.device("cpu")):
@@ -142,8 +150,8 @@ class RowColumn(Ternary):
             wide = levels.to(torch.float32)
             if int(counts[here].min()) < WIDTH:  # a tensor ends here: what follows in its last block is nothing
                 wide *= place < counts[here, None]
-            wide.mul_(columns[factors.column[here]]).square_()
-            total += float(wide.double().sum(1).mul_(rows[factors.row[here], 0].double().square_()).sum())
+            square = wide.mul_(columns.index_select(0, column[here])).square_().sum(1).double()
+            total += float(square.mul_(rows.index_select(0, row[here])[:, 0].double().square_()).sum())
         return math.sqrt(total)
 
     def accumulate(self, body: Bytes, into: Tensors, weight: float) -> None:
@@ -151,10 +159,11 @@ class RowColumn(Ternary):
         flat = {name: t.view(-1) for name, t in into.items()}
         device = next(iter(flat.values())).device if flat else torch.device("cpu")
         rows, columns = (t.to(device) for t in self._scales(scale_bits(body[: 2 * factors.scales]), factors))
-        row, column = (torch.from_numpy(index).to(device) for index in (factors.row, factors.column))
+        row, column = factors.places(device)
         for start, levels in self._levels(body[2 * factors.scales :], factors.blocks, device):
             here = slice(start, start + len(levels))
-            values = levels.to(torch.float32).mul_(rows[row[here]]).mul_(columns[column[here]])
+            values = levels.to(torch.float32).mul_(rows.index_select(0, row[here]))
+            values.mul_(columns.index_select(0, column[here]))
             if weight != 1.0:
                 values.mul_(weight)
             values = values.view(-1)

@@ -232,8 +232,9 @@ def _bf16_above(values: torch.Tensor) -> torch.Tensor:
 # --- chunks -----------------------------------------------------------------------------------------------------------
 
 
-def _chunks(height: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    rows = ROWS if device.type == "cpu" else GPU_ROWS
+def _chunks(height: int, device: torch.device, wide: int = 1) -> Iterator[tuple[int, int]]:
+    """Of rows of `wide` blocks."""
+    rows = max(1, (ROWS if device.type == "cpu" else GPU_ROWS) // wide)
     for low in range(0, height, rows):
         yield low, min(low + rows, height)
 

@@ -85,7 +85,7 @@ class Chain:
         self.blobs: dict[Digest, Buffer] = {}
         self._before: set[Digest] = set()  # named by the update before, where that is kept
         self._whole: BlobRef | None = None  # of the newest version, for those who can make nothing of deltas
-        self.update = Update(base=None, steps=(self._step("state", codec, state),))
+        self._lead(Update(base=None, steps=(self._step("state", codec, state),)))
 
     def replace(self, base: Version | None, codec: str, state: Callable[[], Buffer]) -> None:
         """The next version is a whole state. What was before it makes room first, where it is not kept."""
@@ -103,10 +103,13 @@ class Chain:
         self._become(update)
 
     def _become(self, update: Update) -> None:
-        self.update = update
+        self._lead(update)
         self._retain(_named(update) | self._before)
 
-    # --- snapshots -----------------------------------------------------------------------------------------------
+    def _lead(self, update: Update) -> None:
+        self.update, self.version = update, update.version
+
+    # --- snapshots ------------------------------------------------------------------------------------------------
 
     @property
     def wants_snapshot(self) -> bool:
@@ -134,16 +137,23 @@ class Chain:
         return self.update.model_copy(update={"snapshots": (Snapshot(steps=len(steps), blob=whole),)})
 
     @property
+    def is_whole(self) -> bool:
+        """The bytes of the newest whole state and of the deltas after it are here: a newcomer can come by them."""
+        at, whole = self._last_whole
+        return {whole.digest, *(step.digest for step in self.update.steps[at:])} <= self.blobs.keys()
+
+    @property
     def _last_whole(self) -> tuple[int, BlobRef]:
         """The newest whole state, and the steps that it makes unnecessary."""
         steps = [(at, step.ref) for at, step in enumerate(self.update.steps, 1) if step.kind == "state"]
         return max([*steps, *((s.steps, s.blob) for s in self.update.snapshots)], key=lambda whole: whole[0])
 
-    # --- the bytes -----------------------------------------------------------------------------------------------
+    # --- the bytes ------------------------------------------------------------------------------------------------
 
     def restore(self, update: Update) -> None:
         """Go on from the update of an earlier process, with those of its bytes that are kept."""
-        self.update, self._before, self._whole, self.blobs = update, set(), None, {}
+        self._before, self._whole, self.blobs = set(), None, {}
+        self._lead(update)
         self.blobs = dict(self.find(update))
 
     def find(self, update: Update) -> Blobs:

@@ -136,8 +136,8 @@ class RoundConfig(TrainingConfig):
     """--mode diloco: its momentum, the decay of the sum of its steps. 0: plain SGD."""
     warmup_sync: float = 0.1
     """--mode diloco: this fraction of the micro-batches comes first, in rounds of --mode gradient."""
-    inner_state: Literal["reset", "keep"] = "reset"
-    """--mode diloco: the miners' optimizers begin each round anew, or go on."""
+    inner_state: Literal["reset", "keep"] = "keep"
+    """--mode diloco: keep: the miners' optimizers go on from round to round; reset: they begin each anew."""
     aggregation: str = "median_norm_mean"
     """mean, or median_norm_mean (each contribution clipped to the median norm)."""
 

@@ -25,10 +25,10 @@ from typing_extensions import Buffer
 from codec import load_codec
 from market.chain import Chain, Memory
 from market.ports import Keep
-from protocol import Digest, Update, Version, digest
+from protocol import Digest, ProtocolError, Update, Version, digest
 from tasks import Task
 from tasks.optimizer import Settings, apply_settings
-from values import Blobs
+from values import Blobs, Diverged
 
 Tensors = dict[str, torch.Tensor]
 
@@ -62,7 +62,7 @@ class Learner:
         self.chain = Chain(keep or Memory(), not full, first, self._encoded(first))
         self._proof: tuple[Version, Digest] | None = None
 
-    # --- the model -----------------------------------------------------------------------------------------------
+    # --- the model ------------------------------------------------------------------------------------------------
 
     @property
     def _exact(self) -> Tensors:
@@ -103,7 +103,7 @@ class Learner:
             exact = self._exact[name]
             exact.data, replica[name] = t, exact.data
 
-    # --- versions ------------------------------------------------------------------------------------------------
+    # --- versions -------------------------------------------------------------------------------------------------
 
     def advance(self) -> None:
         """The next version: as near to the parameters as they are now as the codec comes."""
@@ -112,9 +112,21 @@ class Learner:
             return
         codec = load_codec(self.codec)
         delta = codec.encode(_Difference(self._exact, self.replica))
+        try:
+            codec.check(delta, {name: t.shape for name, t in self.replica.items()})
+        except ProtocolError as error:  # a version of it would be every miner's fault
+            raise Diverged(
+                f"the model is no longer finite ({error}): lower the learning rate (--optimizer.lr, --outer-lr), and "
+                "go on with --resume from the last committed round"
+            ) from None
         codec.add(delta, self.replica)
         self.chain.extend(self.codec, delta)
         if self.chain.wants_snapshot:
+            self.chain.add_snapshot(self._encoded("fp32"))
+
+    def mend(self) -> None:
+        """After a restart: where bytes on the way to the version are gone from the disk, newcomers get another."""
+        if not self.chain.is_whole:
             self.chain.add_snapshot(self._encoded("fp32"))
 
     def _encoded(self, codec: str) -> Buffer:
@@ -123,7 +135,7 @@ class Learner:
 
     @property
     def version(self) -> Version:
-        return self.chain.update.version
+        return self.chain.version
 
     @property
     def base(self) -> Version | None:
@@ -159,7 +171,7 @@ class Learner:
             self._proof = self.version, state_digest(self.replica)
         return self._proof[1]
 
-    # --- snapshots of the validator ------------------------------------------------------------------------------
+    # --- snapshots of the validator -------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, str], Tensors]:
         """What a snapshot holds: the chain; parameters, buffers, replica, and the optimizers' moments by parameter."""
@@ -173,6 +185,8 @@ class Learner:
 
     def load_state(self, header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
         """Raises ValueError where the snapshot is of another model; this one is then as it was."""
+        if "chain" not in header:
+            raise ValueError("its snapshot was made by an older release; finish the run with that one")
         update = Update.model_validate_json(header["chain"])
         self.load_tensors(tensors)
         if self.replica is None:

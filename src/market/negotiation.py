@@ -1,7 +1,7 @@
 """Which codec an order to each miner names: the round's, or what a miner knows that does not know that one.
 
-Miners of other releases take part all the same. What they say of themselves costs only bytes: their own, up, and a
-whole state a version, down.
+Miners of other releases take part all the same. What they say of themselves costs bytes: their own, up, and a whole
+state a version, down, which the validator makes before it sends the round's orders.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Replica:
         _, _, task, model = self._built
         return {**{n: p.detach() for n, p in task.trainable(model).items()}, **task.buffers(model)}
 
-    # --- versions ---------------------------------------------------------------------------------------------------
+    # --- versions -------------------------------------------------------------------------------------------------
 
     def way(self, order: Order, version: Version | None, missing: Callable[[Step], int]) -> Way:
         """How to come from `version` to the order's: the shortest way by the bytes that are `missing` yet.

@@ -100,8 +100,9 @@ class Market:
         """Finish the oldest round in flight, down to its commit; the next ones, up to round `last`, are open then."""
         opened = self.flight.rounds[0]
         outcomes = await self.flight.collect(self._admit, carries=opened.round + 1 < last)
-        opened.blobs.clear()  # their memory is the next version's
-        opened.blobs.update(self.blobs)  # for who is at work for the next round
+        if self.learner.replica is None:  # else they are files, and who was carried may need them
+            opened.blobs.clear()  # their memory is the next version's
+            opened.blobs.update(self.blobs)  # for who is at work for the next round
         collected = self.network.now()
         accepted = score.accepted(outcomes)
         settings = self.settings(opened.round, max(1, sum(c.count for c in accepted)))
@@ -171,9 +172,7 @@ class Market:
         if not orders:
             if not self._over:
                 await self.flight.wait_for_peer()
-            if self._proves(round):
-                await self.phases.run("digest", self._megabytes, self.learner.state_digest)
-            await self._serve_whole(self.network.peers())
+            await self._make_ready(round, self.network.peers())
             orders = self._plan(round)
             await asyncio.to_thread(self.store.open_round, round, [signed for _, signed in orders])
         out = [order for order, _ in orders] + [s.order for s in self.flight.carried if s.coming is None]
@@ -223,7 +222,7 @@ class Market:
         worth = self.terms.round_s and left_s >= LEAST_BUDGET * self.terms.round_s
         if not new or not worth or self.stopping or opened.cut is not None:
             return
-        await self._serve_whole(new)
+        await self._make_ready(opened.round, new)
         taken = self._take(opened.round, new)
         orders = [self._order(opened.round, hotkey, ranges, left_s, 0) for hotkey, ranges in taken]
         await asyncio.to_thread(self.store.add_orders, opened.round, [signed for _, signed in orders])
@@ -277,8 +276,10 @@ class Market:
         logger.debug("round %d: %s gets %s on %s", round, hotkey[:8], list(ranges), order.version[:12])
         return order, self.network.seal(order)
 
-    async def _serve_whole(self, hotkeys: Sequence[Hotkey]) -> None:
-        """Who cannot read the deltas finds the whole state made, which takes its time."""
+    async def _make_ready(self, round: int, hotkeys: Sequence[Hotkey]) -> None:
+        """What orders name and takes its time: the proof; the whole state, for who cannot read the deltas."""
+        if self._proves(round):
+            await self.phases.run("digest", self._megabytes, self.learner.state_digest)
         if any(self.negotiation.needs_state(hotkey, self.learner.update) for hotkey in hotkeys):
             await self.phases.run("encode", self._megabytes, self.learner.snapshot_now)
 
@@ -368,6 +369,7 @@ class Market:
         """
         for record in self.store.committed(since):
             await self.phases.run("replay", 1.0, self._replay_round, record)
+        self.learner.mend()
         head = self.store.head()
         if head is not None:
             self.round = head.round + 1

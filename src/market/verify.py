@@ -21,7 +21,7 @@ PIECES = 64  # that partial work may leave an order's ranges in, beyond their nu
 
 @dataclass(frozen=True)
 class Contribution:
-    """A verified gradient, in DiLoCo a pseudo-gradient. Its weight is `count`, the validator's own over the ranges done.
+    """A verified gradient, in DiLoCo a pseudo-gradient. It weighs `count`: the validator's own, over the ranges done.
 
     It holds no tensors: however many there are in a round, they take no memory until they are summed.
     """

@@ -8,6 +8,7 @@ transport's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import deque
@@ -341,8 +342,11 @@ class Worker:
     def _forget_states(self) -> None:
         """Those that are not on the way to an order's version, or to the newest one's."""
         jobs = self._unfinished() or list(self.jobs.values())[-1:]
-        ways = [self._way(job.order, self.replica.version) for job in jobs]
-        self.replica.states.keep({step.digest for way in ways for step in way})
+        needed: set[Digest] = set()
+        for job in jobs:
+            with contextlib.suppress(Refused):  # for want of a way to its version, and it was told so
+                needed |= {step.digest for step in self._way(job.order, self.replica.version)}
+        self.replica.states.keep(needed)
 
     def _ended(self, running: asyncio.Task[None]) -> None:
         """Our own fault ends the process: `failed` is what miner.py waits on."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from durable import FileLock
-from protocol import Digest, Hotkey, Message, Order, ProtocolError, Range, Receipt, Reply, Signed
+from protocol import Digest, Hotkey, Message, Order, ProtocolError, Range, Receipt, Reply, Signed, Update
 from records.ledger import Ledger
 from records.snapshots import Snapshots
 from records.spool import Spool
@@ -174,10 +174,13 @@ def _read_orders(found: Evidence, db: sqlite3.Connection) -> None:
     if rows:  # who the validator is, and what the run is called, is what most orders say
         found.validator = Counter(row["signer"] for row in rows).most_common(1)[0][0]
         found.run = Counter(json.loads(row["body"]).get("run") for row in rows).most_common(1)[0][0]
+    updates: dict[Update, Update] = {}
     for row in rows:
         place, signed = (row["round"], row["hotkey"]), _signed("order", row)
         order = found.open(signed, Order, found.validator, place)
         if order:
+            shared = updates.setdefault(order.update, order.update)  # a round's orders have one, of some 4 KB
+            order = order.model_copy(update={"update": shared})
             found.orders[place], found.names[place] = order, signed.digest
 
 

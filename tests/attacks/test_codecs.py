@@ -30,7 +30,10 @@ SPECS = {name: t.shape for name, t in GRADIENT.items()}
 BLOCKS, CHUNKS = 41, 3  # of 128 and of 4,096 values
 PACKED = [name for name in known_codecs() if name not in DENSE]
 SOME = ["int8", "int4", "2bit", "ternary", "1bit", "topk64", "topk64-4bit"]
-SOME += ["ternary-rc", *(f"{name}+entropy" for name in ("int8", "ternary", "1bit", "topk16", "topk64", "topk1024-4bit"))]
+SOME += [
+    "ternary-rc",
+    *(f"{name}+entropy" for name in ("int8", "ternary", "1bit", "topk16", "topk64", "topk1024-4bit")),
+]
 QUANTISED, TOPK = SOME[:5], ["topk64", "topk64-4bit"]  # with a scale for each block, for each chunk
 
 
@@ -213,6 +216,23 @@ def test_scales_at_the_ends(codec: str, bits: int) -> None:
         load_codec(codec).check(with_scale(codec, 1, bits), SPECS)
     elif bits == 0x7F7F and codec not in ("ternary", "1bit"):
         assert refusal(codec, with_scale(codec, 1, bits)).fault is Fault.NONFINITE
+
+
+@pytest.mark.parametrize("at", [0, 129, 130, 257])
+def test_scales_of_rows_and_of_columns(at: int) -> None:
+    """130 rows, 128 columns: none is anything but a scale, and no product of two is infinite."""
+    codec, specs = load_codec("ternary-rc"), {"m": torch.Size((130, 128))}
+    payload = bytearray(codec.encode({"m": torch.randn(130, 128, generator=torch.Generator().manual_seed(0))}))
+    changed = bytearray(payload)
+    for bits, reason, fault in [*SCALES.values(), (0x5D81, "infinity", Fault.NONFINITE)]:
+        changed[HEADER + at], changed[HEADER + 258 + at] = bits >> 8, bits & 0xFF
+        for read in (codec.check, codec.decode):
+            with pytest.raises(ProtocolError, match=reason) as caught:
+                read(changed, specs)
+            assert caught.value.fault is fault
+    payload[HEADER : HEADER + 258], payload[HEADER + 258 : HEADER + 516] = b"\x5d" * 258, b"\x80" * 258
+    assert math.isfinite(codec.check(payload, specs))
+    assert bool(codec.decode(payload, specs)["m"].isfinite().all())
 
 
 def test_zero_scale_makes_zeros_of_any_codes() -> None:
