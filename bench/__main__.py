@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 BENCHES = (
-    *("startup", "tokenizer", "transport", "roundtrip", "junk", "model", "nanochat", "overhead", "codec"),
-    *("volatile", "scale", "chaos"),
+    *("startup", "tokenizer", "transport", "roundtrip", "junk", "model", "nanochat", "overhead", "codec", "join"),
+    *("volatile", "thin", "wire", "scale", "chaos"),
 )
 RESULTS = Path(__file__).with_name("results.jsonl")
 
