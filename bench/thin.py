@@ -4,7 +4,8 @@
 
 Rounds of a minute in virtual time (emulation): market, miners, codecs and files are the real ones, links and computing
 are emulated. A small model stands for the large one: its payloads count for as many bytes as the real codec makes of
-GPT-2's own tensors, and encoding, checking and adding for as many seconds as this machine takes for these, on one core.
+GPT-2's own tensors, each way (a vector's scales are not a matrix's), and encoding, checking and adding for as many
+seconds as this machine takes for these, on one core.
 Utilisation is seconds of computing micro-batches in a second of being up, after two rounds.
 """
 
@@ -61,14 +62,22 @@ def count(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(t.numel() for t in tensors.values())
 
 
-def play(config: RoundConfig, costs: CostConfig, parameters: int) -> tuple[float, float, float]:
-    """Utilisation, and megabytes up and down a round and miner."""
+def size(codec: str, tensors: Mapping[str, torch.Tensor]) -> int:
+    """Of the payload."""
+    return memoryview(load_codec(codec).encode(tensors)).nbytes
+
+
+def play(config: RoundConfig, costs: CostConfig, parameters: int, sizes: tuple[int, int]) -> tuple[float, float, float]:
+    """Utilisation, and megabytes up and down a round and miner. `sizes`: of the large model's payloads."""
 
     async def main(folder: Path) -> tuple[float, float, float]:
         task = Quadratic.prepare(SMALL, seed=0, cache=folder)
         scale = parameters / SMALL.dimension
+        small = {"x": 1e-3 * torch.randn(SMALL.dimension, generator=torch.Generator().manual_seed(0))}
+        up, down = (real / size(codec, small) for real, codec in zip(sizes, config.codecs, strict=True))
         trace = make_trace("calm", MINERS, 2 * SECONDS, seed=0)
-        terms, conditions = config.terms("thin", 1 << 30), Conditions(costs, LINK, scale=scale)
+        terms = config.terms("thin", 1 << 30)
+        conditions = Conditions(costs, LINK, scale=scale, wire=(up, down))
         world = World(folder, task, AdamWConfig(), terms, conditions, trace, config.rounds)
         watch = world.market.watch = link_watch(config, world.market.learner, world.network.links, say, scale)
         say(watch.budget.line(RATE, "a link"))
@@ -86,21 +95,22 @@ def play(config: RoundConfig, costs: CostConfig, parameters: int) -> tuple[float
 def main() -> None:
     torch.set_num_threads(1)
     tensors = gpt2()
-    measured: dict[str, tuple[CodecCost, float]] = {}
+    measured: dict[str, tuple[CodecCost, int]] = {}
     for name in sorted({name for config in MODES.values() for name in config.codecs}):
-        size = memoryview(load_codec(name).encode(tensors)).nbytes / 1e6
-        measured[name] = measure_codec(name, tensors), size
-        cost = CodecCost(*(4e-6 * count(tensors) * seconds for seconds in measured[name][0]))
-        say(f"{name}: {size:.2f} MB; encode {cost.encode:.3f} s, check {cost.check:.3f} s, add {cost.add:.3f} s")
+        each, length = measured[name] = measure_codec(name, tensors), size(name, tensors)
+        cost = CodecCost(*(4e-6 * count(tensors) * seconds for seconds in each))
+        took = f"encode {cost.encode:.3f} s, check {cost.check:.3f} s, add {cost.add:.3f} s"
+        say(f"{name}: {length / 1e6:.2f} MB; {took}")
     parameters = count(tensors)
     del tensors
     for mode, config in MODES.items():
-        (up, up_mb), (down, down_mb) = (measured[name] for name in config.codecs)
+        (up, up_bytes), (down, down_bytes) = (measured[name] for name in config.codecs)
         costs = replace(CostConfig(batch=BATCH_S, evaluate=0.0), **codec_phases(up, down))
         for overlap in (0, 1):
-            used, *sent = play(replace(config, overlap=overlap), costs, parameters)
-            for megabytes, real in zip(sent, (up_mb, down_mb), strict=True):
-                assert real < megabytes < 1.02 * real, (mode, megabytes, real)  # orders and replies are the rest
+            sizes = up_bytes, down_bytes
+            used, *sent = play(replace(config, overlap=overlap), costs, parameters, sizes)
+            for megabytes, real in zip(sent, sizes, strict=True):
+                assert 1e-6 * real < megabytes < 1.02e-6 * real, (mode, megabytes, real)  # orders and replies are more
             suffix = "_overlap" if overlap else ""
             Figure(f"wire.utilisation_100mbit.{mode}{suffix}", used, "of the time")
 

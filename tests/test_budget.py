@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from bittensor.sp_core import Keypair
 
 from codec import bits, known_codecs
 from market.budget import LADDERS_DOWN, LADDERS_UP, LinkBudget, LinkWatch, Rate, link_watch, median_rate
 from market.config import CodecConfig, RoundConfig
 from market.learner import Learner
+from market.score import Delivery, Part, summary
+from market.verify import Contribution
+from protocol import Range, Reply
 from tasks.config import AdamWConfig, QuadraticConfig
 from tasks.quadratic import Quadratic
-from values import Link
+from tests.echo import VALIDATOR
+from transport.auth import seal
+from values import Link, Received
 
 torch.set_num_threads(1)
 
@@ -198,6 +204,36 @@ def test_auto_chooses_after_three_measured_rounds() -> None:
     assert said.startswith("--codec.up auto --codec.down auto: 249 MB up (bf16) and 126 MB down (int8) a round")
 
 
+def delivery(name: str, claimed_s: float, seen_s: float) -> tuple[Part, Delivery]:
+    """A miner's, which says that it computed for so long, and whose reply was there so long after its order."""
+    reply = Reply(
+        run="r", round=0, hotkey=Keypair.create_from_uri(f"//{name}").ss58_address, order="0" * 64, version="1" * 64,
+        done=(Range(0, 1),), loss=1.0, seconds=claimed_s, codec="fp32", payload_digest="2" * 64, payload_bytes=1,
+        residual_before=None, residual_after=None,
+    )  # fmt: skip
+    received = Received(reply, seal(VALIDATOR, reply), 1, 1, seen_s)
+    contribution = Contribution(reply.hotkey, reply.done, 1, 1.0, {}, lambda into, weight: None)
+    return (reply.hotkey, 0), Delivery(received, contribution)
+
+
+@pytest.mark.parametrize("claim_s", [0.0, 1e7])
+def test_one_miner_that_lies_about_its_seconds_does_not_choose(claim_s: float, tmp_path: Path) -> None:
+    task = Quadratic.prepare(QuadraticConfig(), seed=0, cache=tmp_path)
+    line = link(100, 100)
+
+    def chosen(*seconds: tuple[float, float]) -> tuple[str, str]:
+        w = Watched(replace(DEFAULT, round_s=0.0), True, True)
+        w.links = [line] * len(seconds)
+        outcomes = dict(delivery(f"m{n}", *each) for n, each in enumerate(seconds))
+        for round in range(4):
+            w.watch.observe(summary(task, round, 60.0, {}, outcomes))
+        return w.watch.codecs
+
+    honest = chosen((50.0, 60.0), (50.0, 60.0), (50.0, 60.0))
+    assert chosen((50.0, 60.0), (50.0, 60.0), (claim_s, 60.0)) == honest
+    assert chosen((1e-6, 60.0), (1e-6, 60.0), (1e-6, 60.0)) != honest != chosen((1e7, 1e6), (1e7, 1e6), (1e7, 1e6))
+
+
 def test_auto_waits_before_it_chooses_again() -> None:
     w = Watched(DEFAULT, True, True)
     slow, fast = link(40, 40), link(1000, 1000)
@@ -248,7 +284,8 @@ def test_auto_is_warned_only_of_what_it_cannot_mend() -> None:
     assert len(list(w.rounds(5, link(5, 5)))) == 5
     choice, warning = w.said
     assert "; longer rounds would make it less" in warning
-    assert "(ternary-rc+entropy)" in choice
+    assert "(ternary-rc) and " in choice
+    assert "(2bit+entropy)" in choice
 
 
 def test_metrics_say_what_was_measured() -> None:

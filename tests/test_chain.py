@@ -158,8 +158,23 @@ def test_full_broadcast_keeps_one_state_or_two() -> None:
             found.replace(base, "bf16", encode)
             assert found.update.versions == (base, chain(base, digest("state", state(number))))
             assert len(found.blobs) == kept
-            assert found.with_snapshot(pytest.fail) == found.update
             assert not found.wants_snapshot
+
+
+def test_a_state_in_another_codec_is_not_for_who_knows_only_fp32() -> None:
+    found = Chain(Memory(), False, "fp32", state(0))
+    assert found.with_snapshot(pytest.fail) == found.update
+    for number in (1, 2):
+        base = found.update.version
+        found.replace(base, "bf16", lambda number=number: b"half" + state(number))  # type: ignore[misc]
+        assert len(found.blobs) == 1
+        update = found.with_snapshot(lambda number=number: state(number))  # type: ignore[misc]
+        way = shortest(update, base, lambda step: step.bytes, lambda step: step.codec == "fp32")
+        assert way is not None
+        assert walk(found, way, None) == number
+        assert found.with_snapshot(pytest.fail) == update  # made once a version
+        assert update.version == found.version
+        assert found.update.snapshots == ()
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -189,7 +189,8 @@ def test_every_name_is_known_loads_and_has_its_bits() -> None:
     for name in known_codecs():
         assert len(name) <= 23  # what a payload's header holds
         size = 8 * len(load_codec(name).encode(tensors)) / (512 * 1024)
-        assert size == pytest.approx(bits(name), rel=0.12 if "entropy" in name else 0.03)
+        indices = name.startswith("topk") and not name.endswith("-4bit+entropy")  # Rice's code, of any data
+        assert size == pytest.approx(bits(name), rel=0.03 if "+" not in name else 0.05 if indices else 0.12)
 
 
 UNKNOWN = [

@@ -227,6 +227,40 @@ def test_replica_is_what_was_broadcast(codec: str) -> None:
     assert FP32.encode(replica) == blob_of(learner) or codec == "bf16"
 
 
+def test_who_knows_only_fp32_has_the_model_of_the_others() -> None:
+    learner = make_learner(codec="bf16")
+    train(learner, 2)
+    [step] = learner.update.steps
+    others, its = ({name: torch.zeros_like(t) for name, t in state_of(learner).items()} for _ in range(2))
+    apply(step, blob_of(learner), others)
+    [snapshot] = learner.snapshot_now().snapshots
+    assert snapshot.step.codec == "fp32"
+    apply(snapshot.step, learner.blobs[snapshot.blob.digest], its)
+    assert all(torch.equal(its[name], others[name]) for name in others)
+
+
+class Transposed(Norms):
+    """A model with a matrix that lies in memory column by column."""
+
+    def build_model(self, device: torch.device | str, initial: bool) -> nn.Module:
+        model = super().build_model(device, initial)
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.data = p.data.t().contiguous().t()
+        return model
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8", "topk64"])
+def test_deltas_of_tensors_that_do_not_lie_row_by_row(codec: str) -> None:
+    learner = Learner(Transposed(), OPTIMIZER, CPU, "delta", codec)  # type: ignore[arg-type]
+    assert not all(t.is_contiguous() for t in learner.parameters.values())
+    train(learner, 2)
+    assert learner.replica is not None
+    for name, t in learner.replica.items():
+        assert t.is_contiguous()
+        torch.testing.assert_close(t, state_of(learner)[name].detach(), rtol=0, atol=1e-2 if codec == "int8" else 1)
+
+
 def test_replica_takes_no_other_tensors() -> None:
     learner = make_learner()
     state = {name: t.detach() for name, t in state_of(learner).items()}

@@ -360,14 +360,17 @@ def test_no_such_link(wrong: dict[str, Any]) -> None:
         LinkSpec(**wrong)
 
 
-def test_states_and_payloads_count_for_as_much_as_they_stand_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scale", "up", "down"), [(100, 100, 100), ((50.0, 150.0), 50, 150)])
+def test_states_and_payloads_count_for_as_much_as_they_stand_for(
+    scale: float | tuple[float, float], up: int, down: int, tmp_path: Path
+) -> None:
     async def main() -> None:
         links = {MINER.ss58_address: LinkSpec(up_bps=8 * len(STATE), down_bps=8 * len(STATE))}
-        net = Loopback(VALIDATOR, {MINER.ss58_address: Echo()}, {MINER.ss58_address: MINER}, links=links, scale=100)
+        net = Loopback(VALIDATOR, {MINER.ss58_address: Echo()}, {MINER.ss58_address: MINER}, links=links, scale=scale)
         order = make_order(deadline_s=1000)
         received = await net.exchange(order, net.seal(order), blobs_of(order), tmp_path / "p")
-        assert 100 * len(STATE) < received.bytes_up < 101 * len(STATE)
-        assert 100 * len(STATE) < received.bytes_down < 101 * len(STATE)
+        assert up * len(STATE) < received.bytes_up < (up + 1) * len(STATE)
+        assert down * len(STATE) < received.bytes_down < (down + 1) * len(STATE)
         assert net.now() == pytest.approx(200, rel=0.01)
         assert received.seconds == net.now()
 

@@ -106,5 +106,5 @@ def bits(name: str) -> float:
     if not plain.startswith("topk"):
         return (_ENTROPY_BITS if entropy else _BITS)[plain]
     kept, _, values = plain.removeprefix("topk").partition("-")
-    index = log2(CHUNK / int(kept)) + 1.0 if entropy else 12.0
+    index = log2(CHUNK / int(kept)) + 1.5 if entropy else 12.0
     return (int(kept) * (index + (4 if values else 2)) + 32) / CHUNK

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from codec.packed import Blocks, Bytes, check_scales, scale_bits, scale_bytes, widened
-from codec.quantised import WIDTH, Ternary, _chunks, _divisor, _gather
+from codec.quantised import WIDTH, Ternary, _chunks, _divisor, _gather, _of_finite
 
 if TYPE_CHECKING:
     from codec import Specs, Tensors
@@ -83,7 +83,8 @@ class RowColumn(Ternary):
             columns = self._columns(flat, factors, spread, device)
             sums = self._codes(flat, factors, body[2 * factors.scales :], spread, columns)
             above, below = factors.row_sums(sums).unbind(1)
-            scales = torch.cat([above / _divisor(below), columns[1:].view(-1)])
+            rows = _of_finite(above / _divisor(below), spread[:, 0])
+            scales = torch.cat([rows, columns[1:].view(-1)])
             body[: 2 * factors.scales] = scale_bytes(scales.to(torch.bfloat16))
         return body
 
@@ -98,7 +99,10 @@ class RowColumn(Ternary):
         return (sums[:, :1] / sums[:, 1:]).sqrt_()
 
     def _columns(self, flat: Tensors, factors: Factors, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """[column blocks, 128] root mean squares of what is left of the columns once each row has 1; to bf16."""
+        """[column blocks, 128] root mean squares of what is left of the columns once each row has 1; to bf16.
+
+        Rows of nothing do not count: most of an embedding's are, and the columns' borders would be far too low.
+        """
         columns = torch.ones(factors.column_blocks, WIDTH, device=device)
         for name, first_row, first_column, wide in factors.matrices:
             values = flat[name].view(-1, wide * WIDTH)
@@ -106,7 +110,8 @@ class RowColumn(Ternary):
             for low, high in _chunks(len(values), device, wide):
                 here = slice(first_row + low, first_row + high)
                 total += values[low:high].to(torch.float32).div(_divisor(rows[here])).square_().sum(0)
-            columns[first_column : first_column + wide] = (total / len(values)).sqrt_().view(wide, WIDTH)
+            number = max(1, int(rows[first_row : first_row + len(values)].count_nonzero()))
+            columns[first_column : first_column + wide] = (total / number).sqrt_().view(wide, WIDTH)
         return columns.to(torch.bfloat16).to(torch.float32)
 
     def _codes(
@@ -150,8 +155,8 @@ class RowColumn(Ternary):
             wide = levels.to(torch.float32)
             if int(counts[here].min()) < WIDTH:  # a tensor ends here: what follows in its last block is nothing
                 wide *= place < counts[here, None]
-            square = wide.mul_(columns.index_select(0, column[here])).square_().sum(1).double()
-            total += float(square.mul_(rows.index_select(0, row[here])[:, 0].double().square_()).sum())
+            wide.mul_(rows.index_select(0, row[here])).mul_(columns.index_select(0, column[here]))
+            total += float(wide.double().square_().sum())  # of a small column fp32 does not hold the square
         return math.sqrt(total)
 
     def accumulate(self, body: Bytes, into: Tensors, weight: float) -> None:

@@ -5,7 +5,7 @@ digits of bytes. With P digits to a byte and H = ceil(blocks / P), row j of the 
 lowest digit up, blocks j, H + j, 2H + j, …: each step of packing and unpacking is on contiguous memory.
 
 Scales are bf16, not fp16: the mean gradient of a large batch has blocks below 6e-8, where fp16 ends. A block beyond
-1e19 has a norm that fp32 cannot hold, and makes a payload that is refused as not finite.
+1e19 may have a norm that fp32 cannot hold: where a scale follows from that, the payload is refused as not finite.
 """
 
 from __future__ import annotations
@@ -169,12 +169,12 @@ class TwoBit(Quantised):
     base, digits, top = 4, 4, 95
 
     def quantise(self, x: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        border = _rms(x, count) * 0.9816
-        index = (x / _divisor(border)).floor_().clamp_(-2, 1)
+        rms = _rms(x, count)
+        index = (x / _divisor(rms * 0.9816)).floor_().clamp_(-2, 1)
         digits = index.to(torch.int8).bitwise_and_(3)
         level = self.levels(digits.view(torch.uint8)).to(torch.float32)
         square = (level * level).sum(1, keepdim=True) - (WIDTH - count) * 29**2  # padding is in the interval of 0
-        return (x * level).sum(1, keepdim=True) / square, digits
+        return _of_finite((x * level).sum(1, keepdim=True) / square, rms), digits
 
     def levels(self, digits: torch.Tensor) -> torch.Tensor:
         return (digits * 66).add_(29).view(torch.int8)
@@ -186,15 +186,17 @@ class Ternary(Quantised):
     base, digits, top = 3, 5, 1
 
     def quantise(self, x: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = (x / _divisor(_rms(x, count) * (2 * 0.612))).round_().clamp_(-1, 1)
+        rms = _rms(x, count)
+        codes = (x / _divisor(rms * (2 * 0.612))).round_().clamp_(-1, 1)
         beyond = (codes * codes).sum(1, keepdim=True)
-        return (x * codes).sum(1, keepdim=True) / beyond.clamp_(min=1), codes.to(torch.int8).add_(1)
+        return _of_finite((x * codes).sum(1, keepdim=True) / beyond.clamp_(min=1), rms), codes.to(torch.int8).add_(1)
 
     def levels(self, digits: torch.Tensor) -> torch.Tensor:
         return digits.view(torch.int8) - 1
 
     def _split(self, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rest = row // 3 if row.is_cuda else torch.from_numpy(row.numpy() // np.uint8(3))  # torch has no fast one here
+        on_cpu = row.device.type == "cpu"  # where torch has no fast one
+        rest = torch.from_numpy(row.numpy() // np.uint8(3)) if on_cpu else row // 3
         return row - rest * 3, rest
 
 
@@ -216,6 +218,11 @@ class OneBit(Quantised):
 def _rms(x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     norm: torch.Tensor = torch.linalg.vector_norm(x, 2, 1, keepdim=True)
     return norm / count.sqrt()
+
+
+def _of_finite(scale: torch.Tensor, rms: torch.Tensor) -> torch.Tensor:
+    """NaN where the rms overflowed: its codes say nothing of the values, and the payload is to be refused."""
+    return scale + (rms - rms)
 
 
 def _divisor(scale: torch.Tensor) -> torch.Tensor:

@@ -232,10 +232,13 @@ def _largest(values: torch.Tensor, kept: int) -> torch.Tensor:
 
 def _two_levels(magnitude: torch.Tensor) -> Quantity:
     """[rows, kept] -> base and step [rows, 1], codes: the means of those below and above the mean."""
-    high = magnitude > magnitude.mean(1, keepdim=True)
+    mean = magnitude.mean(1, keepdim=True)
+    high = magnitude > mean
     above, number = (magnitude * high).sum(1, keepdim=True), high.sum(1, keepdim=True)
-    below = (magnitude * ~high).sum(1, keepdim=True) / (magnitude.shape[1] - number)
-    return below, (above / number - below).masked_fill_(number == 0, 0.0), high.to(torch.uint8)
+    rest = magnitude.shape[1] - number  # of equal ones none, where the mean was rounded down
+    below = ((magnitude * ~high).sum(1, keepdim=True) / rest.clamp(min=1)).where(rest > 0, mean)
+    step = (above / number - below).masked_fill_((number == 0) | (rest == 0), 0.0)
+    return below, step.clamp_(min=0.0), high.to(torch.uint8)
 
 
 def _eight_levels(magnitude: torch.Tensor) -> Quantity:

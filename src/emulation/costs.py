@@ -41,7 +41,7 @@ CODECS = {
     "int4": CodecCost(0.00025, 0.00012, 0.00013),
     "2bit": CodecCost(0.00037, 0.00012, 0.00014),
     "ternary": CodecCost(0.00030, 0.00012, 0.00014),
-    "ternary-rc": CodecCost(0.00070, 0.00022, 0.00030),
+    "ternary-rc": CodecCost(0.00057, 0.00022, 0.00020),
     "1bit": CodecCost(0.00021, 0.00012, 0.00014),
     "topk64": CodecCost(0.00048, 0.00003, 0.00010),
 }

@@ -50,7 +50,8 @@ class Conditions:
     costs: CostConfig
     link: LinkSpec = field(default_factory=LinkSpec)
     ending: Ending = "notice"
-    scale: float = 1.0  # what a byte of state or payload counts for
+    scale: float = 1.0  # what a value of the model counts for, and a byte of state or payload
+    wire: tuple[float, float] | None = None  # what these bytes count for instead, up and down
     seed: int = 0
     eval_every: int = 0  # rounds; 0: only in the end
     aggregation: str = "median_norm_mean"
@@ -132,7 +133,8 @@ class World:
         self.store = Store.create(folder / "run", {"task": kind}, keep=2)
         keypairs = {machine.hotkey: machine.keypair for machine in self.machines}
         validator = Keypair.create_from_uri("//Validator")
-        self.network = Loopback(validator, {}, keypairs, seed=conditions.seed, scale=conditions.scale)
+        wire = conditions.wire or conditions.scale
+        self.network = Loopback(validator, {}, keypairs, seed=conditions.seed, scale=wire)
         learner = Learner(task, optimizer, device, terms.broadcast, terms.codec_down)
         self.costs = conditions.costs.settled(terms.codec_up, terms.codec_down)
         self.state_mb = 4e-6 * sum(p.numel() for p in learner.parameters.values())

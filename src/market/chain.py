@@ -127,12 +127,13 @@ class Chain:
         self._become(Update(base=self.update.versions[first], steps=steps, snapshots=snapshots))
 
     def with_snapshot(self, state: Callable[[], Buffer]) -> Update:
-        """The update for a miner that can make nothing of deltas; `state` of the newest version is asked for once."""
+        """The update for a miner that knows only fp32; `state` of the newest version is asked for once."""
         steps = self.update.steps
-        if steps[-1].kind == "state":
+        last = steps[-1]
+        if last.kind == "state" and last.codec == "fp32":
             return self.update
         at, whole = self._last_whole
-        if at < len(steps):
+        if at < len(steps) or last.kind == "state":
             whole = self._whole = self._whole or self._step("state", "fp32", state()).ref
         return self.update.model_copy(update={"snapshots": (Snapshot(steps=len(steps), blob=whole),)})
 

@@ -23,7 +23,7 @@ from typing_extensions import Buffer
 
 from codec import Codec, load_codec
 from durable import NO_DISK
-from protocol import Digest, Hasher, Hotkey, Order, Receipt, Reply, Signed, digest
+from protocol import Digest, Hasher, Hotkey, Order, ProtocolError, Receipt, Reply, Signed, digest
 
 if TYPE_CHECKING:
     from codec import Tensors
@@ -127,7 +127,7 @@ class ErrorFeedback:
         if self._key is None:
             self._key = key
             self._sum = {tensor: torch.zeros(shape) for tensor, shape in shapes.items()}
-        if self.sent and self.sent.reply.round >= order.round and self.sent.reply.order != name:
+        if self.sent and self.sent.reply.round == order.round and self.sent.reply.order != name:
             self._judge(validator, self.sent.reply.order, accepted=False)  # its place is taken: it was never applied
 
     def _load(self, parameters: int) -> None:
@@ -160,9 +160,10 @@ class ErrorFeedback:
 
     @torch.no_grad()
     def encode(self, codec: Codec, gradient: Tensors) -> Encoded:
-        """`gradient`, fp32 on any device, is used up: its memory is the only one taken, beside the payload's.
+        """`gradient`, fp32 on any device, is used up: no other memory is taken but the payload's, and a tensor's.
 
-        `keep` follows. A gradient with NaN or infinity is encoded plainly too: the sum would never get over it.
+        `keep` follows. A gradient with NaN or infinity, or with more than the codec can carry, is encoded plainly too:
+        the sum would never get over it.
         """
         if self.sent and self.awaits and self._plain >= PATIENCE:
             key, shapes = self._key, {name: t.shape for name, t in self._sum.items()}
@@ -177,10 +178,19 @@ class ErrorFeedback:
         else:
             before = residual_digest(self._sum)
         self.sent = None
-        for name, g in gradient.items():  # u, at both places
-            gradient[name] = u = g.contiguous().add_(self._sum[name].mul_(self._key["decay"]).to(g.device))
-            self._sum[name].copy_(u)
+        decay = self._key["decay"]
+        for name, g in gradient.items():
+            gradient[name] = g.contiguous().add_(self._sum[name].to(g.device) * decay)
         payload = codec.encode(gradient)
+        try:
+            codec.check(payload, {name: u.shape for name, u in gradient.items()})
+        except ProtocolError:
+            for name, u in gradient.items():  # to fp32's rounding what it was; the sum is untouched
+                u.sub_(self._sum[name].to(u.device) * decay)
+            self._plain += 1
+            return codec.encode(gradient), None, None
+        for name, u in gradient.items():
+            self._sum[name].copy_(u)
         codec.add(payload, gradient, -1.0)
         return payload, before, residual_digest(gradient)
 

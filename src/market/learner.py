@@ -56,7 +56,10 @@ class Learner:
         self.optimizer = task.optimizer(self.model, config)
         self.outer = torch.optim.SGD(self.parameters.values(), lr=0.0)  # of rounds whose settings say so (DiLoCo)
         full = broadcast == "full"
-        self.replica: Tensors | None = None if full else {n: t.detach().clone() for n, t in self._exact.items()}
+        plain = torch.contiguous_format  # as codecs add to it, whatever the model's own tensors are
+        self.replica: Tensors | None = (
+            None if full else {n: t.detach().clone(memory_format=plain) for n, t in self._exact.items()}
+        )
         first = codec if full else "fp32"
         # A restart may go on with the version before the newest, and find on the disk what that one needs.
         self.chain = Chain(keep or Memory(), not full, first, self._encoded(first))
@@ -160,8 +163,15 @@ class Learner:
         return {name: data for update in updates for name, data in self.chain.find(update).items()}
 
     def snapshot_now(self) -> Update:
-        """How a miner gets to `version` that does not know the codec of deltas: by a whole state."""
-        return self.chain.with_snapshot(lambda: self._encoded("fp32"))
+        """How a miner gets to `version` that knows only fp32: by a whole state, of what others have, bit for bit."""
+        return self.chain.with_snapshot(self._as_broadcast)
+
+    def _as_broadcast(self) -> Buffer:
+        step = self.update.steps[-1]
+        if self.replica is not None or step.codec == "fp32":
+            return self._encoded("fp32")
+        specs = {name: t.shape for name, t in self._exact.items()}
+        return load_codec("fp32").encode(load_codec(step.codec).decode(self.chain.blobs[step.digest], specs))
 
     def state_digest(self) -> Digest | None:
         """Of `version`'s whole state, by which a replica is proved. None under `full`: each state has its digest."""

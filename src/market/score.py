@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from market.cursor import indices, size
 from market.planning import Terms
@@ -108,11 +109,15 @@ def summary(
     """The round's row of metrics. `seconds` is all of its time; `loss` the miners' own mean, weighted by accepted work.
 
     Utilisation is a miner's seconds of computing, as it says, in a second of the round: for display, never for pay.
+    But `compute_s` chooses codecs (`budget.LinkWatch`): the median, and of no miner more than our own clock saw, so
+    that one which lies cannot choose for all.
     """
     good = {part: o for part, o in sorted(outcomes.items()) if isinstance(o, Delivery)}
     work = sum(d.contribution.count for d in good.values())
     used: dict[Hotkey, float] = {}
+    computed: dict[Hotkey, float] = {}
     for (hotkey, _), d in good.items():
+        computed[hotkey] = max(computed.get(hotkey, 0.0), min(d.received.reply.seconds, d.received.seconds))
         used[hotkey] = used.get(hotkey, 0.0) + (d.received.reply.seconds / seconds if seconds else 0.0)
     row: dict[str, float | int | str] = {
         "round": round,
@@ -121,7 +126,7 @@ def summary(
         "work": work,
         "seconds": seconds,
         f"{task.unit}_per_s": work / seconds if seconds else 0.0,
-        "compute_s": max((d.received.reply.seconds for d in good.values()), default=0.0),
+        "compute_s": median(computed.values() or [0.0]),
         "bytes_up": sum(d.received.bytes_up for d in good.values()),
         "bytes_down": sum(d.received.bytes_down for d in good.values()),
         "utilisation": sum(used.values()) / len({h for h, _ in outcomes}) if outcomes else 0.0,

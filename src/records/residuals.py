@@ -40,6 +40,7 @@ class Residuals:
         text = json.dumps(fields, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         try:
+            self._end_turns()
             with open(self._next, "r+b" if self._next.exists() else "wb") as file:
                 file.write(len(text).to_bytes(8, "little") + text)
                 for _, t in ordered:
@@ -54,8 +55,13 @@ class Residuals:
         """Killed between two of these, there is a whole file under the first name, or else under the next one's."""
         if self._path.exists():
             os.replace(self._path, self._before)
-        os.replace(self._next, self._path)
-        if self._before.exists():
+        self._end_turns()
+
+    def _end_turns(self) -> None:
+        """Of a process that was killed among them too: what is under the next name may be the only whole file."""
+        if not self._path.exists() and self._next.is_file():
+            os.replace(self._next, self._path)
+        if self._path.exists() and self._before.exists():
             os.replace(self._before, self._next)
 
     def load(self, most: int) -> tuple[str, dict[str, torch.Tensor]] | None:
@@ -65,7 +71,8 @@ class Residuals:
         """
         from safetensors import SafetensorError, safe_open
 
-        path = self._path if self._path.is_file() else self._next
+        self._end_turns()
+        path = self._path
         if not path.is_file():
             return None
         if (size := path.stat().st_size) > most:

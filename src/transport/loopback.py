@@ -93,18 +93,19 @@ class Loopback:
         *,
         links: Mapping[Hotkey, LinkSpec] | None = None,
         seed: int = 0,
-        scale: float = 1.0,
+        scale: float | tuple[float, float] = 1.0,
     ) -> None:
         """Miners without one among the `links` have one with this latency and bandwidth (bits per second).
 
         `seed` is of what is random about links. States and payloads count for `scale` times their bytes, in time and in
-        the figures: a small model stands for a large one.
+        the figures: a small model stands for a large one. Two are up and down: codecs differ in what shapes cost.
         """
         self._keypair = keypair
         self._caller: Hotkey = keypair.ss58_address
         self._services = dict(services)
         self._keypairs = dict(keypairs)
-        self._seed, self._scale = seed, scale
+        self._seed = seed
+        self._scale_up, self._scale_down = scale if isinstance(scale, tuple) else (scale, scale)
         plain = LinkSpec(up_bps=bandwidth_bps, down_bps=bandwidth_bps, latency_s=latency_s)
         specs = {hotkey: (links or {}).get(hotkey, plain) for hotkey in self._keypairs}
         self._links = {hotkey: Link(spec, seed, hotkey) for hotkey, spec in specs.items()}
@@ -266,7 +267,7 @@ class Loopback:
         payload = service.payload(self._caller, signed.digest)
         if (memoryview(payload).nbytes, digest("payload", payload)) != (reply.payload_bytes, reply.payload_digest):
             raise ProtocolError("payload: not the bytes that the reply's digest names")
-        scaled = round(reply.payload_bytes * self._scale)
+        scaled = round(reply.payload_bytes * self._scale_up)
         sent = self.now()
         await link.travel("up", scaled)
         self._meters[order.hotkey][0].add(scaled, self.now() - sent)
@@ -304,7 +305,7 @@ class Loopback:
                     raise Faulted(Fault.MALFORMED, f"asks for a {ref.kind} that is not of this order, or asks again")
                 times[ref.digest] += 1
                 data = memoryview(blobs[ref.digest]).cast("B")
-                size = round(len(data) * self._scale) if ref.kind in ("state", "delta") else len(data)
+                size = round(len(data) * self._scale_down) if ref.kind in ("state", "delta") else len(data)
                 began = self.now()
                 await link.travel("down", size)
                 meter.add(size, self.now() - began)

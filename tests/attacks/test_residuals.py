@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -184,6 +185,36 @@ def test_a_full_disk_costs_the_residual_only_at_a_restart(tmp_path: Path) -> Non
     miner.hear(third)
     miner.restart()
     assert miner.encode(miner.order(3), gradient(3)).residual_before == third.residual_after
+
+
+def test_a_kill_between_two_renames_and_one_in_the_next_save_lose_nothing(tmp_path: Path) -> None:
+    """The second leaves half a file under the next name."""
+    miner, textbook = Miner(tmp_path), Textbook()
+    for round in range(3):
+        textbook.encode(gradient(round))
+        textbook.settle(True)
+        miner.hear(miner.encode(miner.order(round), gradient(round)))
+    now, then, old = (tmp_path / f"residual.safetensors{end}" for end in ("", ".tmp", ".old"))
+    then.rename(old)
+    now.rename(then)
+    script = """
+import resource, signal, sys
+from pathlib import Path
+
+import torch
+
+from records.residuals import Residuals
+
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
+Residuals(Path(sys.argv[1])).save("{}", {"w": torch.zeros(9)})
+"""
+    environment = {**os.environ, "PYTHONPATH": "src"}
+    killed = subprocess.run([sys.executable, "-c", script, str(now)], env=environment, check=False)
+    assert killed.returncode == -signal.SIGXFSZ
+    miner.restart()
+    assert miner.encode(miner.order(3), gradient(3)).residual_before == residual_digest(textbook.e)
+    assert not miner.said
 
 
 KILLS = """
