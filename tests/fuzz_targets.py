@@ -7,6 +7,7 @@ not the parser's own, a reason that is not one printable line, a value that does
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -14,11 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
-from codec import CODECS, load_codec
+from codec import CODECS, DENSE, load_codec
 from protocol import MESSAGES, Message, Order, ProtocolError, Refusal, Signed, signing_bytes
+from tests import codec_reference
 from tests.test_protocol import ORDER, REPLY, SAMPLES, A
 from transport.auth import Keypair, open_reply, seal, unseal
 from transport.peer import Endpoint, parse_endpoint
@@ -119,11 +122,28 @@ def check_payload(name: str, data: bytes) -> bool:
     return True
 
 
+def check_packed(name: str, data: bytes) -> bool:
+    """As the layout's plain reader reads it, with the norm that it has, or one line."""
+    codec = load_codec(name)
+    try:
+        norm, tensors = codec.check(data, SPECS), codec.decode(data, SPECS)
+    except ProtocolError as error:
+        return refused(error)
+    assert {key: t.shape for key, t in tensors.items()} == SPECS
+    for key, values in codec_reference.read(name, data, SPECS).items():
+        assert (tensors[key].reshape(-1).numpy() == values.reshape(-1)).all()
+    square = sum(float(t.double().square().sum()) for t in tensors.values())
+    assert norm == pytest.approx(math.sqrt(square), rel=1e-5)
+    return True
+
+
 # --- the targets ------------------------------------------------------------------------------------------------------
 
 REPLIED = REPLY.model_copy(update={"hotkey": MINER.ss58_address, "order": A}).text().encode()
 ENVELOPES = tuple(seal(VALIDATOR, m).model_dump_json().encode() for m in (ORDER, SAMPLES["stop"]))
 ENDPOINTS = (b"8091", b"localhost:1", b"[::1]:65535", b"miner.example.org:8091@" + MINER.ss58_address.encode())
+
+PACKED = (*(name for name in CODECS if name not in DENSE), "ternary+entropy", "topk64", "topk64-4bit", "topk64+entropy")
 
 TARGETS: dict[str, Target] = {
     **{
@@ -137,8 +157,9 @@ TARGETS: dict[str, Target] = {
     "endpoint": Target(check_endpoint, ENDPOINTS),
     **{
         name: Target(partial(check_payload, name), (bytes(load_codec(name).encode(GRADIENT)),), framed=True)
-        for name in CODECS
+        for name in DENSE
     },
+    **{name: Target(partial(check_packed, name), (bytes(load_codec(name).encode(GRADIENT)),)) for name in PACKED},
 }
 
 
