@@ -3,6 +3,7 @@
     python -m bench.wire                     # the four runs that the figures are of, on three seeds; then the curves
     python -m bench.wire --only figures      # or curves
     python -m bench.wire --fresh             # all of them anew
+    python -m bench.wire --known             # none: the figures of those runs that bench/wire.jsonl has
 
 Market, miners, messages and codecs are the real ones, on a loopback network; not counted are the books, which each
 miner gets once. Each run is of 4.1 million tokens of a byte each. In gradient mode it is 1,000 steps of 4 x 16 x 64;
@@ -220,7 +221,7 @@ def figures(outcomes: Iterable[Outcome]) -> None:
     by = {o.variant: o for o in outcomes}
 
     def each(variant: Variant) -> list[Outcome]:
-        return [by[replace(variant, seed=seed)] for seed in SEEDS]
+        return [by[v] for seed in SEEDS if (v := replace(variant, seed=seed)) in by]
 
     dense, gradient, sync = map(each, (DENSE, GRADIENT, SYNC))
     dense_diloco, diloco = map(each, (DENSE_DILOCO, DILOCO))
@@ -250,11 +251,11 @@ def fewer(name: str, sent: float, full: float, peer: str) -> None:
 
 def compare(name: str, ours: list[Outcome], theirs: list[Outcome], peer: str) -> None:
     """Mean over the seeds of the loss against that of the peer's run of the same seed."""
-    ratios = [a.loss / b.loss for a, b in zip(ours, theirs, strict=True)]
-    say(f"{name}: {', '.join(f'{a.loss:.4f}/{b.loss:.4f}' for a, b in zip(ours, theirs, strict=True))}")
-    Figure(
-        name, mean(o.loss for o in ours), "nats/byte", f"{peer}, nats/byte", mean(o.loss for o in theirs), mean(ratios)
-    )
+    of = {o.variant.seed: o.loss for o in theirs}
+    pairs = [(o.loss, of[o.variant.seed]) for o in ours if o.variant.seed in of]
+    say(f"{name}: {', '.join(f'{a:.4f}/{b:.4f}' for a, b in pairs)}")
+    a, b = (mean(losses) for losses in zip(*pairs, strict=True))
+    Figure(name, a, "nats/byte", f"{peer}, nats/byte", b, mean(a / b for a, b in pairs))
 
 
 def plot(outcomes: Iterable[Outcome], path: Path, tokens: str) -> None:
@@ -279,6 +280,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=("figures", "curves"))
     parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--known", action="store_true", help="make no run: figures of those that are there")
     arguments = parser.parse_args()
     if "PILOT_DATA" not in os.environ:
         raise SystemExit("PILOT_DATA: names no folder; the runs need its books_train_30mb.parquet")
@@ -289,10 +291,10 @@ def main() -> None:
     if arguments.fresh:
         RUNS.unlink(missing_ok=True)
     if arguments.only != "curves":
-        outcomes = made(FIGURES)
+        outcomes = [o for o in read().values() if o.variant in FIGURES] if arguments.known else made(FIGURES)
         plot([o for o in outcomes if o.variant.seed == SEEDS[0]], DOCS / "wire.png", "4.1 million")
         figures(outcomes)
-    if arguments.only != "figures":
+    if arguments.only != "figures" and not arguments.known:
         plot(made(CURVES), DOCS / "wire_codecs.png", "0.5 million")
 
 
