@@ -45,7 +45,7 @@ def prepare(folder: Path) -> Task:
     config = GPT2Config(
         model=str(save_model(folder / "model")), text=str(text), tokenizer="byte", batch_size=1, eval_sequences=1
     )
-    return load_task("gpt2").prepare(config, seed=0, cache=folder / "cache", device=torch.device("cpu"), progress=print)
+    return load_task("gpt2").prepare(config, seed=0, cache=folder / "cache", device=torch.device("cpu"), progress=say)
 
 
 def grow(learner: Learner) -> int:
@@ -93,7 +93,7 @@ async def join(folder: Path, task: Task, learner: Learner) -> Sequence[tuple[int
     )
     axon = Axon(worker, MINER, Guard(frozenset(), None, lambda _: None), "127.0.0.1", 0, None)
     endpoint = Endpoint("127.0.0.1", await axon.start())
-    network = Dendrite(VALIDATOR, [endpoint], {}, lambda _: None, "gpt2", print, Limits())
+    network = Dendrite(VALIDATOR, [endpoint], {}, lambda _: None, "gpt2", say, Limits())
     await network.start()
     found = []
     try:
@@ -124,6 +124,10 @@ def main() -> None:
     least = first - second
     Figure("wire.join_bytes", least, "bytes", f"all {ROUNDS:,} deltas", everything, least / everything)
     Figure("wire.join_s", join_s - warm_s, "s")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
