@@ -11,6 +11,7 @@ validator's replica. The peer is a chain without snapshots: the first state and 
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
