@@ -294,8 +294,9 @@ def main() -> None:
         outcomes = [o for o in read().values() if o.variant in FIGURES] if arguments.known else made(FIGURES)
         plot([o for o in outcomes if o.variant.seed == SEEDS[0]], DOCS / "wire.png", "4.1 million")
         figures(outcomes)
-    if arguments.only != "figures" and not arguments.known:
-        plot(made(CURVES), DOCS / "wire_codecs.png", "0.5 million")
+    if arguments.only != "figures":
+        outcomes = [o for o in read().values() if o.variant in CURVES] if arguments.known else made(CURVES)
+        plot(outcomes, DOCS / "wire_codecs.png", "0.5 million")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from durable import replacing
 
 # Told apart by every kind of colour vision, and in print (Okabe and Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_DASHES = ("-", (0, (3, 2)), (0, (1, 1)))  # dashed, so that a curve under it shows through
 _INK = "#333333"
 _FAINT = "#D9D9D9"
 _FEW_POINTS = 40  # up to here each point gets a dot
@@ -46,7 +47,7 @@ def loss_plot(
             ys,
             label=f"{name}  {ys[-1]:.3f}",
             color=_COLOURS[index % len(_COLOURS)],
-            linestyle="-" if index < 2 else (0, (3, 2)),  # dashed, so that a curve under it shows through
+            linestyle=_DASHES[0 if index < 2 else 1 if index < len(_COLOURS) else 2],
             linewidth=1.8 if few else 1.0,
             alpha=1.0 if few else 0.6,  # many points are a noisy curve: the background of the others
             marker="o" if few else "",
