@@ -38,23 +38,24 @@ NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full, or as full as this 
 
 
 @contextmanager
-def replacing(path: Path, sync_folder: bool = True) -> Iterator[BinaryIO]:
+def replacing(path: Path, sync_folder: bool = True, sync: bool = True) -> Iterator[BinaryIO]:
     """A file to write under a temporary name; at the end of the block it is durable and takes the name `path` at once.
 
     Where the block raises, what lay under `path` stays and the temporary file goes. Without `sync_folder` it is the
-    caller who makes the name durable, by `sync_file(path.parent)`.
+    caller who makes the name durable, by `sync_file(path.parent)`; without `sync` it is whole, and nothing durable.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if sync_folder:
+    if sync and sync_folder:
         sync_file(path.parent)
 
 

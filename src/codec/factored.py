@@ -12,14 +12,14 @@ The body: row scales, column scales (bf16), then the codes as `codec.quantised` 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from codec.packed import Blocks, Bytes, check_scales, scale_bits, scale_bytes, widened
-from codec.quantised import WIDTH, Ternary, _chunks, _divisor, _gather, _of_finite
+from codec.quantised import WIDTH, Ternary, chunks, divisor, gather, of_finite
 
 if TYPE_CHECKING:
     from codec import Specs, Tensors
@@ -83,7 +83,7 @@ class RowColumn(Ternary):
             columns = self._columns(flat, factors, spread, device)
             sums = self._codes(flat, factors, body[2 * factors.scales :], spread, columns)
             above, below = factors.row_sums(sums).unbind(1)
-            rows = _of_finite(above / _divisor(below), spread[:, 0])
+            rows = of_finite(above / divisor(below), spread[:, 0])
             scales = torch.cat([rows, columns[1:].view(-1)])
             body[: 2 * factors.scales] = scale_bytes(scales.to(torch.bfloat16))
         return body
@@ -93,8 +93,8 @@ class RowColumn(Ternary):
         blocks = factors.blocks
         square = torch.empty(blocks.number, 2, device=device)
         square[:, 1] = torch.from_numpy(blocks.counts()).to(device)
-        for low, high in _chunks(blocks.number, device):
-            square[low:high, 0] = _gather(flat, blocks, low, high, device).square().sum(1)
+        for low, high in chunks(blocks.number, device):
+            square[low:high, 0] = gather(flat, blocks, low, high, device).square().sum(1)
         sums = factors.row_sums(square)
         return (sums[:, :1] / sums[:, 1:]).sqrt_()
 
@@ -107,9 +107,9 @@ class RowColumn(Ternary):
         for name, first_row, first_column, wide in factors.matrices:
             values = flat[name].view(-1, wide * WIDTH)
             total = torch.zeros(wide * WIDTH, device=device)
-            for low, high in _chunks(len(values), device, wide):
+            for low, high in chunks(len(values), device, wide):
                 here = slice(first_row + low, first_row + high)
-                total += values[low:high].to(torch.float32).div(_divisor(rows[here])).square_().sum(0)
+                total += values[low:high].to(torch.float32).div(divisor(rows[here])).square_().sum(0)
             number = max(1, int(rows[first_row : first_row + len(values)].count_nonzero()))
             columns[first_column : first_column + wide] = (total / number).sqrt_().view(wide, WIDTH)
         return columns.to(torch.bfloat16).to(torch.float32)
@@ -121,14 +121,14 @@ class RowColumn(Ternary):
         number, target, device = factors.blocks.number, torch.from_numpy(packed).view(-1, WIDTH), columns.device
         row, column = factors.places(device)
         height, sums = len(target), torch.zeros(number, 2, device=device)
-        border, across = _divisor(spread * (2 * 0.612)), _divisor(columns)  # neither is below 1e-23: nor 0 a product
-        for low, high in _chunks(height, device):
+        border, across = divisor(spread * (2 * 0.612)), divisor(columns)  # neither is below 1e-23: nor 0 a product
+        for low, high in chunks(height, device):
             byte = torch.zeros(high - low, WIDTH, dtype=torch.uint8, device=device)
             for plane in reversed(range(self.digits)):
                 start, stop = plane * height + low, min(plane * height + high, number)
                 digits = torch.zeros(high - low, WIDTH, dtype=torch.int8, device=device)
                 if stop > start:
-                    x = _gather(flat, factors.blocks, start, stop, device)
+                    x = gather(flat, factors.blocks, start, stop, device)
                     scale = across.index_select(0, column[start:stop])
                     codes = scale * border.index_select(0, row[start:stop])
                     codes = torch.div(x, codes, out=codes).round_().clamp_(-1, 1)
@@ -142,39 +142,24 @@ class RowColumn(Ternary):
 
     def inspect(self, body: Bytes, specs: Specs) -> float:
         factors = Factors(specs)
-        bits = scale_bits(body[: 2 * factors.scales])
-        check_scales(bits, LIMIT)
-        codes = body[2 * factors.scales :]
-        self._check_codes(codes)
-        rows, columns = self._scales(bits, factors)
-        row, column = factors.places(torch.device("cpu"))
-        counts, place = torch.from_numpy(factors.blocks.counts()), torch.arange(WIDTH)
-        total = 0.0
-        for start, levels in self._levels(codes, factors.blocks, torch.device("cpu")):
-            here = slice(start, start + len(levels))
-            wide = levels.to(torch.float32)
-            if int(counts[here].min()) < WIDTH:  # a tensor ends here: what follows in its last block is nothing
-                wide *= place < counts[here, None]
-            wide.mul_(rows.index_select(0, row[here])).mul_(columns.index_select(0, column[here]))
-            total += float(wide.double().square_().sum())  # of a small column fp32 does not hold the square
+        check_scales(scale_bits(body[: 2 * factors.scales]), LIMIT)
+        self._check_codes(body[2 * factors.scales :])
+        counts, place, total = torch.from_numpy(factors.blocks.counts()), torch.arange(WIDTH), 0.0
+        for start, values in self._values(body, specs, torch.device("cpu")):
+            here = counts[start : start + len(values)]
+            if int(here.min()) < WIDTH:  # a tensor ends here: what follows in its last block is nothing
+                values *= place < here[:, None]
+            total += float(values.double().square_().sum())  # of a small column fp32 does not hold the square
         return math.sqrt(total)
 
-    def accumulate(self, body: Bytes, into: Tensors, weight: float) -> None:
-        factors = Factors({name: t.shape for name, t in into.items()})
-        flat = {name: t.view(-1) for name, t in into.items()}
-        device = next(iter(flat.values())).device if flat else torch.device("cpu")
+    def _values(self, body: Bytes, specs: Specs, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        factors = Factors(specs)
         rows, columns = (t.to(device) for t in self._scales(scale_bits(body[: 2 * factors.scales]), factors))
         row, column = factors.places(device)
         for start, levels in self._levels(body[2 * factors.scales :], factors.blocks, device):
             here = slice(start, start + len(levels))
             values = levels.to(torch.float32).mul_(rows.index_select(0, row[here]))
-            values.mul_(columns.index_select(0, column[here]))
-            if weight != 1.0:
-                values.mul_(weight)
-            values = values.view(-1)
-            for run in factors.blocks.runs(start, start + len(levels)):
-                at = (run.start - start) * WIDTH
-                flat[run.name][run.offset : run.offset + run.size].add_(values[at : at + run.size])
+            yield start, values.mul_(columns.index_select(0, column[here]))
 
     def _scales(self, bits: np.ndarray, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
         """[rows, 1], [column blocks, 128]"""

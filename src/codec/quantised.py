@@ -60,11 +60,11 @@ class Quantised(Packed):
         counts[: blocks.number, 0] = torch.from_numpy(blocks.counts()).to(device)
         body = np.empty(2 * blocks.number + WIDTH * height, np.uint8)
         packed = torch.from_numpy(body[2 * blocks.number :]).view(-1, WIDTH)
-        for low, high in _chunks(height, device):
+        for low, high in chunks(height, device):
             row = torch.zeros(high - low, WIDTH, dtype=torch.uint8, device=device)
             for plane in reversed(range(self.digits)):
                 here = slice(plane * height + low, plane * height + high)
-                scale, digits = self.quantise(_gather(flat, blocks, here.start, here.stop, device), counts[here])
+                scale, digits = self.quantise(gather(flat, blocks, here.start, here.stop, device), counts[here])
                 scales[here] = scale[:, 0]
                 row.mul_(self.base % 256).add_(digits.view(torch.uint8))
             packed[low:high] = row
@@ -98,20 +98,25 @@ class Quantised(Packed):
         blocks = Blocks({name: t.shape for name, t in into.items()}, WIDTH)
         flat = {name: t.view(-1) for name, t in into.items()}
         device = next(iter(flat.values())).device if flat else torch.device("cpu")
-        scales = widened(scale_bits(body[: 2 * blocks.number])).to(device).view(-1, 1)
-        for start, levels in self._levels(body[2 * blocks.number :], blocks, device):
-            values = levels.to(torch.float32).mul_(scales[start : start + len(levels)])
+        for start, values in self._values(body, {name: t.shape for name, t in into.items()}, device):
             if weight != 1.0:
                 values.mul_(weight)
-            values = values.view(-1)
-            for run in blocks.runs(start, start + len(levels)):
+            lying = values.view(-1)
+            for run in blocks.runs(start, start + len(values)):
                 at = (run.start - start) * WIDTH
-                flat[run.name][run.offset : run.offset + run.size].add_(values[at : at + run.size])
+                flat[run.name][run.offset : run.offset + run.size].add_(lying[at : at + run.size])
+
+    def _values(self, body: Bytes, specs: Specs, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        """As `_levels`, dequantised: [blocks, 128] fp32."""
+        blocks = Blocks(specs, WIDTH)
+        scales = widened(scale_bits(body[: 2 * blocks.number])).to(device).view(-1, 1)
+        for start, levels in self._levels(body[2 * blocks.number :], blocks, device):
+            yield start, levels.to(torch.float32).mul_(scales[start : start + len(levels)])
 
     def _levels(self, rows: Bytes, blocks: Blocks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
         """The first block's number and [blocks, 128] int8, a chunk at a time, in the order of the layout."""
         height = len(rows) // WIDTH
-        for low, high in _chunks(height, device):
+        for low, high in chunks(height, device):
             chunk = rows[low * WIDTH : high * WIDTH]
             row = torch.from_numpy(chunk if chunk.flags.writeable else chunk.copy()).view(-1, WIDTH).to(device)
             for plane in range(self.digits):
@@ -137,7 +142,7 @@ class Int8(Quantised):
 
     def quantise(self, x: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale = _bf16_above(x.abs().amax(1, keepdim=True) / self.steps)
-        return scale, self._digits((x / _divisor(scale)).round_())
+        return scale, self._digits((x / divisor(scale)).round_())
 
     def _digits(self, codes: torch.Tensor) -> torch.Tensor:
         return codes.to(torch.int8)
@@ -170,11 +175,11 @@ class TwoBit(Quantised):
 
     def quantise(self, x: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rms = _rms(x, count)
-        index = (x / _divisor(rms * 0.9816)).floor_().clamp_(-2, 1)
+        index = (x / divisor(rms * 0.9816)).floor_().clamp_(-2, 1)
         digits = index.to(torch.int8).bitwise_and_(3)
         level = self.levels(digits.view(torch.uint8)).to(torch.float32)
         square = (level * level).sum(1, keepdim=True) - (WIDTH - count) * 29**2  # padding is in the interval of 0
-        return _of_finite((x * level).sum(1, keepdim=True) / square, rms), digits
+        return of_finite((x * level).sum(1, keepdim=True) / square, rms), digits
 
     def levels(self, digits: torch.Tensor) -> torch.Tensor:
         return (digits * 66).add_(29).view(torch.int8)
@@ -187,9 +192,9 @@ class Ternary(Quantised):
 
     def quantise(self, x: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rms = _rms(x, count)
-        codes = (x / _divisor(rms * (2 * 0.612))).round_().clamp_(-1, 1)
+        codes = (x / divisor(rms * (2 * 0.612))).round_().clamp_(-1, 1)
         beyond = (codes * codes).sum(1, keepdim=True)
-        return _of_finite((x * codes).sum(1, keepdim=True) / beyond.clamp_(min=1), rms), codes.to(torch.int8).add_(1)
+        return of_finite((x * codes).sum(1, keepdim=True) / beyond.clamp_(min=1), rms), codes.to(torch.int8).add_(1)
 
     def levels(self, digits: torch.Tensor) -> torch.Tensor:
         return digits.view(torch.int8) - 1
@@ -220,12 +225,12 @@ def _rms(x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     return norm / count.sqrt()
 
 
-def _of_finite(scale: torch.Tensor, rms: torch.Tensor) -> torch.Tensor:
+def of_finite(scale: torch.Tensor, rms: torch.Tensor) -> torch.Tensor:
     """NaN where the rms overflowed: its codes say nothing of the values, and the payload is to be refused."""
     return scale + (rms - rms)
 
 
-def _divisor(scale: torch.Tensor) -> torch.Tensor:
+def divisor(scale: torch.Tensor) -> torch.Tensor:
     """What to divide by: a block of zeros has scale 0."""
     return scale.masked_fill(scale == 0, 1.0)
 
@@ -239,14 +244,14 @@ def _bf16_above(values: torch.Tensor) -> torch.Tensor:
 # --- chunks -----------------------------------------------------------------------------------------------------------
 
 
-def _chunks(height: int, device: torch.device, wide: int = 1) -> Iterator[tuple[int, int]]:
+def chunks(height: int, device: torch.device, wide: int = 1) -> Iterator[tuple[int, int]]:
     """Of rows of `wide` blocks."""
     rows = max(1, (ROWS if device.type == "cpu" else GPU_ROWS) // wide)
     for low in range(0, height, rows):
         yield low, min(low + rows, height)
 
 
-def _gather(flat: Tensors, blocks: Blocks, start: int, stop: int, device: torch.device) -> torch.Tensor:
+def gather(flat: Tensors, blocks: Blocks, start: int, stop: int, device: torch.device) -> torch.Tensor:
     """[stop - start, 128] fp32, zeros where no tensor is: a view where it lies so in memory already."""
     values = None
     for run in blocks.runs(start, stop):

@@ -9,14 +9,13 @@ again, so `sync` before one is all that a power cut leaves to be done.
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
 from typing_extensions import Buffer
 
-from durable import TEMPORARY, hash_rest, make_folder, sync_file
+from durable import hash_rest, make_folder, replacing, sync_file
 from protocol import BlobRef, Digest, Hasher
 
 
@@ -29,13 +28,8 @@ class Updates:
     def put(self, ref: BlobRef, data: Buffer) -> Buffer:
         """The same bytes, mapped: their pages are the kernel's to drop. Raises OSError; then the file is not there."""
         path = self._folder / ref.digest
-        temporary = path.with_name(path.name + TEMPORARY)
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(path, sync=False) as file:
+            file.write(data)
         return _mapped(path)
 
     def get(self, ref: BlobRef) -> Buffer | None:

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Settings = Mapping[str, float]
-OPTIMIZERS: dict[str, type[AdamWConfig | MuonAdamWConfig]] = {
-    "nanochat": MuonAdamWConfig
-}  # of each task that has its own
+# Of each task that has its own.
+OPTIMIZERS: dict[str, type[AdamWConfig | MuonAdamWConfig]] = {"nanochat": MuonAdamWConfig}
 LARGEST = 1e30  # of a stranger's flags: fp32 holds what a schedule and a width make of it
 SETTINGS = ("lr", "momentum", "weight_decay", "outer_lr", "outer_momentum")
 
