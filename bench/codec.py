@@ -21,8 +21,8 @@ import torch
 
 from bench import Figure
 from bench.transport import forget_peak, memory
-from codec import CHUNK, Codec, load_codec
-from codec.topk import TopK
+from pilot.codec import CHUNK, Codec, load_codec
+from pilot.codec.topk import TopK
 
 TURNS = 3
 Tensors = dict[str, torch.Tensor]

@@ -14,10 +14,10 @@ import time
 from bittensor.sp_core import Keypair
 from typing_extensions import Buffer
 
+from pilot.interfaces import Refused
+from pilot.transport.auth import Guard
+from pilot.transport.server.axon import Axon
 from protocol import BlobRef, Digest, Health, Hello, Hotkey, Order, Receipt, Reply, Signed, Status, Stop, digest
-from transport.auth import Guard
-from transport.axon import Axon
-from values import Refused
 
 
 def miner_key(index: int) -> Keypair:
@@ -46,17 +46,17 @@ class Parrot:
     def health(self) -> Health:
         raise Refused(404, "a bench")
 
-    def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
+    def accept_order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
         if self.state is None or not self.state.whole or self.state.ref != order.update.refs[0]:
             raise Refused(409, "send it", missing=[order.update.refs[0]])
         self.orders = {digest: (order, asyncio.get_running_loop().time())}
         return self.status()
 
-    def receive(self, caller: Hotkey, ref: BlobRef, offset: int) -> State:
+    def open_blob(self, caller: Hotkey, ref: BlobRef, offset: int) -> State:
         self.state = State(ref)
         return self.state
 
-    async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
+    async def wait_for_reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
         if order not in self.orders:
             raise Refused(404, "no such order")
         asked, began = self.orders[order]
@@ -64,7 +64,7 @@ class Parrot:
         await asyncio.sleep(max(0.0, min(left_s, wait_s)))
         if left_s > wait_s:
             return None
-        payload = self.payload(caller, order)
+        payload = self.read_payload(caller, order)
         payload[-4:] = struct.pack("<f", 1.0)  # so that there is a step, and the next state is another one
         return Reply(
             run=asked.run, round=asked.round, hotkey=self.hotkey, order=order, version=asked.version, done=asked.ranges,
@@ -72,24 +72,24 @@ class Parrot:
             payload_bytes=len(payload), residual_before=None, residual_after=None,
         )  # fmt: skip
 
-    def payload(self, caller: Hotkey, order: Digest) -> bytearray:
+    def read_payload(self, caller: Hotkey, order: Digest) -> bytearray:
         if self.state is None:
             raise Refused(404, "no such order")
         return self.state.data
 
-    def delivered(self, caller: Hotkey, order: Digest) -> None:
+    def mark_delivered(self, caller: Hotkey, order: Digest) -> None:
         pass
 
-    def stop(self, caller: Hotkey, stop: Stop) -> Status:
+    def stop_order(self, caller: Hotkey, stop: Stop) -> Status:
         return self.status()
 
-    def receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status:
+    def accept_receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status:
         self.receipts += receipt.verdict == "ACCEPTED"
         return self.status()
 
 
 class State:
-    """A state on its way into memory, and there (transport.BlobWriter)."""
+    """A state on its way into memory, and there (pilot.interfaces.BlobWriter)."""
 
     def __init__(self, ref: BlobRef) -> None:
         self.ref, self.data, self.whole = ref, bytearray(), False
@@ -103,6 +103,8 @@ class State:
 
     def commit(self) -> None:
         self.whole = self.held == self.ref.bytes
+
+    def abort(self) -> None: ...
 
 
 async def serve(first: int, count: int, work_s: float) -> None:

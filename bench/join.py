@@ -23,17 +23,17 @@ from bittensor.sp_core import Keypair
 from bench import Figure
 from bench.roundtrip import save_model
 from bench.scale import scratch
-from limits import Limits
-from market.learner import Learner
-from market.worker import Worker
+from pilot.common.limits import Limits
+from pilot.storage.miner_store import FileMinerStore
+from pilot.training.learner import Learner
+from pilot.transport.auth import Guard
+from pilot.transport.client.dendrite import Dendrite, Endpoint
+from pilot.transport.server.axon import Axon
+from pilot.worker.worker import Worker
 from protocol import DataSpec, Order, Range
-from records.cache import Cache
 from tasks import Task, load_task
 from tasks.config import AdamWConfig, GPT2Config
 from tasks.tokens import Tokens
-from transport.auth import Guard
-from transport.axon import Axon
-from transport.dendrite import Dendrite, Endpoint
 
 ROUNDS = 1000
 CODEC = "2bit"
@@ -80,7 +80,7 @@ def order(task: Task, learner: Learner, round: int) -> Order:
     )
 
 
-def find_tokens(cache: Cache, spec: DataSpec) -> Tokens:
+def find_tokens(cache: FileMinerStore, spec: DataSpec) -> Tokens:
     path = cache.blob(spec.tokens)
     assert path is not None
     return Tokens.open(path)
@@ -88,7 +88,7 @@ def find_tokens(cache: Cache, spec: DataSpec) -> Tokens:
 
 async def join(folder: Path, task: Task, learner: Learner) -> Sequence[tuple[int, float]]:
     """Bytes down and seconds of the orders of two rounds."""
-    cache = Cache(folder / "miner")
+    cache = FileMinerStore(folder / "miner")
     worker = Worker(
         MINER.ss58_address, frozenset(["gpt2"]), torch.device("cpu"), cache, partial(find_tokens, cache), lambda _: None
     )
@@ -105,7 +105,7 @@ async def join(folder: Path, task: Task, learner: Learner) -> Sequence[tuple[int
         for round in range(2):
             asked = order(task, learner, round)  # both prove the version
             began = time.perf_counter()
-            received = await network.exchange(asked, network.seal(asked), learner.blobs, folder / f"payload{round}")
+            received = await network.exchange(asked, network.sign(asked), learner.blobs, folder / f"payload{round}")
             found.append((received.bytes_down, time.perf_counter() - began))
         return found
     finally:

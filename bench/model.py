@@ -27,8 +27,8 @@ from typing import IO, Any
 import torch
 
 from bench import Figure
-from cli import reuse_memory
 from nanochat.config import GPTConfig
+from pilot.app.cli import reuse_memory
 
 OURS, PLAIN = VARIANTS = ("ours", "plain")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -32,22 +32,22 @@ from typing import Any, TypeVar
 import torch
 from bittensor.sp_core import Keypair
 
-import cli
-from aggregation import load_aggregator
 from bench import Figure
 from bench.crowd import Parrot, miner_key
 from bench.transport import forget_peak, memory
-from codec.dense import Dense
-from limits import Limits
-from market.learner import Learner
-from market.round import Market, Network, Terms
-from ranking import load_ranker
-from records.store import Store
+from pilot.aggregation import load_aggregator
+from pilot.app import cli
+from pilot.codec.dense import Dense
+from pilot.common.limits import Limits
+from pilot.market.round import Market, Network, RoundPolicy
+from pilot.ranking import load_ranker
+from pilot.simulation.network import Loopback
+from pilot.simulation.network import run as run_virtual
+from pilot.storage.run_store import RunStore
+from pilot.training.learner import Learner
+from pilot.transport.client.dendrite import Dendrite, Endpoint
 from tasks.config import AdamWConfig, QuadraticConfig
 from tasks.quadratic import Quadratic
-from transport.dendrite import Dendrite, Endpoint
-from transport.loopback import Loopback
-from transport.loopback import run as run_virtual
 
 VALIDATOR = Keypair.create_from_uri("//Validator")
 PROCESSES = 4  # for the miners
@@ -100,12 +100,12 @@ def crowd(count: int) -> Iterator[list[int]]:
 
 
 def make_market(
-    folder: Path, network: Network, store: Store, dimension: int, decoding: Meter, worker: ThreadPoolExecutor | None
+    folder: Path, network: Network, store: RunStore, dimension: int, decoding: Meter, worker: ThreadPoolExecutor | None
 ) -> Market:
     task = Quadratic.prepare(QuadraticConfig(dimension=dimension, samples=16), seed=0, cache=folder / "cache")
     optimizer = AdamWConfig()
     return Market(
-        Terms(run="scale", batches=1, deadline_s=120.0, patience=1, codec_up="fp32", codec_down="fp32"),
+        RoundPolicy(run="scale", batches=1, deadline_s=120.0, patience=1, codec_up="fp32", codec_down="fp32"),
         task,
         Learner(task, optimizer, torch.device("cpu")),
         network,
@@ -138,7 +138,7 @@ async def over_sockets(folder: Path, ports: Sequence[int], rounds: int, dimensio
     decoding = Meter()
     endpoints, limits = [Endpoint("127.0.0.1", port) for port in ports], Limits()
     with (
-        closing(Store.create(folder / "run", {"task": "quadratic"}, keep=2)) as store,
+        closing(RunStore.create(folder / "run", {"task": "quadratic"}, keep=2)) as store,
         ThreadPoolExecutor(1, "tensors") as worker,
     ):
         room = partial(store.make_room, limits=limits)
@@ -162,9 +162,9 @@ async def over_loopback(folder: Path, count: int, rounds: int) -> float:
     keypairs = {key.ss58_address: key for key in map(miner_key, range(count))}
     services = {hotkey: Parrot(hotkey, "quadratic", 0.0) for hotkey in keypairs}
     for service in services.values():
-        for method in ("order", "receive", "payload", "receipt"):
+        for method in ("accept_order", "open_blob", "read_payload", "accept_receipt"):
             setattr(service, method, mining.around(getattr(service, method)))
-    with closing(Store.create(folder / "run", {"task": "quadratic"}, keep=2)) as store:
+    with closing(RunStore.create(folder / "run", {"task": "quadratic"}, keep=2)) as store:
         network = Loopback(VALIDATOR, services, keypairs, latency_s=0.01)
         market = make_market(folder, network, store, SMALL, decoding, None)
         ms = await play(market, 1 + rounds, count, [decoding, mining])

@@ -20,16 +20,17 @@ from pathlib import Path
 import torch
 
 from bench import Figure
-from codec import load_codec
-from emulation.costs import CodecCost, CostConfig, codec_phases, measure_codec
-from emulation.traces import HOUR_S, make_trace
-from emulation.world import Conditions, World
-from market.budget import Rate, link_watch
-from market.config import RoundConfig
+from pilot.app.build_validator import link_watch
+from pilot.app.flags import RoundConfig
+from pilot.codec import load_codec
+from pilot.market.link_budget import Rate
+from pilot.simulation.costs import CodecCost, CostConfig, codec_phases, measure_codec
+from pilot.simulation.link_model import LinkSpec
+from pilot.simulation.network import run
+from pilot.simulation.traces import HOUR_S, make_trace
+from pilot.simulation.world import Conditions, World
 from tasks.config import AdamWConfig, QuadraticConfig
 from tasks.quadratic import Quadratic
-from transport.links import LinkSpec
-from transport.loopback import run
 
 MINERS = 4
 SECONDS = HOUR_S / 2
@@ -76,10 +77,10 @@ def play(config: RoundConfig, costs: CostConfig, parameters: int, sizes: tuple[i
         small = {"x": 1e-3 * torch.randn(SMALL.dimension, generator=torch.Generator().manual_seed(0))}
         up, down = (real / size(codec, small) for real, codec in zip(sizes, config.codecs, strict=True))
         trace = make_trace("calm", MINERS, 2 * SECONDS, seed=0)
-        terms = config.terms("thin", 1 << 30)
+        policy = config.policy("thin", 1 << 30)
         conditions = Conditions(costs, LINK, scale=scale, wire=(up, down))
-        world = World(folder, task, AdamWConfig(), terms, conditions, trace, config.rounds)
-        watch = world.market.watch = link_watch(config, world.market.learner, world.network.links, say, scale)
+        world = World(folder, task, AdamWConfig(), policy, conditions, trace, config.rounds)
+        watch = world.market.watch = link_watch(config, world.market.learner, world.network.miner_states, say, scale)
         say(watch.budget.line(RATE, "a link"))
         moments = [moment async for moment in world.play(SECONDS)]
         first, last = moments[WARM_UP - 1], moments[-2]  # the last is cut short

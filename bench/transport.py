@@ -31,7 +31,11 @@ from aiohttp import web
 from bittensor.sp_core import Keypair
 
 from bench import Figure
-from market.states import StateWriter
+from pilot.interfaces import Refused
+from pilot.transport.auth import Guard
+from pilot.transport.client.dendrite import Dendrite, Endpoint
+from pilot.transport.server.axon import Axon
+from pilot.worker.blob_inbox import BufferWriter
 from protocol import (
     BlobRef,
     DataSpec,
@@ -45,17 +49,13 @@ from protocol import (
     Reply,
     Signed,
     Status,
-    Step,
     Stop,
     TaskSpec,
     Update,
-    chain,
+    VersionStep,
     digest,
+    next_version,
 )
-from transport.auth import Guard
-from transport.axon import Axon
-from transport.dendrite import Dendrite, Endpoint
-from values import Refused
 
 SIZE = 500_000_000  # bytes
 TURNS = 7
@@ -71,7 +71,7 @@ class Bulk:
         self.hotkey = hotkey
         self.buffer = np.zeros(SIZE, np.uint8).data
         self.gradient = np.ones(SIZE, np.uint8).data
-        self.writer: StateWriter | None = None
+        self.writer: BufferWriter | None = None
         self.orders: dict[Digest, Order] = {}
 
     def hello(self, nonce: str) -> Hello:
@@ -85,19 +85,19 @@ class Bulk:
     def health(self) -> Health:
         raise Refused(404, "a bench")
 
-    def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
+    def accept_order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
         if self.writer is None or not self.writer.whole or self.writer.ref != order.update.refs[0]:
             raise Refused(409, "send it", missing=[order.update.refs[0]])
         self.orders = {digest: order}
         return self.status()
 
-    def receive(self, caller: Hotkey, ref: BlobRef, offset: int) -> StateWriter:
-        self.writer = StateWriter(ref, self.buffer[: ref.bytes])
+    def open_blob(self, caller: Hotkey, ref: BlobRef, offset: int) -> BufferWriter:
+        self.writer = BufferWriter(ref, self.buffer[: ref.bytes])
         return self.writer
 
-    async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
+    async def wait_for_reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
         asked = self.orders[order]
-        payload = self.payload(caller, order)
+        payload = self.read_payload(caller, order)
         payload_digest = await asyncio.to_thread(digest, "payload", payload)
         return Reply(
             run=asked.run, round=asked.round, hotkey=self.hotkey, order=order, version=asked.version, done=asked.ranges,
@@ -105,16 +105,16 @@ class Bulk:
             residual_before=None, residual_after=None,
         )  # fmt: skip
 
-    def payload(self, caller: Hotkey, order: Digest) -> memoryview:
+    def read_payload(self, caller: Hotkey, order: Digest) -> memoryview:
         return self.gradient[: self.orders[order].ranges[0].stop]
 
-    def delivered(self, caller: Hotkey, order: Digest) -> None:
+    def mark_delivered(self, caller: Hotkey, order: Digest) -> None:
         pass
 
-    def stop(self, caller: Hotkey, stop: Stop) -> Status:
+    def stop_order(self, caller: Hotkey, stop: Stop) -> Status:
         raise Refused(404, "a bench")
 
-    def receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status:
+    def accept_receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status:
         raise Refused(404, "a bench")
 
 
@@ -183,8 +183,8 @@ class Bench:
     def order(self, miner: int, blob: BlobRef, answer: int) -> Order:
         self.round += 1
         return Order(
-            run="bench", round=self.round, hotkey=MINERS[miner].ss58_address, version=chain(None, blob.digest),
-            update=Update(base=None, steps=(Step(kind="state", codec="fp32", digest=blob.digest, bytes=blob.bytes),)),
+            run="bench", round=self.round, hotkey=MINERS[miner].ss58_address, version=next_version(None, blob.digest),
+            update=Update(base=None, steps=(VersionStep(kind="state", codec="fp32", digest=blob.digest, bytes=blob.bytes),)),
             state_digest=None,
             task=TaskSpec(name="bulk", parameters={}),
             data=DataSpec(tokens=blob, tokenizer="byte", vocabulary=None, source=None), ranges=(Range(0, answer),),
@@ -200,7 +200,7 @@ class Bench:
     async def send(self, miner: int, ref: BlobRef, state: memoryview, answer: int) -> None:
         order = self.order(miner, ref, answer)
         path = self.folder / f"payload{miner}"
-        await self.network.exchange(order, self.network.seal(order), {ref.digest: state}, path)
+        await self.network.exchange(order, self.network.sign(order), {ref.digest: state}, path)
         assert path.stat().st_size == answer
 
     async def push(self) -> None:

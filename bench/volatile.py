@@ -3,7 +3,7 @@
     python -m bench.volatile         # what each was made of goes to stderr
 
 The market, miners and files are the real ones; each link has 100 Mbit/s and 50 ms one way, 42 MB of state go down and
-42 MB of gradient up a round, uncompressed; micro-batches take a second at a miner of speed 1 (emulation.costs). So the
+42 MB of gradient up a round, uncompressed; micro-batches take a second at a miner of speed 1 (pilot.simulation.costs). So the
 figures are the same on every machine. Utilisation is seconds of computing in a second of being up, after two rounds.
 """
 
@@ -19,21 +19,21 @@ from pathlib import Path
 import torch
 
 from bench import Figure
-from emulation.costs import CostConfig
-from emulation.traces import HOUR_S, Interval, make_trace
-from emulation.world import Conditions, Moment, World
-from market.planning import Terms
+from pilot.market.scheduling import RoundPolicy
+from pilot.simulation.costs import CostConfig
+from pilot.simulation.link_model import LinkSpec
+from pilot.simulation.network import run
+from pilot.simulation.traces import HOUR_S, Interval, make_trace
+from pilot.simulation.world import Conditions, Moment, World
 from tasks.config import AdamWConfig, QuadraticConfig
 from tasks.quadratic import Quadratic
-from transport.links import LinkSpec
-from transport.loopback import run
 
 MINERS = 9
 STATE_BYTES = 42e6
 LINK = LinkSpec(up_bps=100e6, down_bps=100e6, latency_s=0.05)
 COSTS = CostConfig(batch=1.0, evaluate=0.0)
-MINUTES = Terms("volatile", 4, 300.0, 1 << 30, "fp32", "fp32", round_s=60.0)  # as --round-seconds 60 makes them
-FIXED = Terms("volatile", 4, 300.0, 1 << 30, "fp32", "fp32")  # the defaults: four micro-batches each
+MINUTES = RoundPolicy("volatile", 4, 300.0, 1 << 30, "fp32", "fp32", round_s=60.0)  # as --round-seconds 60 makes them
+FIXED = RoundPolicy("volatile", 4, 300.0, 1 << 30, "fp32", "fp32")  # the defaults: four micro-batches each
 SLOW = CostConfig(batch=10.0, evaluate=0.0)  # where the trace names no speed
 WARM_UP = 2  # rounds
 UP_S, AWAY_S = 600.0, 300.0
@@ -41,13 +41,13 @@ TRACES = {"spot": 4.0, "diurnal": 24.0, "flaky": 4.0}  # hours
 MEMORY = Path("/dev/shm")
 
 
-def play(terms: Terms, intervals: Sequence[Interval], seconds: float, costs: CostConfig = COSTS) -> list[Moment]:
+def play(policy: RoundPolicy, intervals: Sequence[Interval], seconds: float, costs: CostConfig = COSTS) -> list[Moment]:
     """A moment a round."""
 
     async def main(folder: Path) -> list[Moment]:
         task = Quadratic.prepare(QuadraticConfig(), seed=0, cache=folder)
         scale = STATE_BYTES / (4 * QuadraticConfig().dimension)
-        world = World(folder, task, AdamWConfig(), terms, Conditions(costs, LINK, scale=scale), intervals, 200)
+        world = World(folder, task, AdamWConfig(), policy, Conditions(costs, LINK, scale=scale), intervals, 200)
         return [moment async for moment in world.play(seconds)]
 
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as name:

@@ -115,14 +115,14 @@ class Outcome:
 def play(variant: Variant, text: str) -> Outcome:
     import torch
 
-    from emulation.costs import CostConfig
-    from emulation.traces import Interval
-    from emulation.world import Conditions, World
-    from market.config import CodecConfig, RoundConfig
+    from pilot.app.flags import CodecConfig, RoundConfig
+    from pilot.simulation.costs import CostConfig
+    from pilot.simulation.link_model import LinkSpec
+    from pilot.simulation.network import run
+    from pilot.simulation.traces import Interval
+    from pilot.simulation.world import Conditions, World
     from tasks import load_task
     from tasks.config import AdamWConfig, GPT2Config
-    from transport.links import LinkSpec
-    from transport.loopback import run
 
     torch.set_num_threads(1)
     config = RoundConfig(
@@ -145,15 +145,15 @@ def play(variant: Variant, text: str) -> Outcome:
             config.gpt2, seed=variant.seed, cache=Path(config.cache).expanduser(), device=torch.device("cpu"),
             progress=say,
         )  # fmt: skip
-        terms = config.terms("wire", 10)
+        policy = config.policy("wire", 10)
         conditions = Conditions(costs, LinkSpec(up_bps=1e9, down_bps=1e9, latency_s=0.0), aggregation="mean")
         books = MINERS * task.data_spec.tokens.bytes
-        world = World(folder, task, config.optimizer, terms, conditions, up, config.rounds)
+        world = World(folder, task, config.optimizer, policy, conditions, up, config.rounds)
         curve, first, moment = [], None, None
         steps, every = 0, max(variant.steps // 12, 1)
         async for moment in world.play(1e7, config.rounds):
-            before, steps = steps, terms.diloco.step(moment.rounds) if terms.diloco else moment.rounds
-            if terms.diloco and moment.rounds == terms.diloco.warmup_rounds:
+            before, steps = steps, policy.diloco.step(moment.rounds) if policy.diloco else moment.rounds
+            if policy.diloco and moment.rounds == policy.diloco.warmup_rounds:
                 first = moment
             if steps // every > before // every or moment.rounds == config.rounds:
                 loss = (await world.market.evaluate())["val_loss"]
@@ -259,7 +259,7 @@ def compare(name: str, ours: list[Outcome], theirs: list[Outcome], peer: str) ->
 
 
 def plot(outcomes: Iterable[Outcome], path: Path, tokens: str) -> None:
-    from records.plot import loss_plot
+    from pilot.display.plots import loss_plot
 
     series: Mapping[str, list[tuple[float, float]]] = {
         f"{o.variant.name}, {MINERS * o.variant.batch * 64:,} a step": [

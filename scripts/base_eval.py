@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-import cli
+from pilot.app import cli
 
 if TYPE_CHECKING:
     import torch

@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-import cli
-from market.config import BaselineConfig
-from ranks import RankLost, Ranks
+from pilot.app import cli
+from pilot.app.flags import BaselineConfig
+from pilot.training.distributed import RankLost, Ranks
 
 if TYPE_CHECKING:
     import torch
 
-    from market.learner import Learner
+    from pilot.display.console import Console
+    from pilot.display.metrics import Metrics
+    from pilot.training.learner import Learner
     from protocol import Range
-    from records.console import Console
-    from records.metrics import Metrics
     from tasks import Batch, Task
     from tasks.optimizer import Settings
 
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> None:
 
 
 def train(config: BaselineConfig, ranks: Ranks, program: str) -> None:
-    from records.console import Console
+    from pilot.display.console import Console
 
     with ExitStack() as stack:
         with cli.mistakes(program):
@@ -192,8 +192,8 @@ def loop(
     log: TextIO,
 ) -> None:
     """A step; once in a while an evaluation and a checkpoint."""
-    from market.baseline import train as trained
     from nanochat.common import peak_flops
+    from pilot.training.plain_loop import train as trained
 
     peak = peak_flops(run.device)
     flops = run.task.flops(run.learner.model)
@@ -262,11 +262,11 @@ def prepare(config: BaselineConfig, device: torch.device, say: Any) -> Task:
 
 
 def wire(config: BaselineConfig, task: Task, device: torch.device, ranks: Ranks) -> Run:
-    from market.baseline import new_learner
+    from pilot.training.learner import Learner
 
     batches = batches_of(config, task, ranks)
     rounds = rounds_of(config, task, batches)
-    run = Run(config, rounds, batches, task, new_learner(config, task, device), device, folder_of(config))
+    run = Run(config, rounds, batches, task, Learner(task, config.optimizer_flags, device), device, folder_of(config))
     if run.folder:
         restore(run)
     if config.compile:
@@ -320,7 +320,7 @@ def folder_of(config: BaselineConfig) -> Path | None:
 
 
 def open_metrics(run: Run) -> Metrics:
-    from records.metrics import Metrics
+    from pilot.display.metrics import Metrics
 
     assert run.folder is not None
     run.folder.mkdir(parents=True, exist_ok=True)

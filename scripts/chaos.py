@@ -4,7 +4,7 @@ python scripts/chaos.py --seed 1 --rounds 200
 python scripts/chaos.py --check runs/demo            # only the proof, of any run
 
 Processes are killed, paused, told to end and started again; their lines stall and reset; clocks are wrong by an hour;
-disks are full. Afterwards the checker (records/checker.py) proves from the ledger, the spool and the miners' receipts
+disks are full. Afterwards the checker (pilot/storage/checker.py) proves from the ledger, the spool and the miners' receipts
 that the marketplace kept its word, and the loss is compared with that of a calm run. Exit code 1 where it did not.
 """
 
@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-import cli
+from pilot.app import cli
 
 if TYPE_CHECKING:
-    from scripts.chaos_place import Place
-    from scripts.chaos_schedule import Event
+    from pilot.simulation.chaos.processes import Place
+    from pilot.simulation.chaos.schedule import Event
 
 PROGRAM = "chaos.py"
 MOST_LOSS_RATIO = 1.03
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.mistakes(PROGRAM):
         check(config)
         if config.check is not None:
-            from scripts.chaos_proof import caches_below, prove
+            from pilot.simulation.chaos.proof import caches_below, prove
 
             folder = config.check.expanduser().absolute()
             caches = [*caches_below(folder), *config.caches]
@@ -113,7 +113,7 @@ def check(config: ChaosConfig) -> None:
             raise ValueError(f"--caches {cache}: there is no receipts.jsonl in it; name a miner's own folder")
     if config.rounds < config.calm + 4:
         raise ValueError(f"--rounds {config.rounds}: must be 4 more than --calm {config.calm}, or more")
-    from scripts.chaos_schedule import KINDS
+    from pilot.simulation.chaos.schedule import KINDS
 
     for kind in config.kinds:
         if kind not in KINDS:
@@ -152,9 +152,9 @@ def validator_flags(config: ChaosConfig) -> list[str]:
 
 async def run(config: ChaosConfig, folder: Path) -> bool:
     """The chaotic run, the proof, the calm run. True where all is as it should be."""
-    from scripts.chaos_place import Failure, Place
-    from scripts.chaos_proof import calm_loss, counted, faults, loss, prove
-    from scripts.chaos_schedule import schedule
+    from pilot.simulation.chaos.processes import Failure, Place
+    from pilot.simulation.chaos.proof import calm_loss, counted, faults, loss, prove
+    from pilot.simulation.chaos.schedule import schedule
 
     flags = [*validator_flags(config), "--cache", str(folder / "cache")]
     began = time.monotonic()
@@ -207,7 +207,7 @@ class Chaos:
             await asyncio.gather(*self._under_way, return_exceptions=True)
 
     async def _play(self) -> None:
-        from scripts.chaos_place import Failure
+        from pilot.simulation.chaos.processes import Failure
 
         moved = time.monotonic()
         with Progress(self) as progress:
@@ -226,12 +226,12 @@ class Chaos:
                 progress.show()
 
     def _committed(self) -> int:
-        from scripts.chaos_place import committed
+        from pilot.simulation.chaos.processes import committed
 
         return max(self.done, committed(self.place.run))
 
     def _look_for_failures(self) -> None:
-        from scripts.chaos_place import Failure
+        from pilot.simulation.chaos.processes import Failure
 
         for task in self._under_way:
             if task.done():

@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-import cli
-from emulation.config import STATE_MB, SimulateConfig
+from pilot.app import cli
+from pilot.simulation.flags import STATE_MB, SimulateConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
 
-    from emulation.traces import Interval
-    from emulation.world import Conditions, Moment, World
+    from pilot.simulation.traces import Interval
+    from pilot.simulation.world import Conditions, Moment, World
     from tasks import Task
 
 PROGRAM = "simulate.py"
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def trace_of(config: SimulateConfig) -> tuple[Interval, ...]:
-    from emulation.traces import make_trace, read_trace
+    from pilot.simulation.traces import make_trace, read_trace
 
     if config.trace is not None:
         return read_trace(config.trace)
@@ -68,7 +68,7 @@ def trace_of(config: SimulateConfig) -> tuple[Interval, ...]:
 
 
 def write(config: SimulateConfig, out: Path, intervals: Sequence[Interval]) -> None:
-    from emulation.traces import write_trace
+    from pilot.simulation.traces import write_trace
 
     try:
         write_trace(out, intervals)
@@ -90,10 +90,10 @@ def folder_of(config: SimulateConfig) -> Iterator[Path]:
 
 
 def simulate(config: SimulateConfig, folder: Path, intervals: Sequence[Interval]) -> None:
-    from emulation.costs import measure
-    from emulation.plot import plot_moments
+    from pilot.simulation.costs import measure
+    from pilot.simulation.network import run
+    from pilot.simulation.plot import plot_moments
     from tasks import load_task
-    from transport.loopback import run
 
     with cli.mistakes(PROGRAM):
         device, cache = cli.pick_device(config.device), config.cache.expanduser()
@@ -117,15 +117,15 @@ async def play(
     config: SimulateConfig, folder: Path, task: Task, device: torch.device, intervals: Sequence[Interval]
 ) -> list[Moment]:
     """Prints the table as time goes on. Returns a moment a round."""
-    from emulation.world import World
-    from market.budget import link_watch
+    from pilot.app.build_validator import link_watch
+    from pilot.simulation.world import World
 
     seconds = HOUR_S * config.hours or max(i.end for i in intervals)
     steps = config.rounds or (math.ceil(seconds / config.round_seconds) if config.round_seconds else 200)
     with cli.mistakes(PROGRAM):
-        terms, conditions = replace(config, rounds=steps).terms("simulation", PATIENCE), conditions_of(config, task)
-        world = World(folder, task, config.optimizer_flags, terms, conditions, intervals, steps, device)
-    world.market.watch = link_watch(config, world.market.learner, world.network.links, print, conditions.scale)
+        policy, conditions = replace(config, rounds=steps).policy("simulation", PATIENCE), conditions_of(config, task)
+        world = World(folder, task, config.optimizer_flags, policy, conditions, intervals, steps, device)
+    world.market.watch = link_watch(config, world.market.learner, world.network.miner_states, print, conditions.scale)
     print("\n".join(introduction(config, world, task)))
     print(f"{'hours':>7} {'up':>5} {'util.':>6} {'MB up':>10} {'MB down':>10} {task.unit:>10} {'loss':>10}  faults")
     moments: list[Moment] = []
@@ -139,7 +139,7 @@ async def play(
 
 
 def conditions_of(config: SimulateConfig, task: Task) -> Conditions:
-    from emulation.world import Conditions
+    from pilot.simulation.world import Conditions
 
     parameters = task.trainable(task.build_model("cpu", initial=False)).values()
     megabytes = 4e-6 * sum(p.numel() for p in parameters)
@@ -157,7 +157,7 @@ def conditions_of(config: SimulateConfig, task: Task) -> Conditions:
 
 def introduction(config: SimulateConfig, world: World, task: Task) -> list[str]:
     """The cost model, and what else holds."""
-    from market.budget import Rate
+    from pilot.market.link_budget import Rate
 
     link, scale, watch = config.link, world.conditions.scale, world.market.watch
     assert watch is not None

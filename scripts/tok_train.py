@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-import cli
+from pilot.app import cli
 from tasks.config import TokTrainConfig
 
 if TYPE_CHECKING:

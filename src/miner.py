@@ -22,20 +22,20 @@ from contextlib import AsyncExitStack
 from ssl import SSLContext
 from typing import TYPE_CHECKING, Any
 
-import cli
-from market.config import MinerConfig
+from pilot.app import cli
+from pilot.app.flags import MinerConfig
 from protocol import DataSpec, Hotkey
 
 if TYPE_CHECKING:
     from bittensor.sp_core import Keypair
 
-    from market.worker import Worker
-    from records.cache import Cache
-    from records.console import Activity, MinerConsole
+    from pilot.display.console import Activity, MinerConsole
+    from pilot.storage.miner_store import FileMinerStore
+    from pilot.transport.client.peer import Endpoint
+    from pilot.transport.client.registration import Registration
+    from pilot.transport.server.axon import Axon
+    from pilot.worker.worker import Worker
     from tasks.tokens import Tokens
-    from transport.axon import Axon
-    from transport.membership import Membership
-    from transport.peer import Endpoint
 
 Say = Callable[[str], None]
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(config)
         cli.set_threads(config.threads)
         cli.reuse_memory()
-    from records.console import MinerConsole
+    from pilot.display.console import MinerConsole
 
     with contextlib.suppress(KeyboardInterrupt), MinerConsole(config.logging.debug) as console:
         asyncio.run(serve(config, console))
@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(config: MinerConfig) -> None:
     """Mistakes that can be seen without importing anything heavy."""
+    from pilot.transport.tls import check_pair
     from tasks import TASKS
-    from transport.tls import check_pair
 
     for task in config.tasks:
         if task not in TASKS:
@@ -98,7 +98,7 @@ def is_loopback(host: str) -> bool:
 
 def find_validator(config: MinerConfig) -> Endpoint | None:
     """Where --validator says. Raises ValueError."""
-    from transport.peer import parse_endpoint
+    from pilot.transport.client.peer import parse_endpoint
 
     if not config.validator:
         return None
@@ -113,7 +113,7 @@ def find_validator(config: MinerConfig) -> Endpoint | None:
 
 def allowed(config: MinerConfig, validator: Endpoint | None) -> frozenset[Hotkey]:
     """Who may call: whom --allow and --validator name. Raises ValueError."""
-    from transport.auth import is_bittensor_address
+    from pilot.transport.auth import is_bittensor_address
 
     for caller in config.allow:
         if not is_bittensor_address(caller):
@@ -124,7 +124,7 @@ def allowed(config: MinerConfig, validator: Endpoint | None) -> frozenset[Hotkey
 
 async def serve(config: MinerConfig, console: MinerConsole) -> None:
     """Wires the worker and its ways to a validator; works until it is told to end, or something of ours fails."""
-    from transport.tls import client_context
+    from pilot.transport.tls import client_context
 
     told = [asyncio.Event(), asyncio.Event()]  # to end, and to end at once
     axon = membership = None
@@ -178,7 +178,9 @@ async def first(failures: Sequence[asyncio.Future[Any]], *causes: Coroutine[Any,
             wait.cancel()
 
 
-async def hand_over(config: MinerConfig, worker: Worker, membership: Membership | None, console: MinerConsole) -> None:
+async def hand_over(
+    config: MinerConfig, worker: Worker, membership: Registration | None, console: MinerConsole
+) -> None:
     """No more orders; what is done goes to the validator."""
     if membership is not None:
         membership.leave()
@@ -188,16 +190,16 @@ async def hand_over(config: MinerConfig, worker: Worker, membership: Membership 
         await membership.settle(GOODBYE_S)
 
 
-def make_worker(config: MinerConfig, near: bool, console: MinerConsole) -> tuple[Keypair, Cache, Worker]:
+def make_worker(config: MinerConfig, near: bool, console: MinerConsole) -> tuple[Keypair, FileMinerStore, Worker]:
     """`near`: validator and miner are on this machine, where a missing wallet is made. Raises ValueError."""
-    from market.worker import Worker
-    from records.cache import Cache
+    from pilot.storage.miner_store import FileMinerStore
+    from pilot.transport.wallets import load_keypair
+    from pilot.worker.worker import Worker
     from tasks import load_task
-    from transport.wallets import load_keypair
 
     device, wallet = cli.pick_device(config.device), config.wallet
     keypair: Keypair = load_keypair(wallet.name, wallet.hotkey, str(wallet.path), create=near, say=console.say)
-    cache = Cache(config.cache.expanduser() / f"{wallet.name}.{wallet.hotkey}")
+    cache = FileMinerStore(config.cache.expanduser() / f"{wallet.name}.{wallet.hotkey}")
     if config.unpin:
         cache.unpin()
     for task in config.tasks:
@@ -216,12 +218,12 @@ def make_worker(config: MinerConfig, near: bool, console: MinerConsole) -> tuple
 
 
 async def open_axon(
-    config: MinerConfig, keypair: Keypair, cache: Cache, worker: Worker, allow: frozenset[Hotkey], say: Say
+    config: MinerConfig, keypair: Keypair, cache: FileMinerStore, worker: Worker, allow: frozenset[Hotkey], say: Say
 ) -> tuple[Axon, str]:
     """The axon, and HOST:PORT for an announcement: no host where it listens on every interface. Raises ValueError."""
-    from transport.auth import Guard
-    from transport.axon import Axon
-    from transport.tls import server_context
+    from pilot.transport.auth import Guard
+    from pilot.transport.server.axon import Axon
+    from pilot.transport.tls import server_context
 
     cert, key = config.axon.tls_cert, config.axon.tls_key
     tls = server_context(cert, key) if cert and key else None
@@ -246,18 +248,18 @@ def join(
     serves: str | None,
     tls: SSLContext | None,
     say: Say,
-) -> Membership:
+) -> Registration:
     """Announces this miner to --validator from now on; without an axon, `serves` None, it pulls. Raises ValueError."""
-    from transport.membership import Membership
+    from pilot.transport.client.registration import Registration
 
     serves_tls = config.axon.tls_cert is not None
-    return Membership(worker, keypair, validator, serves, say, config.limits, serves_tls=serves_tls, tls=tls)
+    return Registration(worker, keypair, validator, serves, say, config.limits, serves_tls=serves_tls, tls=tls)
 
 
 def activity(worker: Worker, refused: int) -> Activity:
     """What the worker is at, for the line at a terminal. `refused` requests are shown where there were any."""
-    from market.cursor import size
-    from records.console import Activity
+    from pilot.display.console import Activity
+    from pilot.training.ranges import size
 
     figures = (*worker.figures, *([f"{refused} refused"] if refused else []))
     arriving, job = worker.inbox.arriving, worker.job
@@ -277,7 +279,7 @@ async def parent_gone(pid: int) -> None:
         await asyncio.sleep(0.5)
 
 
-def find_tokens(config: MinerConfig, cache: Cache, spec: DataSpec) -> Tokens:
+def find_tokens(config: MinerConfig, cache: FileMinerStore, spec: DataSpec) -> Tokens:
     """The order's data: handed over by the validator, or, where that is too large, made from --data or a hub's rows."""
     from tasks.text import rebuild_tokens
     from tasks.tokens import Tokens

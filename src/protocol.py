@@ -21,12 +21,12 @@ from typing import Annotated, ClassVar, Final, Literal, NamedTuple, Self, TypeVa
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from digests import PROTOCOL as PROTOCOL
-from digests import Digest as Digest
-from digests import Hasher as Hasher
-from digests import Version as Version
-from digests import chain as chain
-from digests import digest as digest
+from pilot.common.hashing import PROTOCOL as PROTOCOL
+from pilot.common.hashing import Digest as Digest
+from pilot.common.hashing import Hasher as Hasher
+from pilot.common.hashing import Version as Version
+from pilot.common.hashing import digest as digest
+from pilot.common.hashing import next_version as next_version
 
 RELEASE: Final = "0.1.0"  # of this program, as pyproject.toml has it
 
@@ -218,7 +218,7 @@ class DataSpec(Part):
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.05  # fraction of the text; 0: the last file
 
 
-class Step(Part):
+class VersionStep(Part):
     """From one version to the next: a whole state in place of what was there, or a delta to add to it."""
 
     kind: Literal["state", "delta"]
@@ -231,7 +231,7 @@ class Step(Part):
         return BlobRef(kind=self.kind, digest=self.digest, bytes=self.bytes)
 
 
-class Snapshot(Part):
+class StateSnapshot(Part):
     """The whole fp32 state that the first `steps` of an update's steps make: a newcomer's short cut."""
 
     steps: Annotated[int, Field(ge=0, le=MAX_STEPS)]
@@ -244,20 +244,20 @@ class Snapshot(Part):
         return self
 
     @property
-    def step(self) -> Step:
+    def step(self) -> VersionStep:
         """It takes the place of whatever a miner has."""
-        return Step(kind="state", codec="fp32", digest=self.blob.digest, bytes=self.blob.bytes)
+        return VersionStep(kind="state", codec="fp32", digest=self.blob.digest, bytes=self.blob.bytes)
 
 
 class Update(Part):
-    """The way to the order's version: from `base` by `steps`, the newest last; version(t+1) = chain(version(t), step).
+    """The way to the order's version: from `base` by `steps`, the newest last; version(t+1) = next_version(version(t), step).
 
     Whoever holds a version on the way needs the steps after it; anyone else a whole state on it, and those after that.
     """
 
     base: Version | None
-    steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=MAX_STEPS)]
-    snapshots: Annotated[tuple[Snapshot, ...], Field(max_length=2)] = ()
+    steps: Annotated[tuple[VersionStep, ...], Field(min_length=1, max_length=MAX_STEPS)]
+    snapshots: Annotated[tuple[StateSnapshot, ...], Field(max_length=2)] = ()
 
     @model_validator(mode="after")
     def _snapshots_lie_on_the_way(self) -> Self:
@@ -276,7 +276,7 @@ class Update(Part):
         """`base`, then the version that each step makes."""
         found = [self.base]
         for step in self.steps:
-            found.append(chain(found[-1], step.digest))
+            found.append(next_version(found[-1], step.digest))
         return tuple(found)
 
     @property
@@ -286,7 +286,7 @@ class Update(Part):
         return version
 
 
-class Inner(Part):
+class InnerSteps(Part):
     """DiLoCo: what a miner's own optimizer does in an order, from the order's version on.
 
     The payload is then the pseudo-gradient: the parameters of the order's version less those after the inner steps.
@@ -321,7 +321,7 @@ class Order(Message):
     codec_up: Name
     codec_down: Name
     budget_s: Seconds = 0.0  # until the reply shall be there, if the ranges are not done before; 0: only the deadline
-    inner: Inner | None = None  # DiLoCo; None: the payload is the mean gradient
+    inner: InnerSteps | None = None  # DiLoCo; None: the payload is the mean gradient
     feedback: Annotated[float, Field(ge=0, le=1)] = 0.0  # decay of the miner's error feedback; 0: none
 
 

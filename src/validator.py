@@ -3,8 +3,8 @@
 python src/validator.py --wallet.name validator --wallet.hotkey default --device cuda:0 --axons 8091 8092
 python src/validator.py --local 2 --baseline        # two miners of this machine, and plain training beside it
 
-market/round.py     a round, one method a step: plan, broadcast, collect, verify, aggregate, step, score, commit
-market/learner.py   the model, the optimizer, the chain of versions
+pilot/market/round.py     a round, one method a step: plan, broadcast, collect, verify, aggregate, step, score, commit
+pilot/training/learner.py   the model, the optimizer, the chain of versions
 transport/          the wire: signed requests, streamed bodies
 records/            the ledger, spooled payloads, snapshots, metrics, the display
 """
@@ -22,23 +22,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING
 
-import cli
-import runs
-import wiring
-from market.config import ValidatorConfig
+from pilot.app import build_validator as wiring
+from pilot.app import cli
+from pilot.app import run_folder as runs
+from pilot.app.flags import ValidatorConfig
 from protocol import Receipt
 
 if TYPE_CHECKING:
-    from market.round import Market
-    from records.console import Console
-    from records.metrics import Metrics
-    from records.store import Store
+    from pilot.display.console import Console
+    from pilot.display.metrics import Metrics
+    from pilot.market.round import Market
+    from pilot.storage.run_store import RunStore
 
 PROGRAM = "validator.py"
 logger = logging.getLogger("validator")
 
 
-async def train(config: ValidatorConfig, market: Market, store: Store, metrics: Metrics, console: Console) -> None:
+async def train(config: ValidatorConfig, market: Market, store: RunStore, metrics: Metrics, console: Console) -> None:
     """The marketplace, one round after the other, from wherever the ledger ends."""
     while True:
         # Once in a while, with the miners at work on the next round already: evaluate, save a snapshot.
@@ -62,7 +62,7 @@ def due(done: int, every: int, rounds: int) -> bool:
     return done in (0, rounds) or (every > 0 and done % every == 0)
 
 
-def report_round(done: int, store: Store, metrics: Metrics, console: Console) -> None:
+def report_round(done: int, store: RunStore, metrics: Metrics, console: Console) -> None:
     """The newest round for the display and for metrics.jsonl: what its commit says, and an evaluation after it."""
     head = store.head()
     if head is not None and head.round == done - 1:
@@ -74,7 +74,7 @@ def report_round(done: int, store: Store, metrics: Metrics, console: Console) ->
         console.round(row, receipts)
 
 
-def rewrite_metrics(store: Store, metrics: Metrics) -> None:
+def rewrite_metrics(store: RunStore, metrics: Metrics) -> None:
     """After a restart metrics.jsonl says what the ledger says, up to the newest round, which comes anew."""
     looks = store.evaluations()
     metrics.rewrite([{**r.metrics, **looks.get(r.round + 1, {})} for r in store.committed(0)[:-1]])
@@ -82,12 +82,12 @@ def rewrite_metrics(store: Store, metrics: Metrics) -> None:
 
 async def run(config: ValidatorConfig) -> None:
     """Wires the parts, trains, and shows what came of it."""
-    import report
-    from local_miners import LocalMiners
-    from records.console import Console
-    from records.metrics import Metrics
-    from records.store import Room
-    from transport.dendrite import parse_endpoint
+    from pilot.app import report
+    from pilot.app.local_miners import LocalMiners
+    from pilot.display.console import Console
+    from pilot.display.metrics import Metrics
+    from pilot.storage.run_store import DiskFullGuard
+    from pilot.transport.client.dendrite import parse_endpoint
 
     with ExitStack() as stack:
         with cli.mistakes(PROGRAM):
@@ -99,7 +99,7 @@ async def run(config: ValidatorConfig) -> None:
             console = stack.enter_context(Console(config.rounds, config.logging.debug))
             listed, admission = wiring.watched_files(config, console)
             keypair = wiring.signing_key(config, [*endpoints, *(listed.endpoints if listed else ())], console)
-            stack.enter_context(Room(folder))
+            stack.enter_context(DiskFullGuard(folder))
             store = stack.enter_context(closing(runs.open_store(config, folder)))
             local = stack.enter_context(  # they import while we do
                 LocalMiners(config.local, folder / "miners", config.task, config.device, config.threads)
@@ -121,7 +121,7 @@ async def run(config: ValidatorConfig) -> None:
             began = time.monotonic()
             try:
                 with stopping_politely(market, console):
-                    async with console.watching(network.links):
+                    async with console.watching(network.miner_states):
                         await train(config, market, store, metrics, console)
             finally:
                 await market.close()
@@ -153,7 +153,7 @@ def stopping_politely(market: Market, console: Console) -> Iterator[None]:
         if market.stopping:
             task.cancel()
             return
-        console.say(f"stopping: the round closes in {market.terms.grace_s:g} s at most; once more to stop at once")
+        console.say(f"stopping: the round closes in {market.policy.grace_s:g} s at most; once more to stop at once")
         market.request_stop()
 
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -177,8 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Processes that share the cores: OpenMP's threads shall soon sleep while they wait. With the default count of
         # spins a nano step beside a busy process takes 190 to 700 ms, with this 40, and undisturbed 19 instead of 16.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from records.store import DiskFull
-    from values import Diverged
+    from pilot.interfaces import Diverged
+    from pilot.storage.run_store import DiskFull
 
     try:
         asyncio.run(run(config))

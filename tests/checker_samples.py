@@ -10,11 +10,17 @@ from pathlib import Path
 import torch
 from bittensor.sp_core import Keypair
 
+from pilot.interfaces import ReceivedReply, RoundRecord
+from pilot.ranking import Evidence
+from pilot.ranking.accepted_work import AcceptedWork
+from pilot.storage.miner_store import FileMinerStore
+from pilot.storage.run_store import RunStore
+from pilot.transport.auth import sign_message
 from protocol import (
     BlobRef,
     DataSpec,
     Fault,
-    Inner,
+    InnerSteps,
     Message,
     Order,
     Range,
@@ -23,16 +29,10 @@ from protocol import (
     Signed,
     TaskSpec,
     Version,
-    chain,
     digest,
+    next_version,
 )
-from ranking import Evidence
-from ranking.accepted_work import AcceptedWork
-from records.cache import Cache
-from records.store import Store
 from tests.updates import whole_state
-from transport.auth import seal
-from values import Received, RoundRecord
 
 KEYS = {name: Keypair.create_from_uri(f"//{name}") for name in ("Validator", "A", "B", "Mallory")}
 VALIDATOR, A, B, MALLORY = (keypair.ss58_address for keypair in KEYS.values())
@@ -47,15 +47,15 @@ def span(*ends: int) -> tuple[Range, ...]:
 
 
 STATES = [digest("state", b"%d" % version) for version in range(5)]
-V0 = chain(None, STATES[0])
-V1 = chain(V0, STATES[1])
-V2 = chain(V1, STATES[2])
-V3 = chain(V2, STATES[3])
-V4 = chain(V3, STATES[4])
+V0 = next_version(None, STATES[0])
+V1 = next_version(V0, STATES[1])
+V2 = next_version(V1, STATES[2])
+V3 = next_version(V2, STATES[3])
+V4 = next_version(V3, STATES[4])
 
 
 def order(round: int, hotkey: str, ranges: tuple[Range, ...], version: Version, base: Version | None) -> Order:
-    [state] = [state for state in STATES if chain(base, state) == version]
+    [state] = [state for state in STATES if next_version(base, state) == version]
     return Order(
         run="run",
         round=round,
@@ -114,7 +114,7 @@ def draft() -> Draft:
     )
 
 
-INNER = Inner(batches=1, first_step=0, steps=5, keep=False, optimizer={})
+INNER = InnerSteps(batches=1, first_step=0, steps=5, keep=False, optimizer={})
 
 
 def carried() -> Draft:
@@ -151,11 +151,11 @@ class Writer:
 
     def __init__(self, place: Path, run: Draft) -> None:
         self.run, self.folder = run, place / "runs" / "run"
-        self.caches = {hotkey: Cache(place / hotkey) for hotkey in (A, B)}
+        self.caches = {hotkey: FileMinerStore(place / hotkey) for hotkey in (A, B)}
         self.miners = [place / hotkey for hotkey in (A, B)]
         self.ranker = AcceptedWork()
         self.orders = {where: self.seal(order, VALIDATOR) for where, order in run.orders.items()}
-        with closing(Store.create(self.folder, {"coverage": json.dumps(run.coverage)}, keep=2)) as store:
+        with closing(RunStore.create(self.folder, {"coverage": json.dumps(run.coverage)}, keep=2)) as store:
             for round in range(len(run.versions)):
                 self.write_round(store, round)
             store.open_round(4, [signed for where, signed in self.orders.items() if where[0] == 4])
@@ -165,9 +165,9 @@ class Writer:
     def seal(self, message: Message, by: str) -> Signed:
         said = message.model_dump()
         by = self.run.keys.get((message.kind, said["round"], said["hotkey"]), by)
-        return seal(BY_HOTKEY[by], message)
+        return sign_message(BY_HOTKEY[by], message)
 
-    def write_round(self, store: Store, round: int) -> None:
+    def write_round(self, store: RunStore, round: int) -> None:
         run = self.run
         if round in run.snapshots:
             store.save_snapshot(round, {"version": run.snapshots[round]}, {"w": torch.zeros(2)})
@@ -178,7 +178,9 @@ class Writer:
                 payload = f"{round} {hotkey}".encode()
                 reply = self.reply((round, hotkey), run.replies[round, hotkey], payload)
                 store.payload_path(round, hotkey).write_bytes(payload)
-                store.seal(Received(reply=reply, signed=self.seal(reply, hotkey), bytes_up=1, bytes_down=1))
+                store.make_durable(
+                    ReceivedReply(reply=reply, signed=self.seal(reply, hotkey), bytes_up=1, bytes_down=1)
+                )
         settled = [place for place in run.orders if run.settled.get(place, place[0]) == round]
         given = [Evidence(p[1], run.faults.get(p), self.work(p), self.work(p)) for p in settled]
         scores, weights = self.ranker.update(given), self.ranker.weights()

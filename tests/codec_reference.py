@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from codec import CHUNK
+from pilot.codec import CHUNK
 
 # base, digits of a byte, the level of each digit
 CODES = {

@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 from typing_extensions import Buffer
 
-from market.learner import Learner
-from market.worker import Worker
+from pilot.interfaces import Refused
+from pilot.training.learner import Learner
+from pilot.worker.worker import Worker
 from protocol import BlobRef, Digest, Order, Range, Reply, Stop, Update, digest
 from tasks.gpt2 import GPT2
 from tests.tiny import MINERS, VALIDATOR
 from tests.updates import whole_state
-from values import Refused
 
 MINER = MINERS[0]
 HOTKEY, CALLER = MINER.ss58_address, VALIDATOR.ss58_address
 
 
 @dataclass
-class Desk:
+class Gateway:
     """A validator's desk: writes orders, and sends them with what the miner lacks."""
 
     task: GPT2
@@ -59,13 +59,13 @@ class Desk:
         """Until it is accepted, with every blob that is missing."""
         order_digest = digest(order.kind, order.text().encode())
         try:
-            self.worker.order(caller, order, order_digest)
+            self.worker.accept_order(caller, order, order_digest)
         except Refused as refused:
             if not refused.missing:
                 raise
             for ref in refused.missing:
                 self.push(ref, self.blob(ref, state), caller, refused.held.get(ref.digest, 0))
-            self.worker.order(caller, order, order_digest)
+            self.worker.accept_order(caller, order, order_digest)
         return order_digest
 
     def blob(self, ref: BlobRef, state: Buffer | None = None) -> Buffer:
@@ -74,7 +74,7 @@ class Desk:
         return {**self.task.blobs(), **self.learner.blobs, **self.blobs}[ref.digest]
 
     def push(self, ref: BlobRef, data: Buffer, caller: str = CALLER, offset: int = 0) -> None:
-        writer = self.worker.receive(caller, ref, offset)
+        writer = self.worker.open_blob(caller, ref, offset)
         view = memoryview(data).cast("B")
         for start in range(offset, len(view), 10_000):
             writer.write(view[start : start + 10_000])
@@ -82,17 +82,17 @@ class Desk:
         self.sent.append(ref)
 
     async def reply(self, order: Digest, caller: str = CALLER) -> Reply:
-        reply = await self.worker.reply(caller, order, 60.0)
+        reply = await self.worker.wait_for_reply(caller, order, 60.0)
         assert reply is not None
         return reply
 
     async def refusal(self, order: Digest, caller: str = CALLER) -> Refused:
         with pytest.raises(Refused) as caught:
-            await self.worker.reply(caller, order, 60.0)
+            await self.worker.wait_for_reply(caller, order, 60.0)
         return caught.value
 
     def stop(self, order: Digest, caller: str = CALLER) -> None:
-        self.worker.stop(caller, Stop(run="tiny", round=0, hotkey=HOTKEY, order=order))
+        self.worker.stop_order(caller, Stop(run="tiny", round=0, hotkey=HOTKEY, order=order))
 
     def computed(self) -> int:
         """Jobs that came to an end with a gradient."""

@@ -12,7 +12,15 @@ from pathlib import Path
 from bittensor.sp_core import Keypair
 from typing_extensions import Buffer
 
-from limits import Limits
+from pilot.common.limits import Limits
+from pilot.interfaces import Refused
+from pilot.transport.auth import Guard
+from pilot.transport.client.dendrite import Dendrite, Endpoint
+from pilot.transport.client.peer import Peer, open_session
+from pilot.transport.client.registration import Registration
+from pilot.transport.server.admission import Admission
+from pilot.transport.server.axon import Axon
+from pilot.transport.server.gateway import Gateway
 from protocol import (
     BlobRef,
     DataSpec,
@@ -29,18 +37,10 @@ from protocol import (
     Status,
     Stop,
     TaskSpec,
-    chain,
     digest,
+    next_version,
 )
 from tests.updates import whole_state
-from transport.auth import Guard
-from transport.axon import Axon
-from transport.dendrite import Dendrite, Endpoint
-from transport.desk import Desk
-from transport.membership import Membership
-from transport.peer import Peer, open_session
-from transport.roster import Admission
-from values import Refused
 
 VALIDATOR = Keypair.create_from_uri("//Validator")
 MINER = Keypair.create_from_uri("//Miner")
@@ -107,7 +107,7 @@ class Echo:
             time_ns=time.time_ns(),
         )
 
-    def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
+    def accept_order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
         missing = [ref for ref in (order.update.refs[0], order.data.tokens) if ref.digest not in self.blobs]
         if missing:
             held = {ref.digest: self.writers[ref].held for ref in missing if ref in self.writers}
@@ -115,13 +115,13 @@ class Echo:
         self.orders[digest] = order
         return self.status()
 
-    def receive(self, caller: Hotkey, ref: BlobRef, offset: int) -> Writer:
+    def open_blob(self, caller: Hotkey, ref: BlobRef, offset: int) -> Writer:
         writer = self.writers.setdefault(ref, Writer(self, ref))
         if offset != writer.held:
             raise Refused(409, "another part is held", missing=[ref], held={ref.digest: writer.held})
         return writer
 
-    async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
+    async def wait_for_reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
         if order not in self.orders:
             raise Refused(404, "no such order")
         await asyncio.sleep(self.work_s)
@@ -150,19 +150,19 @@ class Echo:
             residual_after=None,
         )
 
-    def payload(self, caller: Hotkey, order: Digest) -> Buffer:
+    def read_payload(self, caller: Hotkey, order: Digest) -> Buffer:
         if order not in self.orders:
             raise Refused(404, "no such order")
         return self.blobs[self.orders[order].update.refs[0].digest]
 
-    def delivered(self, caller: Hotkey, order: Digest) -> None:
+    def mark_delivered(self, caller: Hotkey, order: Digest) -> None:
         self.deliveries += 1
 
-    def stop(self, caller: Hotkey, stop: Stop) -> Status:
+    def stop_order(self, caller: Hotkey, stop: Stop) -> Status:
         self.stops.append(stop)
         return self.status()
 
-    def receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status:
+    def accept_receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status:
         self.receipts.append(receipt)
         return self.status()
 
@@ -176,7 +176,7 @@ def make_order(
         run="test",
         round=round,
         hotkey=hotkey,
-        version=chain(None, blob.digest),
+        version=next_version(None, blob.digest),
         update=whole_state(blob),
         state_digest=None,
         task=TaskSpec(name="echo", parameters={}),
@@ -263,11 +263,11 @@ async def desk(
     limits: Limits | None = None,
     clock_ns: Callable[[], int] = time.time_ns,
     said: list[str] | None = None,
-) -> AsyncIterator[tuple[Desk, Endpoint]]:
+) -> AsyncIterator[tuple[Gateway, Endpoint]]:
     """A validator's server for its miners, who announce themselves five times a second."""
     lines = [] if said is None else said
     admission = Admission(admit, lines.append, time.monotonic)
-    server = Desk(
+    server = Gateway(
         *(VALIDATOR, "echo", admission, nobody_asks, "127.0.0.1", port, limits), interval_s=0.2, clock_ns=clock_ns
     )
     bound = await server.start()
@@ -286,11 +286,11 @@ async def member(
     keypair: Keypair = MINER,
     said: list[str] | None = None,
     limits: Limits | None = None,
-) -> AsyncIterator[Membership]:
+) -> AsyncIterator[Registration]:
     """A miner's place there: announced to serve at "host:port", or pulling. It ends without saying that it leaves."""
     lines = [] if said is None else said
     limits = limits or replace(Limits(), poll_s=1.0)
-    membership = Membership(service, keypair, validator, serves, lines.append, limits, interval_s=0.2)
+    membership = Registration(service, keypair, validator, serves, lines.append, limits, interval_s=0.2)
     try:
         yield membership
         if membership.failed.done():
@@ -314,5 +314,5 @@ async def honest_exchange(port: int, path: Path, round: int = 99) -> None:
     order = make_order(round=round)
     async with dendrite(port) as network:
         assert await network.wait_for_peer(5)
-        await network.exchange(order, network.seal(order), blobs_of(order), path / "honest")
+        await network.exchange(order, network.sign(order), blobs_of(order), path / "honest")
     assert (path / "honest").read_bytes() == STATE

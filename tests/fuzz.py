@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FOUND = Path("build/fuzz")
 MAX_BYTES = 8192  # of an input
 MAX_GROWTH = 32 << 20  # bytes of memory that one input may add to the most there ever was
-INSTRUMENTED = ["protocol", "codec", "transport.auth", "transport.peer"]
+INSTRUMENTED = ["protocol", "codec", "pilot.transport.auth", "pilot.transport.client.peer"]
 
 
 def peak() -> int:

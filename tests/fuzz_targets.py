@@ -19,12 +19,12 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from codec import CODECS, DENSE, load_codec
+from pilot.codec import CODECS, DENSE, load_codec
+from pilot.transport.auth import Keypair, open_reply, sign_message, verify_message
+from pilot.transport.client.peer import Endpoint, parse_endpoint
 from protocol import MESSAGES, Message, Order, ProtocolError, Refusal, Signed, signing_bytes
 from tests import codec_reference
 from tests.test_protocol import ORDER, REPLY, SAMPLES, A
-from transport.auth import Keypair, open_reply, seal, unseal
-from transport.peer import Endpoint, parse_endpoint
 
 GRADIENT = {"b": torch.tensor([1.0, 2.0, 3.0]), "scale": torch.tensor(4.0), "w": torch.arange(6.0).view(2, 3)}
 SPECS = {name: t.shape for name, t in GRADIENT.items()}
@@ -69,7 +69,7 @@ def check_unseal(data: bytes) -> bool:
     """Nothing but what the validator sealed comes out of an envelope, however near the bytes are."""
     try:
         signed = Signed.parse(data)
-        order = unseal(signed, Order, VALIDATOR.ss58_address)
+        order = verify_message(signed, Order, VALIDATOR.ss58_address)
     except ProtocolError as error:
         return refused(error)
     assert order == ORDER
@@ -140,7 +140,7 @@ def check_packed(name: str, data: bytes) -> bool:
 # --- the targets ------------------------------------------------------------------------------------------------------
 
 REPLIED = REPLY.model_copy(update={"hotkey": MINER.ss58_address, "order": A}).text().encode()
-ENVELOPES = tuple(seal(VALIDATOR, m).model_dump_json().encode() for m in (ORDER, SAMPLES["stop"]))
+ENVELOPES = tuple(sign_message(VALIDATOR, m).model_dump_json().encode() for m in (ORDER, SAMPLES["stop"]))
 ENDPOINTS = (b"8091", b"localhost:1", b"[::1]:65535", b"miner.example.org:8091@" + MINER.ss58_address.encode())
 
 PACKED = (*(name for name in CODECS if name not in DENSE), "ternary+entropy", "topk64", "topk64-4bit", "topk64+entropy")

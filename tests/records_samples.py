@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pilot.interfaces import ReceivedReply, RoundRecord
 from protocol import (
     BlobRef,
     DataSpec,
@@ -12,12 +13,11 @@ from protocol import (
     Receipt,
     Reply,
     Signed,
-    Step,
     TaskSpec,
     Update,
+    VersionStep,
     digest,
 )
-from values import Received, RoundRecord
 
 VALIDATOR = "5" + "V" * 47
 HOTKEYS = tuple("5" + letter * 47 for letter in "ABC")
@@ -35,7 +35,7 @@ def order(round: int, hotkey: str, deadline_s: float = 10.0, ranges: tuple[Range
             round=round,
             hotkey=hotkey,
             version=VERSION,
-            update=Update(base=None, steps=(Step(kind="state", codec="fp32", digest=VERSION, bytes=100),)),
+            update=Update(base=None, steps=(VersionStep(kind="state", codec="fp32", digest=VERSION, bytes=100),)),
             state_digest=None,
             task=TaskSpec(name="gpt2", parameters={"depth": 2}),
             data=DataSpec(
@@ -76,9 +76,9 @@ def reply(round: int, hotkey: str, data: bytes = b"") -> Reply:
     )
 
 
-def received(round: int, hotkey: str, data: bytes) -> Received:
+def received(round: int, hotkey: str, data: bytes) -> ReceivedReply:
     what = reply(round, hotkey, data)
-    return Received(reply=what, signed=signed(what), bytes_up=len(data) + 500, bytes_down=900, seconds=1.75)
+    return ReceivedReply(reply=what, signed=signed(what), bytes_up=len(data) + 500, bytes_down=900, seconds=1.75)
 
 
 def receipt(

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregation import AGGREGATORS, load_aggregator
-from aggregation.means import mean, median_norm_mean
-from codec import load_codec
-from codec.dense import CHUNK, global_norm
+from pilot.aggregation import AGGREGATORS, load_aggregator
+from pilot.aggregation.means import mean, median_norm_mean
+from pilot.codec import load_codec
+from pilot.codec.dense import CHUNK, global_norm
 
 SETTINGS = settings(derandomize=True, max_examples=100, deadline=None, database=None)
 SHAPES = {"b": (3,), "none": (0,), "scale": (), "w": (4, 5)}

@@ -8,44 +8,53 @@ from pathlib import Path
 
 import pytest
 
+from pilot.interfaces import Refused
+from pilot.transport.auth import (
+    AuthError,
+    Guard,
+    StaleRequest,
+    Verifier,
+    WrongReceiver,
+    sign_message,
+    sign_request,
+    verify_message,
+)
+from pilot.transport.wallets import load_keypair
 from protocol import Fault, Message, Order, ProtocolError, Reply, Signed, Stop
 from tests.echo import MALLORY, MINER, VALIDATOR, make_order
-from transport.auth import AuthError, Guard, StaleRequest, Verifier, WrongReceiver, seal, sign_request, unseal
-from transport.wallets import load_keypair
-from values import Refused
 
 ORDER = make_order()
 
 
 def fault_of(signed: Signed, cls: type[Message] = Order) -> Fault:
     with pytest.raises(ProtocolError) as caught:
-        unseal(signed, cls, VALIDATOR.ss58_address)
+        verify_message(signed, cls, VALIDATOR.ss58_address)
     return caught.value.fault
 
 
 def test_an_envelope_opens_to_the_same_message() -> None:
-    signed = Signed.parse(seal(VALIDATOR, ORDER).model_dump_json())
-    assert unseal(signed, Order, VALIDATOR.ss58_address) == ORDER
+    signed = Signed.parse(sign_message(VALIDATOR, ORDER).model_dump_json())
+    assert verify_message(signed, Order, VALIDATOR.ss58_address) == ORDER
 
 
 def test_an_envelope_of_another_signer_kind_body_or_signature_is_forged() -> None:
-    signed = seal(VALIDATOR, ORDER)
-    assert fault_of(seal(MALLORY, ORDER)) is Fault.FORGED
+    signed = sign_message(VALIDATOR, ORDER)
+    assert fault_of(sign_message(MALLORY, ORDER)) is Fault.FORGED
     assert fault_of(signed, Reply) is Fault.FORGED
     assert fault_of(signed.model_copy(update={"body": signed.body.replace('"round":0', '"round":1')})) is Fault.FORGED
     assert fault_of(signed.model_copy(update={"signature": "00" * 64})) is Fault.FORGED
-    assert fault_of(seal(MALLORY, ORDER).model_copy(update={"signer": VALIDATOR.ss58_address})) is Fault.FORGED
+    assert fault_of(sign_message(MALLORY, ORDER).model_copy(update={"signer": VALIDATOR.ss58_address})) is Fault.FORGED
 
 
 def test_a_signature_of_one_kind_is_none_of_another() -> None:
-    signed = seal(VALIDATOR, ORDER).model_copy(update={"kind": "stop"})
+    signed = sign_message(VALIDATOR, ORDER).model_copy(update={"kind": "stop"})
     assert fault_of(signed, Stop) is Fault.FORGED
 
 
 def test_an_address_with_a_wrong_checksum_is_forged() -> None:
     address = VALIDATOR.ss58_address[:-1] + ("2" if VALIDATOR.ss58_address[-1] != "2" else "3")
     with pytest.raises(ProtocolError) as caught:
-        unseal(seal(VALIDATOR, ORDER).model_copy(update={"signer": address}), Order, address)
+        verify_message(sign_message(VALIDATOR, ORDER).model_copy(update={"signer": address}), Order, address)
     assert caught.value.fault is Fault.FORGED
 
 
@@ -54,7 +63,7 @@ def test_a_signed_body_that_is_no_message_is_malformed() -> None:
         extra: int = 1
 
     values = {name: getattr(ORDER, name) for name in Order.model_fields}
-    assert fault_of(seal(VALIDATOR, Odd(**values))) is Fault.MALFORMED
+    assert fault_of(sign_message(VALIDATOR, Odd(**values))) is Fault.MALFORMED
 
 
 def test_a_request_is_good_once() -> None:

@@ -145,9 +145,9 @@ COMBINED = """
 import sys
 import torch
 from safetensors.torch import save_file
-from market.work import compute
+from pilot.training.gradient import compute
 from protocol import Range
-from ranks import Ranks
+from pilot.training.distributed import Ranks
 from tests.test_nanochat_task import make_task
 
 ranks = Ranks.of_environment()

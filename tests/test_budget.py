@@ -10,18 +10,19 @@ import pytest
 import torch
 from bittensor.sp_core import Keypair
 
-from codec import bits, known_codecs
-from market.budget import LADDERS_DOWN, LADDERS_UP, LinkBudget, LinkWatch, Rate, link_watch, median_rate
-from market.config import CodecConfig, RoundConfig
-from market.learner import Learner
-from market.score import Delivery, Part, summary
-from market.verify import Contribution
+from pilot.app.build_validator import link_watch
+from pilot.app.flags import CodecConfig, RoundConfig
+from pilot.codec import bits, known_codecs
+from pilot.interfaces import MinerState, ReceivedReply
+from pilot.market.link_budget import LADDERS_DOWN, LADDERS_UP, LinkBudget, LinkWatch, Rate, median_rate
+from pilot.market.receipts import AssignmentKey, VerifiedReply, summary
+from pilot.market.verify import Contribution
+from pilot.training.learner import Learner
+from pilot.transport.auth import sign_message
 from protocol import Range, Reply
 from tasks.config import AdamWConfig, QuadraticConfig
 from tasks.quadratic import Quadratic
 from tests.echo import VALIDATOR
-from transport.auth import seal
-from values import Link, Received
 
 torch.set_num_threads(1)
 
@@ -30,8 +31,8 @@ HOME = Rate(20e6, 100e6, 0.1)
 HUNDRED = Rate(100e6, 100e6)
 
 
-def link(up_mbps: float, down_mbps: float, latency_s: float = 0.0) -> Link:
-    return Link("here", None, "idle", 0, 0, latency_s, 0, 0, 1e6 * up_mbps, 1e6 * down_mbps)
+def link(up_mbps: float, down_mbps: float, latency_s: float = 0.0) -> MinerState:
+    return MinerState("here", None, "idle", 0, 0, latency_s, 0, 0, 1e6 * up_mbps, 1e6 * down_mbps)
 
 
 def share(budget: LinkBudget, rate: Rate) -> float:
@@ -180,11 +181,11 @@ class Watched:
     """A watch over links that change, and what it said."""
 
     def __init__(self, budget: LinkBudget, *auto: bool) -> None:
-        self.links: list[Link] = []
+        self.links: list[MinerState] = []
         self.said: list[str] = []
         self.watch = LinkWatch(budget, lambda: self.links, self.said.append, *auto)
 
-    def rounds(self, count: int, *links: Link) -> Iterator[tuple[str, str]]:
+    def rounds(self, count: int, *links: MinerState) -> Iterator[tuple[str, str]]:
         """The codecs of the next rounds, with these links."""
         self.links = list(links)
         for _ in range(count):
@@ -204,16 +205,16 @@ def test_auto_chooses_after_three_measured_rounds() -> None:
     assert said.startswith("--codec.up auto --codec.down auto: 249 MB up (bf16) and 126 MB down (int8) a round")
 
 
-def delivery(name: str, claimed_s: float, seen_s: float) -> tuple[Part, Delivery]:
+def delivery(name: str, claimed_s: float, seen_s: float) -> tuple[AssignmentKey, VerifiedReply]:
     """A miner's, which says that it computed for so long, and whose reply was there so long after its order."""
     reply = Reply(
         run="r", round=0, hotkey=Keypair.create_from_uri(f"//{name}").ss58_address, order="0" * 64, version="1" * 64,
         done=(Range(0, 1),), loss=1.0, seconds=claimed_s, codec="fp32", payload_digest="2" * 64, payload_bytes=1,
         residual_before=None, residual_after=None,
     )  # fmt: skip
-    received = Received(reply, seal(VALIDATOR, reply), 1, 1, seen_s)
+    received = ReceivedReply(reply, sign_message(VALIDATOR, reply), 1, 1, seen_s)
     contribution = Contribution(reply.hotkey, reply.done, 1, 1.0, {}, lambda into, weight: None)
-    return (reply.hotkey, 0), Delivery(received, contribution)
+    return (reply.hotkey, 0), VerifiedReply(received, contribution)
 
 
 @pytest.mark.parametrize("claim_s", [0.0, 1e7])

@@ -11,21 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from market.cursor import Cursor, indices, size
-from market.diloco import DiLoCo
-from market.score import by_miner
-from market.verify import Contribution
+from pilot.market.receipts import by_miner
+from pilot.market.verify import Contribution
+from pilot.ranking import Evidence
+from pilot.simulation.network import run
+from pilot.storage.checker import check_run
+from pilot.storage.run_store import RunStore
+from pilot.training.diloco import DiLoCo
+from pilot.training.ranges import Cursor, indices, size
+from pilot.transport.auth import verify_message
 from protocol import Fault, Order, Receipt
-from ranking import Evidence
-from records.checker import check_run
-from records.store import Store
 from tasks.config import QuadraticConfig
 from tasks.quadratic import Quadratic
 from tests.test_round import Dying
 from tests.test_volatile import A, B, C, accepted, metrics, orders
 from tests.tiny import MINERS, OPTIMIZER, Place, batch_takes, equal, make_place, parameters, play, receipts
-from transport.auth import unseal
-from transport.loopback import run
 
 PLAN = DiLoCo(
     tau=2, batches=2, outer_lr=0.7, momentum=0.7, keep=False, warmup_rounds=0, rounds=20, optimizer=asdict(OPTIMIZER)
@@ -46,7 +46,7 @@ def three(folder: Path, task: Quadratic, **options: object) -> Place:
 
 def pace(place: Place, seconds: float) -> None:
     """Of B, a micro-batch."""
-    place.workers[B]._phases._charge = batch_takes(seconds)
+    place.workers[B]._executor._charge = batch_takes(seconds)
 
 
 async def until_it_is_carried(place: Place, rounds: int, slow: int = 1, seconds: float = SLOW_S) -> None:
@@ -74,7 +74,7 @@ def prove(place: Place) -> None:
     place.store.close()
     folder = place.store.folder
     caches = [folder.parent / "miners" / k.ss58_address for k in MINERS[:3]]
-    report = check_run(folder, unseal=unseal, miners=caches, count=place.market.task.count)
+    report = check_run(folder, verify_message=verify_message, miners=caches, count=place.market.task.count)
     assert report.violations == []
 
 
@@ -302,7 +302,7 @@ def test_death_at_every_durable_step_loses_nothing(tmp_path: Path, task: Quadrat
     slow, rounds = 1 + overlap, 5
 
     async def dies(folder: Path, at: int) -> int:
-        store = Store.create(folder / "run", {"task": "quadratic"}, keep=2)
+        store = RunStore.create(folder / "run", {"task": "quadratic"}, keep=2)
         dying = Dying(store, at, after)
         try:
             place = three(folder, task, store=dying, overlap=overlap)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typing_extensions import Buffer
 
-from market.chain import FEWEST, MOST, Chain, Memory, shortest, ways
-from protocol import MAX_STEPS, BlobRef, Snapshot, Step, Update, Version, chain, digest
-from records.updates import Updates
+from pilot.storage.blob_store import FileBlobStore
+from pilot.training.versions import FEWEST, MOST, MemoryBlobStore, VersionHistory, paths_to, shortest_path
+from protocol import MAX_STEPS, BlobRef, StateSnapshot, Update, Version, VersionStep, digest, next_version
 
 STATE = 1000  # bytes of a snapshot
 SETTINGS = settings(derandomize=True, max_examples=200, deadline=None, database=None)
@@ -26,9 +26,11 @@ def delta(number: int, size: int) -> bytes:
     return b"d%d;" % number + bytes(size)
 
 
-def grown(sizes: Sequence[int], look: Callable[[Chain], object] = lambda chain: None, before: bool = True) -> Chain:
+def grown(
+    sizes: Sequence[int], look: Callable[[VersionHistory], object] = lambda chain: None, before: bool = True
+) -> VersionHistory:
     """A chain after a delta of each of these sizes, and a snapshot wherever it wants one."""
-    found = Chain(Memory(), before, "fp32", state(0))
+    found = VersionHistory(MemoryBlobStore(), before, "fp32", state(0))
     for number, size in enumerate(sizes, 1):
         found.extend("2bit", delta(number, size))
         if found.wants_snapshot:
@@ -37,7 +39,7 @@ def grown(sizes: Sequence[int], look: Callable[[Chain], object] = lambda chain: 
     return found
 
 
-def walk(found: Chain, way: Sequence[Step], at: int | None) -> int:
+def walk(found: VersionHistory, way: Sequence[VersionStep], at: int | None) -> int:
     """Which state it leads to, from the state of version `at`, by the numbers in the bytes."""
     for step in way:
         text = bytes(found.blobs[step.digest])
@@ -56,21 +58,21 @@ def walk(found: Chain, way: Sequence[Step], at: int | None) -> int:
 @given(st.lists(st.integers(1, 700), max_size=60))
 def test_every_way_leads_to_the_newest_version(sizes: list[int]) -> None:
     """From nothing, from every version on the way, and from one that nobody knows."""
-    versions: list[Version] = [chain(None, digest("state", state(0)))]
+    versions: list[Version] = [next_version(None, digest("state", state(0)))]
     found = grown(sizes, lambda chain: versions.append(chain.update.version))
     assert len(set(versions)) == len(sizes) + 1
     known = found.update.versions
     assert [v for v in known if v is not None] == versions[-len(found.update.steps) - (known[0] is not None) :]
     for at, version in [(None, None), (None, "0" * 64), *enumerate(versions)]:
-        possible = list(ways(found.update, version))
+        possible = list(paths_to(found.update, version))
         assert possible
         for way in possible:
             begins_anew = bool(way) and way[0].kind == "state"
             assert walk(found, way, None if begins_anew else at) == len(sizes)
-        best = shortest(found.update, version, lambda step: step.bytes, lambda step: True)
+        best = shortest_path(found.update, version, lambda step: step.bytes, lambda step: True)
         assert best is not None
         assert sum(s.bytes for s in best) == min(sum(s.bytes for s in way) for way in possible)
-    assert shortest(found.update, versions[-1], lambda step: step.bytes, lambda step: True) == ()
+    assert shortest_path(found.update, versions[-1], lambda step: step.bytes, lambda step: True) == ()
 
 
 def test_what_is_here_already_makes_a_way_short() -> None:
@@ -80,8 +82,8 @@ def test_what_is_here_already_makes_a_way_short() -> None:
     assert (old.steps, new.steps) == (0, 4)
     held: dict[str, int] = {}
 
-    def best() -> Sequence[Step]:
-        way = shortest(found.update, None, lambda step: step.bytes - held.get(step.digest, 0), lambda step: True)
+    def best() -> Sequence[VersionStep]:
+        way = shortest_path(found.update, None, lambda step: step.bytes - held.get(step.digest, 0), lambda step: True)
         assert way is not None
         return way
 
@@ -95,10 +97,12 @@ def test_what_is_here_already_makes_a_way_short() -> None:
 
 def test_steps_that_nobody_can_read_are_not_gone() -> None:
     found = grown([300] * 6)
-    way = shortest(found.update, found.update.versions[2], lambda step: step.bytes, lambda step: step.codec == "fp32")
+    way = shortest_path(
+        found.update, found.update.versions[2], lambda step: step.bytes, lambda step: step.codec == "fp32"
+    )
     assert way is None
     update = found.with_snapshot(lambda: state(6))
-    way = shortest(update, found.update.versions[2], lambda step: step.bytes, lambda step: step.codec == "fp32")
+    way = shortest_path(update, found.update.versions[2], lambda step: step.bytes, lambda step: step.codec == "fp32")
     assert way is not None
     assert walk(found, way, None) == 6
     assert found.with_snapshot(pytest.fail) == update  # made once a version
@@ -115,12 +119,12 @@ def test_a_long_chain_stays_short(size: int) -> None:
     """Over 1,000 versions: two snapshots at most, a newcomer's bytes bounded, and what is kept is what is named."""
     snapshots: list[int] = []
 
-    def look(found: Chain) -> None:
+    def look(found: VersionHistory) -> None:
         update = found.update
         Update.model_validate_json(update.model_dump_json())  # what an order may say
         assert len(update.steps) <= 2 * MOST <= MAX_STEPS
         assert {ref.digest for ref in update.refs} == found.blobs.keys()
-        newcomers = shortest(update, None, lambda step: step.bytes, lambda step: True)
+        newcomers = shortest_path(update, None, lambda step: step.bytes, lambda step: True)
         assert newcomers is not None
         least = max(FEWEST, min(MOST, STATE // size + 1))
         assert len(newcomers) <= least + 1
@@ -137,7 +141,7 @@ def test_the_version_before_keeps_its_bytes_for_a_version() -> None:
     """A validator that is killed between a version and its commit goes on with the version before."""
     updates: list[Update] = []
 
-    def look(found: Chain) -> None:
+    def look(found: VersionHistory) -> None:
         assert not updates or {ref.digest for ref in updates[-1].refs} <= found.blobs.keys()
         updates.append(found.update)
 
@@ -146,30 +150,30 @@ def test_the_version_before_keeps_its_bytes_for_a_version() -> None:
 
 def test_full_broadcast_keeps_one_state_or_two() -> None:
     for before, kept in ((False, 1), (True, 2)):
-        found = Chain(Memory(), before, "bf16", state(0))
+        found = VersionHistory(MemoryBlobStore(), before, "bf16", state(0))
         for number in range(1, 5):
             room = len(found.blobs)
 
-            def encode(number: int = number, room: int = room, found: Chain = found) -> Buffer:
+            def encode(number: int = number, room: int = room, found: VersionHistory = found) -> Buffer:
                 assert len(found.blobs) == (room if before else 0)  # noqa: B023 - called at once
                 return state(number)
 
             base = found.update.version
             found.replace(base, "bf16", encode)
-            assert found.update.versions == (base, chain(base, digest("state", state(number))))
+            assert found.update.versions == (base, next_version(base, digest("state", state(number))))
             assert len(found.blobs) == kept
             assert not found.wants_snapshot
 
 
 def test_a_state_in_another_codec_is_not_for_who_knows_only_fp32() -> None:
-    found = Chain(Memory(), False, "fp32", state(0))
+    found = VersionHistory(MemoryBlobStore(), False, "fp32", state(0))
     assert found.with_snapshot(pytest.fail) == found.update
     for number in (1, 2):
         base = found.update.version
         found.replace(base, "bf16", lambda number=number: b"half" + state(number))  # type: ignore[misc]
         assert len(found.blobs) == 1
         update = found.with_snapshot(lambda number=number: state(number))  # type: ignore[misc]
-        way = shortest(update, base, lambda step: step.bytes, lambda step: step.codec == "fp32")
+        way = shortest_path(update, base, lambda step: step.bytes, lambda step: step.codec == "fp32")
         assert way is not None
         assert walk(found, way, None) == number
         assert found.with_snapshot(pytest.fail) == update  # made once a version
@@ -181,15 +185,15 @@ def test_a_state_in_another_codec_is_not_for_who_knows_only_fp32() -> None:
 
 
 def test_files_are_found_again_and_only_whole(tmp_path: Path) -> None:
-    kept = Updates(tmp_path / "chain")
-    found = Chain(kept, True, "fp32", state(0))
+    kept = FileBlobStore(tmp_path / "chain")
+    found = VersionHistory(kept, True, "fp32", state(0))
     for number in range(1, 30):
         found.extend("2bit", delta(number, 60))
         if found.wants_snapshot:
             found.add_snapshot(state(number))
     kept.sync()
     assert {path.name for path in (tmp_path / "chain").iterdir()} == found.blobs.keys()
-    again = Chain(Updates(tmp_path / "chain"), True, "fp32", state(7777))
+    again = VersionHistory(FileBlobStore(tmp_path / "chain"), True, "fp32", state(7777))
     again.restore(Update.model_validate_json(found.update.model_dump_json()))
     assert again.update == found.update
     named = {ref.digest for ref in found.update.refs}
@@ -207,21 +211,25 @@ def test_files_are_found_again_and_only_whole(tmp_path: Path) -> None:
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    kept = Updates(tmp_path)
+    kept = FileBlobStore(tmp_path)
     ref = BlobRef(kind="delta", digest=digest("delta", b"abc"), bytes=3)
     assert kept.get(ref) is None
     assert bytes(kept.put(ref, b"abc")) == bytes(kept.get(ref) or b"") == b"abc"
     (tmp_path / (ref.digest + ".tmp")).write_bytes(b"ab")  # what a kill leaves
-    Updates(tmp_path).retain([ref.digest])
+    FileBlobStore(tmp_path).retain([ref.digest])
     assert [path.name for path in tmp_path.iterdir()] == [ref.digest]
     assert kept.get(ref.model_copy(update={"kind": "state"})) is None  # equal bytes of another kind
 
 
 def test_an_update_says_where_its_snapshots_lie() -> None:
-    step = Step(kind="delta", codec="2bit", digest="a" * 64, bytes=5)
+    step = VersionStep(kind="delta", codec="2bit", digest="a" * 64, bytes=5)
     blob = BlobRef(kind="state", digest="b" * 64, bytes=9)
-    update = Update(base="c" * 64, steps=(step, step), snapshots=(Snapshot(steps=2, blob=blob),))
+    update = Update(base="c" * 64, steps=(step, step), snapshots=(StateSnapshot(steps=2, blob=blob),))
     assert update.refs == (step.ref, step.ref, blob)
-    assert update.versions == ("c" * 64, *(v := (chain("c" * 64, step.digest),)), chain(v[0], step.digest))
+    assert update.versions == (
+        "c" * 64,
+        *(v := (next_version("c" * 64, step.digest),)),
+        next_version(v[0], step.digest),
+    )
     with pytest.raises(ValueError, match="after 3 steps, the way has 2"):
-        Update(base=None, steps=(step, step), snapshots=(Snapshot(steps=3, blob=blob),))
+        Update(base=None, steps=(step, step), snapshots=(StateSnapshot(steps=3, blob=blob),))

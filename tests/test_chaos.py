@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pilot.simulation.chaos.proof import prove
+from pilot.simulation.chaos.proxy import line_to
+from pilot.simulation.chaos.schedule import KINDS, VALIDATOR, schedule
 from scripts import chaos
-from scripts.chaos_line import line_to
-from scripts.chaos_proof import prove
-from scripts.chaos_schedule import KINDS, VALIDATOR, schedule
 from tests.checker_samples import VALIDATOR as VALIDATORS_HOTKEY
 from tests.checker_samples import A, Writer, draft
 
@@ -86,7 +86,7 @@ def test_a_program_with_a_wrong_clock(tmp_path: Path) -> None:
     program.write_text("import sys, time; print(time.time(), time.time_ns() / 1e9, *sys.argv[1:])")
     told = []
     for seconds in ("0", "-3600"):
-        command = [sys.executable, str(ROOT / "scripts" / "chaos_clock.py"), seconds, str(program), "--flag"]
+        command = [sys.executable, str(ROOT / "src/pilot/simulation/chaos/clock.py"), seconds, str(program), "--flag"]
         told.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     (right, right_ns, _), (wrong, wrong_ns, flag) = told
     assert flag == "--flag"

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from protocol import Fault, Receipt, Update, chain
-from ranking.accepted_work import AcceptedWork
-from records.checker import RULES, Report, check_run
-from records.store import Store
+from pilot.ranking.accepted_work import AcceptedWork
+from pilot.storage.checker import RULES, Report, check_run
+from pilot.storage.run_store import RunStore
+from pilot.transport.auth import verify_message
+from protocol import Fault, Receipt, Update, next_version
 from tests.checker_samples import (
     MALLORY,
     STATES,
@@ -32,13 +33,12 @@ from tests.checker_samples import (
     order,
     span,
 )
-from transport.auth import unseal
 
 
 def check(writer: Writer) -> Report:
     return check_run(
         writer.folder,
-        unseal=unseal,
+        verify_message=verify_message,
         miners=writer.miners,
         ranker=AcceptedWork,
         count=lambda index: UNITS,
@@ -96,7 +96,7 @@ def test_an_epoch_may_begin_early_with_coverage_stream(tmp_path: Path) -> None:
 
 def test_a_run_in_use_and_no_run_at_all_are_one_line_each(tmp_path: Path) -> None:
     writer = Writer(tmp_path, draft())
-    with closing(Store.open(writer.folder, keep=2)), pytest.raises(ValueError, match=r"a validator .* is using it"):
+    with closing(RunStore.open(writer.folder, keep=2)), pytest.raises(ValueError, match=r"a validator .* is using it"):
         check(writer)
     writer.folder = tmp_path / "none"
     with pytest.raises(ValueError, match="there is no run in it"):
@@ -318,7 +318,7 @@ def a_whole_reply_called_silent(run: Draft) -> None:
 
 @breaks("chain")
 def a_new_version_of_nothing(run: Draft) -> None:
-    run.versions[3] = chain(V3, STATES[4])
+    run.versions[3] = next_version(V3, STATES[4])
     run.orders[4, A] = order(4, A, span(6, 8), run.versions[3], V3)
 
 
@@ -337,7 +337,7 @@ def a_version_that_its_update_does_not_make(run: Draft) -> None:
 
 @breaks("chain")
 def a_version_of_another_base(run: Draft) -> None:
-    run.snapshots[3] = other = chain(V0, STATES[3])
+    run.snapshots[3] = other = next_version(V0, STATES[3])
     run.versions[2:] = [other, other]
     for place in ((3, A), (4, A)):
         run.orders[place] = order(*place, run.orders[place].ranges, other, V0)

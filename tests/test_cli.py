@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 
-import cli
 import miner
-import runs
 import validator
-from market.config import MinerConfig, ValidatorConfig
-from records.store import Store
+from pilot.app import cli
+from pilot.app import run_folder as runs
+from pilot.app.flags import MinerConfig, ValidatorConfig
+from pilot.storage.run_store import RunStore
 from tests.processes import RUN, Miner, program, run_program, start_miner, tiny_flags
 
 ALICE = "5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY"
@@ -281,7 +281,7 @@ def damage(snapshot: Path) -> None:
 
 
 def versions(run: Path) -> list[str]:
-    with closing(Store.open(run, keep=2)) as store:
+    with closing(RunStore.open(run, keep=2)) as store:
         return [record.version for record in store.committed(0)]
 
 
@@ -316,7 +316,7 @@ def test_a_run_of_other_flags_is_left_as_it_is(
 
 
 def test_one_validator_at_a_time_uses_a_run(run: Path, place: Path, worker: Miner, capfd: Capture) -> None:
-    with closing(Store.open(run, keep=2)):
+    with closing(RunStore.open(run, keep=2)):
         line = mistake(validator.main, ["--resume", "--runs", str(run.parent), "--rounds", "5"], capfd)
     assert re.match(r"validator.py: --run tiny: another validator \(pid \d+\) is using it", line), line
 

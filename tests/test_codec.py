@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from codec import CODECS, DENSE, bits, known_codecs, load_codec
+from pilot.codec import CODECS, DENSE, bits, known_codecs, load_codec
 from protocol import Fault, ProtocolError, digest
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "codec.json").read_text())
@@ -196,7 +196,7 @@ def test_every_name_is_known_loads_and_has_its_bits() -> None:
 UNKNOWN = [
     *("zip", "FP32", "fp32+entropy", "ternary+", "+entropy", "ternary+entropy+entropy", "ternary+zip", "", "fp32\n"),
     *("topk", "topk0", "topk-64", "topk63", "topk8", "topk2048", "topk064", "topk64-2bit", "topk64-8bit", "topk 64"),
-    *("topk\u0664", "codec.dense:fp32", "topk" + "9" * 5000),
+    *("topk\u0664", "pilot.codec.dense:fp32", "topk" + "9" * 5000),
 ]
 
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codec import CHUNK, CODECS, DENSE, load_codec
-from codec.topk import TopK
+from pilot.codec import CHUNK, CODECS, DENSE, load_codec
+from pilot.codec.topk import TopK
 from protocol import Fault, ProtocolError
 from tests import codec_reference as reference
 

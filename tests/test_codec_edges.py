@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from codec import load_codec
-from codec.factored import RowColumn
-from codec.packed import scale_bytes
+from pilot.codec import load_codec
+from pilot.codec.packed import scale_bytes
+from pilot.codec.ternary_rc import RowColumn
 from protocol import Fault, ProtocolError
 
 torch.set_num_threads(1)

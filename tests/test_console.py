@@ -192,8 +192,8 @@ def test_a_terminal_is_left_in_order(run: Run) -> None:
 SCRIPT = """
 import asyncio, sys
 from protocol import Fault, Receipt
-from values import Link
-from records.console import Console
+from pilot.interfaces import Link
+from pilot.display.console import Console
 
 def hotkey(i): return "5" + f"{i:03}".replace("0", "z") + "G" * 44
 def link(i): return Link(f"10.0.0.1:{8000 + i}", hotkey(i), "working" if i == 150 else "idle", 1, 2, 0.012, 3456, 78,
@@ -274,7 +274,7 @@ def test_forty_columns_without_colours(tmp_path: Path) -> None:
 def test_a_display_that_fails_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
     with Terminal(script("0", "3", "to the end"), tmp_path / "broken", 100, 30) as shown:
         assert shown.wait() == 0
-        assert "ERROR records.console: the display is not redrawn any more; the run goes on" in shown.said()
+        assert "ERROR pilot.display.console: the display is not redrawn any more; the run goes on" in shown.said()
         assert "RuntimeError: no links\ufffd[2J" in shown.said()
 
 

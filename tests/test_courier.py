@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from market.cursor import size
-from market.diloco import DiLoCo
-from market.feedback import residual_digest
-from market.round import Network
+from pilot.market.round import Network
+from pilot.simulation.network import Loopback, run
+from pilot.storage.run_store import RunStore
+from pilot.training.diloco import DiLoCo
+from pilot.training.ranges import size
+from pilot.worker.error_feedback import residual_digest
 from protocol import Fault, Hotkey, Order, Receipt, Reply, Signed
-from records.store import Store
 from tasks.gpt2 import GPT2
 from tests.tiny import MINERS, OPTIMIZER, Place, make_place, make_worker, play, receipts, tiny_task
-from transport.loopback import Loopback, run
 
 A, B = (keypair.ss58_address for keypair in MINERS[:2])
 
@@ -40,16 +40,16 @@ class Lossy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loopback, name)
 
-    async def tell(self, hotkey: Hotkey, signed: Signed) -> bool:
+    async def deliver(self, hotkey: Hotkey, signed: Signed) -> bool:
         if signed.kind == Receipt.kind:
             receipt = Receipt.parse(signed.body)
             if self._loses(receipt):
                 return False
             self.told.append(receipt)
-        return await self._loopback.tell(hotkey, signed)
+        return await self._loopback.deliver(hotkey, signed)
 
 
-def place(folder: Path, task: GPT2, loses: Callable[[Receipt], bool], **terms: Any) -> tuple[Place, Lossy]:
+def place(folder: Path, task: GPT2, loses: Callable[[Receipt], bool], **policy: Any) -> tuple[Place, Lossy]:
     networks: list[Lossy] = []
 
     def network(loopback: Loopback) -> Network:
@@ -57,10 +57,10 @@ def place(folder: Path, task: GPT2, loses: Callable[[Receipt], bool], **terms: A
         return networks[-1]
 
     defaults: dict[str, Any] = {"codec_up": "ternary", "feedback": 0.9}
-    return make_place(folder, task, network=network, **(defaults | terms)), networks[-1]
+    return make_place(folder, task, network=network, **(defaults | policy)), networks[-1]
 
 
-def replies(store: Store, hotkey: Hotkey) -> list[Reply]:
+def replies(store: RunStore, hotkey: Hotkey) -> list[Reply]:
     """Of the committed rounds."""
     rounds = [record.round for record in store.committed(0)]
     return [r.reply for n in rounds for r in store.received(n) if r.reply.hotkey == hotkey]
@@ -199,10 +199,10 @@ def test_gradients_and_pseudo_gradients_do_not_share_a_residual(tmp_path: Path, 
     """Two rounds of gradients, then inner steps for as long as a round has time: never as many as were ordered."""
     optimizer = asdict(OPTIMIZER)
     plan = DiLoCo(30, 2, outer_lr=0.7, momentum=0.7, keep=False, warmup_rounds=2, rounds=6, optimizer=optimizer)
-    terms = {"diloco": plan, "overlap": overlap, "round_s": 10.0}
+    policy = {"diloco": plan, "overlap": overlap, "round_s": 10.0}
 
     async def main() -> None:
-        p, _ = place(tmp_path, task, lambda receipt: False, batch_s=[1.0, 1.5], **terms)
+        p, _ = place(tmp_path, task, lambda receipt: False, batch_s=[1.0, 1.5], **policy)
         await play(p.market, 6)
         assert [line for line in p.said if "error feedback" in line] == 2 * [
             "error feedback begins anew: what is left is of another mode"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from market.coverage import Progress, progress
-from market.cursor import Cursor, indices, merge
+from pilot.market.epoch_progress import Progress, progress
+from pilot.training.ranges import Cursor, indices, merge
 from protocol import Range
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from market.cursor import Cursor, indices, merge, size, subtract, within
+from pilot.training.ranges import Cursor, indices, merge, size, subtract, within
 from protocol import Range
 
 SETTINGS = settings(derandomize=True, max_examples=100, deadline=None, database=None)

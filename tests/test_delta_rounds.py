@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from market.worker import Worker
+from pilot.simulation.network import run
+from pilot.storage.run_store import RunStore
+from pilot.worker.worker import Worker
 from protocol import Digest, Fault, Hello, Hotkey, Order, Reply, Status
-from records.store import Store
 from tasks.gpt2 import GPT2
 from tests.test_learner import tensors_of
 from tests.test_round import Dying
 from tests.tiny import MINERS, Place, make_place, receipts, tiny_task
-from transport.loopback import run
 
 STATE = 89_384  # bytes of the model in fp32
 DELTA = {"broadcast": "delta", "codec_down": "2bit", "codec_up": "ternary", "digest_every": 1}
@@ -146,8 +146,8 @@ class Liar(Worker):
     def status(self) -> Status:
         return super().status().model_copy(update={"version": "f" * 64})
 
-    async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
-        reply = await super().reply(caller, order, wait_s)
+    async def wait_for_reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
+        reply = await super().wait_for_reply(caller, order, wait_s)
         return reply and reply.model_copy(update={"version": "f" * 64})
 
 
@@ -172,12 +172,12 @@ def test_death_at_any_durable_step_leaves_the_same_chain(tmp_path: Path, task: G
     before and after the validator's checkpoint."""
     last = 9
 
-    terms = {**DELTA, "codec_down": "bf16", "digest_every": 3}
+    policy = {**DELTA, "codec_down": "bf16", "digest_every": 3}
 
     async def plays(folder: Path, at: int) -> tuple[object, ...]:
         again = (folder / "run").exists()
-        store = Store.open(folder / "run", 2) if again else Store.create(folder / "run", {"task": "gpt2"}, keep=2)
-        place = make_place(folder, task, store=Dying(store, at, after=True), overlap=1, miners=MINERS[:1], **terms)  # type: ignore[arg-type]
+        store = RunStore.open(folder / "run", 2) if again else RunStore.create(folder / "run", {"task": "gpt2"}, keep=2)
+        place = make_place(folder, task, store=Dying(store, at, after=True), overlap=1, miners=MINERS[:1], **policy)  # type: ignore[arg-type]
         try:
             market = place.market
             snapshot = store.newest_snapshot(lambda line: None)

@@ -12,11 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from market.config import CodecConfig, RoundConfig, ValidatorConfig
-from market.cursor import indices
-from market.diloco import DiLoCo, plain_steps, round_settings, warmup_rounds
-from market.inner import InnerLoop
-from market.planning import History, Terms
+from pilot.app.flags import CodecConfig, RoundConfig, ValidatorConfig
+from pilot.interfaces import Faulted, ReceivedReply
+from pilot.market.scheduling import History, RoundPolicy
+from pilot.simulation.network import Loopback, run
+from pilot.training.diloco import DiLoCo, plain_steps, round_settings, warmup_rounds
+from pilot.training.inner_loop import InnerLoop
+from pilot.training.ranges import indices
 from protocol import Fault, Order, Range, Receipt
 from tasks.config import AdamWConfig
 from tasks.gpt2 import GPT2
@@ -33,8 +35,6 @@ from tests.tiny import (
     receipts,
     tiny_task,
 )
-from transport.loopback import Loopback, run
-from values import Faulted, Received
 
 torch.set_num_threads(1)
 ROUNDS = 6
@@ -111,24 +111,24 @@ def test_plain_training_makes_the_inner_steps_of_all_miners_together(task: GPT2)
 
 
 def test_a_round_of_inner_steps_orders_all_of_them_or_what_time_allows() -> None:
-    terms = replace(TERMS, diloco=PLAN)
+    policy = replace(TERMS, diloco=PLAN)
     history = History()
-    assert history.shares(HOTKEYS, terms, 1) == dict.fromkeys(HOTKEYS, 2)
-    assert history.shares(HOTKEYS, terms, 2) == dict.fromkeys(HOTKEYS, 6)
-    timed = replace(terms, round_s=60.0)
+    assert history.shares(HOTKEYS, policy, 1) == dict.fromkeys(HOTKEYS, 2)
+    assert history.shares(HOTKEYS, policy, 2) == dict.fromkeys(HOTKEYS, 6)
+    timed = replace(policy, round_s=60.0)
     assert history.shares(HOTKEYS, timed, 2) == dict.fromkeys(HOTKEYS, 6)  # nobody known: as many as there are
     history.observe([accepted(HOTKEYS[0], 2, done=2), accepted(HOTKEYS[1], 2, done=40)])
     assert history.shares(HOTKEYS, timed, 3) == {HOTKEYS[0]: 4, HOTKEYS[1]: 6}
 
 
 def test_a_round_of_inner_steps_is_not_closed_by_what_gradient_rounds_took() -> None:
-    terms = replace(TERMS, diloco=PLAN, auto=True)
+    policy = replace(TERMS, diloco=PLAN, auto=True)
     history = History()
     history.observe([accepted(hotkey, 1, seconds=2.0) for hotkey in HOTKEYS])
-    assert history.closing_s(terms, 1) < 4.0
-    assert history.closing_s(terms, 2) == float("inf")
+    assert history.closing_s(policy, 1) < 4.0
+    assert history.closing_s(policy, 2) == float("inf")
     history.observe([accepted(hotkey, 2, seconds=60.0) for hotkey in HOTKEYS])
-    assert 60.0 < history.closing_s(terms, 3) < 120.0
+    assert 60.0 < history.closing_s(policy, 3) < 120.0
 
 
 def accepted(hotkey: str, number: int, done: int = 1, seconds: float = 1.0) -> Receipt:
@@ -261,8 +261,8 @@ def test_deltas_and_quantised_pseudo_gradients_learn_too(tmp_path: Path, task: G
     plan = replace(PLAN, tau=5, rounds=8, optimizer=asdict(AdamWConfig(lr=3e-3, warmup=2)))
 
     async def main() -> tuple[float, float]:
-        terms: dict[str, Any] = {"codec_up": codec, "codec_down": codec, "broadcast": "delta", "digest_every": 2}
-        place = make_place(tmp_path, task, batches=2, diloco=plan, **terms)
+        policy: dict[str, Any] = {"codec_up": codec, "codec_down": codec, "broadcast": "delta", "digest_every": 2}
+        place = make_place(tmp_path, task, batches=2, diloco=plan, **policy)
         before = (await place.market.evaluate())["val_loss"]
         await play(place.market, 8)
         assert all(r.verdict == "ACCEPTED" for n in range(8) for r in receipts(place.store, n).values())
@@ -281,7 +281,7 @@ class Losing:
     def __getattr__(self, name: str) -> object:
         return getattr(self.network, name)
 
-    async def exchange(self, order: Order, *arguments: Any) -> Received:
+    async def exchange(self, order: Order, *arguments: Any) -> ReceivedReply:
         received = await self.network.exchange(order, *arguments)
         if order.round == 0:
             raise Faulted(Fault.SILENT, "lost")
@@ -325,7 +325,7 @@ def test_orders_with_a_wrong_optimizer_cost_the_round_and_no_miner(
         await play(place.market, 1)
         assert {r.verdict for r in receipts(place.store, 0).values()} == {fault}
         assert place.market.learner.version == version
-        place.market.terms = replace(place.market.terms, diloco=replace(plan, optimizer=asdict(OPTIMIZER)))
+        place.market.policy = replace(place.market.policy, diloco=replace(plan, optimizer=asdict(OPTIMIZER)))
         await play(place.market, 2)
         assert {r.verdict for r in receipts(place.store, 1).values()} == {"ACCEPTED"}
         assert not any(worker.failed.done() for worker in place.workers.values())
@@ -369,10 +369,10 @@ def test_orders_of_the_other_mode_are_planned_anew(tmp_path: Path, task: GPT2) -
 # --- the flags --------------------------------------------------------------------------------------------------------
 
 
-def terms_of(**flags: Any) -> Terms:
+def terms_of(**flags: Any) -> RoundPolicy:
     config = RoundConfig(**flags)
     config.check_rounds()
-    return config.terms("run", 3)
+    return config.policy("run", 3)
 
 
 @pytest.mark.parametrize(
@@ -387,14 +387,16 @@ def terms_of(**flags: Any) -> Terms:
     ],
 )
 def test_codecs_are_the_modes_own_where_none_is_named(flags: dict[str, Any], up: str, down: str) -> None:
-    terms = terms_of(**flags)
-    assert (terms.codec_up, terms.codec_down) == (up, down)
+    policy = terms_of(**flags)
+    assert (policy.codec_up, policy.codec_down) == (up, down)
 
 
 def test_terms_say_what_the_flags_say() -> None:
-    terms = terms_of(mode="diloco", rounds=100, batches=3, tau=10, inner_state="reset", codec=CodecConfig(feedback=0.9))
-    assert terms.diloco == DiLoCo(10, 3, 0.7, 0.7, False, 53, 100, asdict(AdamWConfig()))
-    assert (terms.feedback, terms.broadcast, terms.digest_every) == (0.9, "delta", 20)
+    policy = terms_of(
+        mode="diloco", rounds=100, batches=3, tau=10, inner_state="reset", codec=CodecConfig(feedback=0.9)
+    )
+    assert policy.diloco == DiLoCo(10, 3, 0.7, 0.7, False, 53, 100, asdict(AdamWConfig()))
+    assert (policy.feedback, policy.broadcast, policy.digest_every) == (0.9, "delta", 20)
     assert terms_of().diloco is None
     muon = terms_of(mode="diloco", task="nanochat").diloco
     assert muon is not None

@@ -14,7 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from limits import Limits
+from pilot.common.limits import Limits
+from pilot.interfaces import Faulted, Refused
+from pilot.transport.auth import sign_message
+from pilot.transport.client.dendrite import Dendrite
+from pilot.transport.client.peer import Endpoint, Peer
+from pilot.transport.server.gateway import Gateway
+from pilot.transport.wallets import load_keypair
 from protocol import Announce
 from tests.echo import (
     MALLORY,
@@ -35,12 +41,6 @@ from tests.echo import (
 from tests.processes import PATIENCE_S, RUN, Miner, eventually, start_miner, start_validator
 from tests.test_processes import receipts
 from tests.test_transport import fault, free_port
-from transport.auth import seal
-from transport.dendrite import Dendrite
-from transport.desk import Desk
-from transport.peer import Endpoint, Peer
-from transport.wallets import load_keypair
-from values import Faulted, Refused
 
 M1, M2 = MINER.ss58_address, MALLORY.ss58_address
 SESSION = "5" * 32
@@ -49,7 +49,7 @@ SESSION = "5" * 32
 @asynccontextmanager
 async def validator(
     port: int = 0, admit: str = "everyone", limits: Limits | None = None, said: list[str] | None = None
-) -> AsyncIterator[tuple[Dendrite, Endpoint, Desk]]:
+) -> AsyncIterator[tuple[Dendrite, Endpoint, Gateway]]:
     limits = limits or replace(Limits(), away_s=2.0, poll_s=1.0)
     async with (
         dendrite(limits=limits, said=said) as network,
@@ -60,7 +60,7 @@ async def validator(
 
 async def exchange(network: Dendrite, path: Path, round: int = 0) -> None:
     order = make_order(round=round)
-    await network.exchange(order, network.seal(order), blobs_of(order), path)
+    await network.exchange(order, network.sign(order), blobs_of(order), path)
     assert path.read_bytes() == STATE
 
 
@@ -74,19 +74,21 @@ def test_join_leave_and_return_on_another_port(tmp_path: Path) -> None:
             async with served(Echo()) as port, member(Echo(), at, f":{port}") as membership:  # the address: as it comes
                 await until(lambda: network.peers() == (M1,))
                 await changes
-                assert network.links()[0].endpoint == f"127.0.0.1:{port}"
+                assert network.miner_states()[0].endpoint == f"127.0.0.1:{port}"
                 await exchange(network, tmp_path / "p")
                 for _ in range(3):
                     membership.announcer.again()
                     await asyncio.sleep(0.05)
-                assert len(network.links()) == 1  # announcing again changes nothing
+                assert len(network.miner_states()) == 1  # announcing again changes nothing
                 membership.leave()
                 await until(lambda: not network.peers())
                 await membership.settle(60)
-                assert await network.tell(M1, network.seal(make_receipt(make_order(), "0" * 64)))  # it is still there
+                assert await network.deliver(
+                    M1, network.sign(make_receipt(make_order(), "0" * 64))
+                )  # it is still there
             async with served(Echo()) as port, member(Echo(), at, f"127.0.0.1:{port}"):
                 await until(lambda: network.peers() == (M1,))
-                assert network.links()[0].endpoint == f"127.0.0.1:{port}"
+                assert network.miner_states()[0].endpoint == f"127.0.0.1:{port}"
                 await exchange(network, tmp_path / "p", 1)
 
     asyncio.run(main())
@@ -98,9 +100,9 @@ def test_one_that_was_killed_returns_elsewhere_and_is_given_its_order_there(tmp_
             async with served(Echo()) as port, member(Echo(), at, f":{port}"):
                 await until(network.peers)
             async with served(Echo()) as port, member(Echo(), at, f":{port}"):
-                await until(lambda: network.peers() and network.links()[0].endpoint.endswith(f":{port}"))
+                await until(lambda: network.peers() and network.miner_states()[0].endpoint.endswith(f":{port}"))
                 await exchange(network, tmp_path / "p")
-                assert len(network.links()) == 1
+                assert len(network.miner_states()) == 1
 
     asyncio.run(main())
 
@@ -112,7 +114,7 @@ def test_one_that_is_gone_is_forgotten(tmp_path: Path) -> None:
                 await until(network.peers)
             with pytest.raises(Faulted):
                 await exchange(network, tmp_path / "p")
-            await until(lambda: not network.links())
+            await until(lambda: not network.miner_states())
 
     asyncio.run(main())
 
@@ -129,7 +131,7 @@ def test_of_two_processes_under_one_hotkey_one_is_used_and_the_other_told(tmp_pa
             await until(network.peers)
             async with member(second, at, f":{b}", said=said):
                 await until(lambda: server.refused[409] >= 3)
-                assert network.links()[0].endpoint.endswith(f":{a}")
+                assert network.miner_states()[0].endpoint.endswith(f":{a}")
                 for round in range(3):
                     await exchange(network, tmp_path / "p", round)
             assert (len(first.orders), len(second.orders)) == (3, 0)
@@ -145,7 +147,7 @@ def test_who_cannot_be_reached_is_told_why() -> None:
         here: list[str] = []
         async with validator(said=here) as (network, at, _), member(Echo(), at, f":{free_port()}", said=said):
             await until(lambda: said)
-            assert network.links()[0].state == "away"
+            assert network.miner_states()[0].state == "away"
         return said, here
 
     said, here = asyncio.run(main())
@@ -185,7 +187,7 @@ def test_who_does_another_task_is_told() -> None:
         said: list[str] = []
         async with validator() as (network, at, _), member(Echo(tasks=("other",)), at, said=said):
             await until(lambda: said)
-            assert not network.links()
+            assert not network.miner_states()
         return said
 
     assert "start with --tasks echo" in asyncio.run(main())[0]
@@ -212,7 +214,7 @@ def test_another_validator_at_that_address_is_told_apart() -> None:
         said: list[str] = []
         async with validator() as (network, at, _), member(Echo(), replace(at, hotkey=M2), said=said):
             await until(lambda: said)
-            assert not network.links()
+            assert not network.miner_states()
         return said
 
     assert f"expected {M2}" in asyncio.run(main())[0]
@@ -237,7 +239,7 @@ def test_addresses_that_are_not_called(endpoint: str, reason: str) -> None:
         async with validator() as (network, at, _), caller(at) as peer:
             with pytest.raises(Refused, match=reason):
                 await announce(peer, endpoint)
-            assert not network.links()
+            assert not network.miner_states()
 
     asyncio.run(main())
 
@@ -246,7 +248,7 @@ async def announce(peer: Peer, endpoint: str | None = None, tls: bool = False) -
     message = Announce(
         hotkey=M1, endpoint=endpoint, tls=tls, tasks=("echo",), codecs=(), leaving=False, time_ns=time.time_ns()
     )
-    body = seal(MINER, message).model_dump_json().encode()
+    body = sign_message(MINER, message).model_dump_json().encode()
     await peer.call("POST", f"/v1/announce?session={SESSION}", "refusal", body=body)
 
 
@@ -265,7 +267,7 @@ def test_a_miner_of_the_command_line_may_announce_itself_too(tmp_path: Path) -> 
             assert await network.wait_for_peer(60)
             async with member(Echo(), at, f":{port}") as membership:
                 await membership.announcer.welcome.wait()
-                assert len(network.links()) == 1
+                assert len(network.miner_states()) == 1
                 membership.leave()
                 await membership.settle(60)
             await exchange(network, tmp_path / "p")  # the command line names it
@@ -287,10 +289,10 @@ def test_a_miner_that_is_removed_still_ends_what_it_is_at(tmp_path: Path) -> Non
             await until(lambda: miner.orders)
             network.remove(endpoint)
             assert not network.peers()
-            assert not network.links()
+            assert not network.miner_states()
             miner.held.set()
             await task
-            assert await network.tell(M1, network.seal(make_receipt(make_order(), "0" * 64)))
+            assert await network.deliver(M1, network.sign(make_receipt(make_order(), "0" * 64)))
 
     asyncio.run(main())
 
@@ -309,9 +311,9 @@ def test_an_exchange_can_end_at_any_point(tmp_path: Path, moment: str, by: str) 
             assert await network.wait_for_peer(60)
             miner.held.clear()
             order = make_order(state)
-            signed = network.seal(order)
+            signed = network.sign(order)
             task = asyncio.create_task(network.exchange(order, signed, blobs_of(order, state), tmp_path / "p"))
-            told = asyncio.create_task(network.late(order, signed, 60))
+            told = asyncio.create_task(network.await_late_reply(order, signed, 60))
             if moment == "ordering":
                 await until(lambda: miner.writers or miner.blobs)
             elif moment != "at once":
@@ -354,18 +356,18 @@ def test_a_late_reply_of_a_miner_that_serves(tmp_path: Path) -> None:
             assert await network.wait_for_peer(60)
             miner.held.clear()
             order = make_order(deadline_s=1.0)
-            signed = network.seal(order)
+            signed = network.sign(order)
             with pytest.raises(Faulted, match="LATE"):
                 await network.exchange(order, signed, blobs_of(order), tmp_path / "p")
-            assert await network.late(order, signed, 0.1) is None
-            late = asyncio.create_task(network.late(order, signed, 60))
+            assert await network.await_late_reply(order, signed, 0.1) is None
+            late = asyncio.create_task(network.await_late_reply(order, signed, 60))
             await asyncio.sleep(0.05)
             miner.held.set()
             noted = await late
             assert noted is not None
             assert noted.signer == M1
             other = make_order(round=5)
-            assert await network.late(other, network.seal(other), 60) is None  # 404
+            assert await network.await_late_reply(other, network.sign(other), 60) is None  # 404
 
     asyncio.run(main())
 

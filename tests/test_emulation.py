@@ -11,21 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from codec import known_codecs
-from emulation.costs import CODECS, CostConfig, codec_cost, measure
-from emulation.traces import HOUR_S, Interval, make_trace
-from emulation.world import Conditions, Moment, World
-from market.cursor import Cursor, merge, size
-from market.planning import Terms
+from pilot.codec import known_codecs
+from pilot.market.scheduling import RoundPolicy
+from pilot.simulation.costs import CODECS, CostConfig, codec_cost, measure
+from pilot.simulation.link_model import LinkSpec
+from pilot.simulation.network import run
+from pilot.simulation.traces import HOUR_S, Interval, make_trace
+from pilot.simulation.world import Conditions, Moment, World
+from pilot.storage.run_store import RunStore
+from pilot.training.ranges import Cursor, merge, size
 from protocol import Range, Receipt
-from records.store import Store
 from tasks.config import AdamWConfig, QuadraticConfig
 from tasks.quadratic import Quadratic
-from transport.links import LinkSpec
-from transport.loopback import run
 
 torch.set_num_threads(1)
-TERMS = Terms("emulated", 4, 300.0, 1 << 30, "fp32", "fp32", round_s=60.0)
+TERMS = RoundPolicy("emulated", 4, 300.0, 1 << 30, "fp32", "fp32", round_s=60.0)
 COSTS = CostConfig(batch=2.0, spread=0.3, evaluate=0.0)
 LINK = LinkSpec(up_bps=100e6, down_bps=100e6, latency_s=0.05)
 SCALE = 4000.0  # 41 MB of state
@@ -40,19 +40,19 @@ def play(
     ending: Any = "notice",
     eval_every: int = 0,
     link: LinkSpec = LINK,
-    **terms: Any,
+    **policy: Any,
 ) -> list[Moment]:
     async def main() -> list[Moment]:
         task = Quadratic.prepare(QuadraticConfig(), seed=0, cache=folder / "cache")
         conditions = Conditions(costs, link, ending, SCALE, eval_every=eval_every)
-        world = World(folder, task, AdamWConfig(), replace(TERMS, **terms), conditions, intervals, 50)
+        world = World(folder, task, AdamWConfig(), replace(TERMS, **policy), conditions, intervals, 50)
         return [moment async for moment in world.play(seconds)]
 
     return run(main())
 
 
 def accepted(folder: Path) -> list[Range]:
-    store = Store.open(folder / "run", keep=2)
+    store = RunStore.open(folder / "run", keep=2)
     done = [r for record in store.committed(0) for s in record.receipts for r in Receipt.parse(s.body).done]
     head = store.head()
     assert head is not None

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from typing_extensions import Buffer
 
-from limits import Limits
+from pilot.common.limits import Limits
+from pilot.interfaces import Faulted
+from pilot.transport.client.dendrite import Dendrite
+from pilot.transport.server.axon import Axon
 from protocol import BlobRef, Fault, Hotkey, ProtocolError, Range, Status, digest
 from tests.attacks.caller import blob_target, head
 from tests.echo import (
@@ -30,9 +33,6 @@ from tests.echo import (
 )
 from tests.test_pull import begun, endpoint, there, validator
 from tests.test_transport import free_port
-from transport.axon import Axon
-from transport.dendrite import Dendrite
-from values import Faulted
 
 BIG = os.urandom(1 << 20)
 
@@ -68,7 +68,7 @@ def test_a_version_that_a_restarted_validator_lacks_is_not_the_miner_s_fault(pul
             order = make_order()
             tokens = {order.data.tokens.digest: TOKENS}
             with pytest.raises(Faulted) as caught:
-                await network.exchange(order, network.seal(order), tokens, tmp_path / "p")
+                await network.exchange(order, network.sign(order), tokens, tmp_path / "p")
             return caught.value
 
     faulted = asyncio.run(main())
@@ -86,7 +86,7 @@ def test_what_is_shown_is_the_older_of_two_orders(pulls: bool, tmp_path: Path) -
             return super().status().model_copy(update={"batches_done": 2})
 
     def shown(network: Dendrite) -> tuple[str, int, int]:
-        [link] = network.links()
+        [link] = network.miner_states()
         return link.state, link.batches_done, link.batches
 
     async def main() -> None:
@@ -130,10 +130,10 @@ class Stuck(Echo):
         self.where = where
         self.arrived, self.goes_on = threading.Event(), threading.Event()
 
-    def receive(self, caller: Hotkey, ref: BlobRef, offset: int) -> Writer:
+    def open_blob(self, caller: Hotkey, ref: BlobRef, offset: int) -> Writer:
         if ref.kind == "state":
             self.writers.setdefault(ref, StuckWriter(self, ref, self))
-        return super().receive(caller, ref, offset)
+        return super().open_blob(caller, ref, offset)
 
     def reach(self, where: str) -> None:
         if where == self.where:

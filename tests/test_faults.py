@@ -12,13 +12,13 @@ import pytest
 import torch
 from typing_extensions import Buffer
 
-from codec import load_codec
-from market.worker import Worker
+from pilot.codec import load_codec
+from pilot.interfaces import Refused
+from pilot.simulation.network import run
+from pilot.worker.worker import Worker
 from protocol import Digest, Fault, Hotkey, Order, Range, Reply, Status, digest
 from tasks.gpt2 import GPT2
 from tests.tiny import MINERS, equal, make_place, parameters, play, receipts, tiny_task
-from transport.loopback import run
-from values import Refused
 
 LIAR, HONEST = (k.ss58_address for k in MINERS[:2])
 
@@ -43,24 +43,24 @@ class Liar:
     def __getattr__(self, name: str) -> object:
         return getattr(self.worker, name)
 
-    def order(self, caller: Hotkey, order: Order, order_digest: Digest) -> Status:
+    def accept_order(self, caller: Hotkey, order: Order, order_digest: Digest) -> Status:
         if order.round == 0:
             self.look(order)
-        return self.worker.order(caller, order, order_digest)
+        return self.worker.accept_order(caller, order, order_digest)
 
-    async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
-        reply = await self.worker.reply(caller, order, wait_s)
+    async def wait_for_reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
+        reply = await self.worker.wait_for_reply(caller, order, wait_s)
         if reply is None or reply.round > 0:
             return reply
         if self.change_payload is not None:  # signed over what is sent: only its content is wrong
-            data = self.payload(caller, order)
+            data = self.read_payload(caller, order)
             reply = reply.model_copy(
                 update={"payload_digest": digest("payload", data), "payload_bytes": len(memoryview(data))}
             )
         return self.change_reply(reply)
 
-    def payload(self, caller: Hotkey, order: Digest) -> Buffer:
-        data = self.worker.payload(caller, order)
+    def read_payload(self, caller: Hotkey, order: Digest) -> Buffer:
+        data = self.worker.read_payload(caller, order)
         first = self.worker.job is not None and self.worker.job.order.round == 0
         return self.change_payload(data) if self.change_payload is not None and first else data
 
@@ -149,7 +149,7 @@ def test_lie_is_refused_and_the_round_goes_on(tmp_path: Path, task: GPT2, lie: s
             task,
             wrap=lambda w: Liar(w, **lies) if w.hotkey == LIAR else w,
         )
-        Liar.specs = place.market.flight.specs
+        Liar.specs = place.market.dispatcher.specs
         await place.market.fill(2)
         await place.market.play(2)
         first = parameters(place.market)
@@ -178,7 +178,7 @@ def test_silent_and_late(tmp_path: Path, task: GPT2) -> None:
     """One that goes away is SILENT, one that takes the order and never answers LATE; neither holds the round longer."""
 
     class Asleep(Liar):
-        async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
+        async def wait_for_reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
             import asyncio
 
             await asyncio.sleep(wait_s)
@@ -200,7 +200,7 @@ def test_every_fault_counts_in_the_totals(tmp_path: Path, task: GPT2) -> None:
     async def main() -> None:
         lies = LIES["NaN"][1]
         place = make_place(tmp_path, task, wrap=lambda w: Liar(w, **lies) if w.hotkey == LIAR else w)
-        Liar.specs = place.market.flight.specs
+        Liar.specs = place.market.dispatcher.specs
         await play(place.market, 2)
         totals = {t.hotkey: t for t in place.store.totals()}
         assert totals[LIAR].faults == {"NONFINITE": 1}

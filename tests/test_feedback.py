@@ -21,37 +21,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typing_extensions import Buffer
 
-from codec import load_codec
-from market.feedback import PATIENCE, ErrorFeedback, residual_digest
-from market.job import Job
-from market.phases import Phases
-from market.work import Work
+from pilot.codec import load_codec
+from pilot.simulation.network import run
+from pilot.storage.miner_store import FileMinerStore
+from pilot.training.executor import TimedExecutor
+from pilot.training.gradient import GradientResult
+from pilot.transport.auth import sign_message
+from pilot.worker.error_feedback import PATIENCE, ErrorFeedback, residual_digest
+from pilot.worker.job import Job
 from protocol import (
     BlobRef,
     DataSpec,
     Digest,
     Fault,
-    Inner,
+    InnerSteps,
     Order,
     Range,
     Receipt,
     Reply,
-    Step,
     TaskSpec,
     Update,
+    VersionStep,
     digest,
 )
-from records.cache import Cache
-from transport.auth import seal
-from transport.loopback import run
 
 if TYPE_CHECKING:
-    from codec import Tensors
+    from pilot.codec import Tensors
 
 torch.set_num_threads(1)
 VALIDATOR, MALLORY = Keypair.create_from_uri("//Validator"), Keypair.create_from_uri("//Mallory")
 HOTKEY, CALLER = Keypair.create_from_uri("//Miner").ss58_address, VALIDATOR.ss58_address
-UPDATE = Update(base=None, steps=(Step(kind="state", codec="fp32", digest="5" * 64, bytes=1),))
+UPDATE = Update(base=None, steps=(VersionStep(kind="state", codec="fp32", digest="5" * 64, bytes=1),))
 ORDER = Order(
     run="test",
     round=0,
@@ -81,8 +81,8 @@ def zeros() -> Tensors:
     return {name: torch.zeros(shape) for name, shape in SHAPES.items()}
 
 
-def added(*terms: Mapping[str, torch.Tensor]) -> Tensors:
-    return {name: sum((t[name].double() for t in terms), torch.zeros(SHAPES[name]).double()) for name in SHAPES}
+def added(*policy: Mapping[str, torch.Tensor]) -> Tensors:
+    return {name: sum((t[name].double() for t in policy), torch.zeros(SHAPES[name]).double()) for name in SHAPES}
 
 
 class Done:
@@ -91,8 +91,8 @@ class Done:
     def __init__(self, order: Order, gradient: Tensors) -> None:
         self.order, self.gradient = order, gradient
 
-    def result(self) -> Work:
-        return Work(self.order.ranges, self.gradient, 4, 1.0)
+    def result(self) -> GradientResult:
+        return GradientResult(self.order.ranges, self.gradient, 4, 1.0)
 
 
 class Miner:
@@ -104,7 +104,7 @@ class Miner:
         self.restart()
 
     def restart(self) -> None:
-        self.cache = Cache(self.folder)
+        self.cache = FileMinerStore(self.folder)
         self.feedback = ErrorFeedback(self.cache.residuals, self.cache.receipts, self.said.append)
 
     def order(self, round: int, **changes: Any) -> Order:
@@ -124,7 +124,7 @@ class Miner:
     def hear(self, reply: Reply, verdict: Any = "ACCEPTED", caller: Any = VALIDATOR) -> None:
         """As the worker takes it: kept, then heard."""
         receipt = make_verdict(reply, verdict)
-        self.cache.add_receipt(seal(caller, receipt))
+        self.cache.add_receipt(sign_message(caller, receipt))
         self.feedback.heard(caller.ss58_address, receipt)
 
 
@@ -315,7 +315,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_residual_alone(tmp_path: Path)
 
 
 CHANGES: Sequence[tuple[str, dict[str, Any]]] = (
-    ("mode", {"inner": Inner(batches=1, first_step=0, steps=10, keep=False, optimizer={})}),
+    ("mode", {"inner": InnerSteps(batches=1, first_step=0, steps=10, keep=False, optimizer={})}),
     ("codec", {"codec_up": "2bit"}),
     ("decay", {"feedback": 0.5}),
     ("run", {"run": "another"}),
@@ -354,7 +354,7 @@ def test_without_error_feedback_an_order_leaves_it_alone(tmp_path: Path) -> None
     miner.hear(miner.encode(miner.order(0), gradient(0)))
     order = miner.order(1, feedback=0.0)
     job = Job(order, "1" * 64, CALLER, 0.0)
-    asyncio.run(miner.feedback.ready(job, gradient(1), Phases(None, lambda: 0.0), 0.0))
+    asyncio.run(miner.feedback.ready(job, gradient(1), TimedExecutor(None, lambda: 0.0), 0.0))
     job.encode(load_codec("ternary"), Done(order, gradient(1)), 1.0, miner.feedback)  # type: ignore[arg-type]
     assert job.reply is not None
     assert job.reply.residual_before is None
@@ -378,7 +378,7 @@ def waited(
             loop.call_later(says, miner.hear, first)
         if stops is not None:
             loop.call_later(stops, job.stopping.set)
-        await miner.feedback.ready(job, gradient(1), Phases(None, loop.time), handing_over_s=0.5)
+        await miner.feedback.ready(job, gradient(1), TimedExecutor(None, loop.time), handing_over_s=0.5)
         job.encode(load_codec("ternary"), Done(order, gradient(1)), 1.0, miner.feedback)  # type: ignore[arg-type]
         assert job.reply is not None
         return loop.time(), job.reply.residual_before

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from codec import load_codec
-from market.feedback import residual_digest
+from pilot.codec import load_codec
+from pilot.worker.error_feedback import residual_digest
 from protocol import Fault, ProtocolError
 from tests.test_feedback import SHAPES, Miner, Textbook, gradient
 

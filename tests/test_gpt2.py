@@ -14,9 +14,9 @@ import torch
 import transformers
 from transformers import GPT2LMHeadModel
 
-from market.learner import Learner
+from pilot.app.report import save_model
+from pilot.training.learner import Learner
 from protocol import MAX_SERVED_BYTES, DataSpec, Fault, ProtocolError, TaskSpec
-from report import save_model
 from tasks import TASKS, Task, load_task
 from tasks.config import AdamWConfig, GPT2Config
 from tasks.gpt2 import GPT2, PRESETS

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from market.inner import InnerLoop, Starter
-from market.work import Computation
 from nanochat.config import MuonAdamWConfig
-from protocol import Fault, Inner, Order, ProtocolError, Range, Step, Update
+from pilot.training.gradient import GradientAccumulator
+from pilot.training.inner_loop import InnerLoop, WorkStarter
+from protocol import Fault, InnerSteps, Order, ProtocolError, Range, Update, VersionStep
 from tasks import Task
 from tasks.config import AdamWConfig, NanochatConfig
 from tasks.gpt2 import GPT2
@@ -41,11 +41,13 @@ def nanochat(tmp_path_factory: pytest.TempPathFactory) -> Task:
     return Nanochat.prepare(config, seed=0, cache=folder / "cache")
 
 
-def inner_of(config: AdamWConfig | MuonAdamWConfig, **changes: Any) -> Inner:
-    return Inner(**{"batches": 2, "first_step": 5, "steps": 20, "keep": False, "optimizer": asdict(config)} | changes)
+def inner_of(config: AdamWConfig | MuonAdamWConfig, **changes: Any) -> InnerSteps:
+    return InnerSteps(
+        **{"batches": 2, "first_step": 5, "steps": 20, "keep": False, "optimizer": asdict(config)} | changes
+    )
 
 
-def start(task: Task, inner: Inner, optimizer: torch.optim.Optimizer | None = None) -> InnerLoop:
+def start(task: Task, inner: InnerSteps, optimizer: torch.optim.Optimizer | None = None) -> InnerLoop:
     model = task.build_model(CPU, initial=True)
     return InnerLoop(task, model, inner, values(task, model), optimizer)
 
@@ -142,8 +144,8 @@ def test_the_last_partial_step_is_made_once(task: GPT2) -> None:
 # --- from order to order ----------------------------------------------------------------------------------------------
 
 
-def order_of(task: Task, inner: Inner | None, run: str = "tiny") -> Order:
-    update = Update(base=None, steps=(Step(kind="state", codec="fp32", digest="0" * 64, bytes=1),))
+def order_of(task: Task, inner: InnerSteps | None, run: str = "tiny") -> Order:
+    update = Update(base=None, steps=(VersionStep(kind="state", codec="fp32", digest="0" * 64, bytes=1),))
     return Order(
         run=run, round=3, hotkey=MINERS[0].ss58_address, version=update.version, update=update, state_digest=None,
         task=task.spec(), data=task.data_spec, ranges=(Range(0, 4),), deadline_s=60.0, staleness=0, codec_up="fp32",
@@ -151,13 +153,13 @@ def order_of(task: Task, inner: Inner | None, run: str = "tiny") -> Order:
     )  # fmt: skip
 
 
-def begin(starter: Starter, task: Task, model: nn.Module, order: Order) -> InnerLoop:
+def begin(starter: WorkStarter, task: Task, model: nn.Module, order: Order) -> InnerLoop:
     loop = starter.begin(order, task, model, lambda: values(task, model))
     assert isinstance(loop, InnerLoop)
     return loop
 
 
-def work(starter: Starter, task: Task, model: nn.Module, order: Order, indices: Sequence[int]) -> InnerLoop:
+def work(starter: WorkStarter, task: Task, model: nn.Module, order: Order, indices: Sequence[int]) -> InnerLoop:
     loop = begin(starter, task, model, order)
     for index in indices:
         loop.add(index)
@@ -167,13 +169,13 @@ def work(starter: Starter, task: Task, model: nn.Module, order: Order, indices: 
 
 def test_an_optimizer_that_is_kept_goes_on(task: GPT2) -> None:
     """Two orders of two steps are then four steps of plain AdamW; where it is reset they are not."""
-    model, starter = task.build_model(CPU, initial=True), Starter()
+    model, starter = task.build_model(CPU, initial=True), WorkStarter()
     for first, indices in ((5, range(4)), (7, range(4, 8))):
         work(starter, task, model, order_of(task, inner_of(ADAMW, keep=True, first_step=first)), indices)
     plain = values(task, plain_adamw(task, ADAMW, [[0, 1], [2, 3], [4, 5], [6, 7]], first=5, of=20))
     assert equal(values(task, model), plain)
 
-    other, fresh = task.build_model(CPU, initial=True), Starter()
+    other, fresh = task.build_model(CPU, initial=True), WorkStarter()
     for first, indices in ((5, range(4)), (7, range(4, 8))):
         work(fresh, task, other, order_of(task, inner_of(ADAMW, first_step=first)), indices)
     assert not equal(values(task, other), plain)
@@ -181,10 +183,12 @@ def test_an_optimizer_that_is_kept_goes_on(task: GPT2) -> None:
 
 @pytest.mark.parametrize("what", ["reset", "run", "flags", "model"])
 def test_an_optimizer_is_kept_for_the_same_run_flags_and_model_only(task: GPT2, what: str) -> None:
-    model, starter = task.build_model(CPU, initial=True), Starter()
+    model, starter = task.build_model(CPU, initial=True), WorkStarter()
     order = order_of(task, inner_of(ADAMW, keep=True))
     before = work(starter, task, model, order, [0, 1]).optimizer
-    assert starter.begin(order_of(task, None), task, model, dict).__class__ is Computation  # a gradient round between
+    assert (
+        starter.begin(order_of(task, None), task, model, dict).__class__ is GradientAccumulator
+    )  # a gradient round between
     assert begin(starter, task, model, order).optimizer is before
     if what == "model":
         model = task.build_model(CPU, initial=True)
@@ -200,7 +204,7 @@ def test_an_optimizer_is_kept_for_the_same_run_flags_and_model_only(task: GPT2, 
 
 
 def test_a_kept_optimizer_gets_over_nan(task: GPT2) -> None:
-    model, starter = task.build_model(CPU, initial=True), Starter()
+    model, starter = task.build_model(CPU, initial=True), WorkStarter()
     loop = begin(starter, task, model, order_of(task, inner_of(ADAMW, keep=True)))
     loop.add(0)
     for p in loop.parameters.values():

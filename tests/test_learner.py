@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from typing_extensions import Buffer
 
-from codec import load_codec
-from market.learner import Learner
-from market.replica import apply
-from protocol import BlobRef, ProtocolError, chain, digest
+from pilot.codec import load_codec
+from pilot.training.learner import Learner
+from pilot.worker.replica import apply
+from protocol import BlobRef, ProtocolError, digest, next_version
 from tasks.config import AdamWConfig
 from tasks.optimizer import adamw
 from tests.tiny import CPU, OPTIMIZER
@@ -125,7 +125,7 @@ def test_step_is_deterministic_and_depends_on_every_gradient() -> None:
 
 def test_versions_are_the_protocols_chain_of_the_broadcast_bytes() -> None:
     learner = make_learner()
-    version = chain(None, digest("state", FP32.encode(state_of(learner))))
+    version = next_version(None, digest("state", FP32.encode(state_of(learner))))
     assert learner.version == version
     assert learner.update.base is None
     for gradient in gradients(learner, 3):
@@ -133,7 +133,7 @@ def test_versions_are_the_protocols_chain_of_the_broadcast_bytes() -> None:
         assert learner.version == version  # until it is encoded
         learner.advance()
         blob = FP32.encode(state_of(learner))
-        assert learner.version == chain(version, digest("state", blob))
+        assert learner.version == next_version(version, digest("state", blob))
         assert learner.update == whole_state(
             BlobRef(kind="state", digest=digest("state", blob), bytes=memoryview(blob).nbytes), version
         )

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from records_samples import HOTKEYS, order, orders, receipt, record, reply, signed
 
-from market.cursor import merge
-from protocol import Fault, Inner, Order, Range, Receipt, Reply, Signed
-from records.ledger import Accounting, Late, Ledger, Total
-from values import RoundRecord
+from pilot.interfaces import RoundRecord
+from pilot.storage.ledger import Accounting, Late, Ledger, Total
+from pilot.training.ranges import merge
+from protocol import Fault, InnerSteps, Order, Range, Receipt, Reply, Signed
 
 A, B, C = HOTKEYS
 
@@ -197,7 +197,7 @@ def test_only_a_reply_with_its_late_receipt_is_noted(ledger: Ledger, said: Reply
 
 # --- inner steps ------------------------------------------------------------------------------------------------------
 
-INNER = Inner(batches=1, first_step=0, steps=9, keep=False, optimizer={})
+INNER = InnerSteps(batches=1, first_step=0, steps=9, keep=False, optimizer={})
 
 
 def inner(round: int, hotkey: str, ranges: tuple[Range, ...] = ()) -> Signed:

@@ -9,7 +9,7 @@ import pytest
 
 import miner
 import validator
-from limits import Limits
+from pilot.common.limits import Limits
 from tests.processes import run_program
 from tests.test_cli import Main, mistake
 

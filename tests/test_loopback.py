@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from pilot.interfaces import Faulted
+from pilot.simulation.link_model import EmulatedLink, LinkSpec
+from pilot.simulation.network import Loopback, run
+from pilot.transport.auth import verify_message
 from protocol import Fault, Reply, Stop, digest
 from tests.echo import MALLORY, MINER, STATE, TOKENS, VALIDATOR, Echo, blobs_of, make_order, make_receipt
-from transport.auth import unseal
-from transport.links import Link, LinkSpec
-from transport.loopback import Loopback, run
-from values import Faulted
 
 DAY_S = 86400.0
 
@@ -99,9 +99,9 @@ def test_an_exchange_pushes_blobs_and_writes_the_payload(tmp_path: Path) -> None
         miner = Echo(work_s=60)
         net = network(miner)
         order = make_order(deadline_s=100)
-        signed = net.seal(order)
+        signed = net.sign(order)
         received = await net.exchange(order, signed, blobs_of(order), tmp_path / "p")
-        assert unseal(received.signed, Reply, MINER.ss58_address) == received.reply
+        assert verify_message(received.signed, Reply, MINER.ss58_address) == received.reply
         assert received.bytes_up > len(STATE)
         assert received.bytes_down > len(STATE) + len(TOKENS)
         assert net.now() == pytest.approx(60)
@@ -109,8 +109,8 @@ def test_an_exchange_pushes_blobs_and_writes_the_payload(tmp_path: Path) -> None
             make_receipt(order, signed.digest),
             Stop(run="test", round=0, hotkey=miner.hotkey, order="0" * 64),
         )
-        assert await net.tell(miner.hotkey, net.seal(receipt))
-        assert await net.tell(miner.hotkey, net.seal(stop))
+        assert await net.deliver(miner.hotkey, net.sign(receipt))
+        assert await net.deliver(miner.hotkey, net.sign(stop))
         assert miner.receipts == [receipt]
         assert miner.stops == [stop]
 
@@ -123,7 +123,7 @@ def fault(tmp_path: Path, play: Callable[[Loopback], Coroutine[Any, Any, None]],
         asked = make_order(**order)
         asyncio.get_running_loop().create_task(play(net))
         with pytest.raises(Faulted) as caught:
-            await net.exchange(asked, net.seal(asked), blobs_of(asked), tmp_path / "p")
+            await net.exchange(asked, net.sign(asked), blobs_of(asked), tmp_path / "p")
         return caught.value.fault
 
     return run(main())
@@ -167,7 +167,7 @@ def test_waiting_for_a_peer() -> None:
         assert await net.wait_for_peer(10)
         assert net.now() == pytest.approx(15)
         net.drop(MINER.ss58_address)
-        assert not await net.tell(MINER.ss58_address, net.seal(make_receipt(make_order(), digest("order", b""))))
+        assert not await net.deliver(MINER.ss58_address, net.sign(make_receipt(make_order(), digest("order", b""))))
 
     run(main())
 
@@ -179,7 +179,7 @@ def test_two_runs_are_the_same(tmp_path: Path) -> None:
         async def one(net: Loopback, miner: Echo, round: int) -> None:
             order = make_order(round=round, hotkey=miner.hotkey, deadline_s=30)
             try:
-                got = await net.exchange(order, net.seal(order), blobs_of(order), tmp_path / f"{round}{miner.hotkey}")
+                got = await net.exchange(order, net.sign(order), blobs_of(order), tmp_path / f"{round}{miner.hotkey}")
                 events.append((net.now(), miner.hotkey, got.reply.round))
             except Faulted as faulted:
                 events.append((net.now(), f"{miner.hotkey}{faulted.fault}", round))
@@ -230,7 +230,7 @@ def test_a_miner_that_comes_back_as_another_process_ends_the_exchange_with_the_o
 
     async def again() -> None:
         order = make_order()
-        await net.exchange(order, net.seal(order), blobs_of(order), tmp_path / "p")
+        await net.exchange(order, net.sign(order), blobs_of(order), tmp_path / "p")
 
     run(again())
     assert fresh.deliveries == 1
@@ -244,7 +244,7 @@ def test_the_same_process_behind_a_line_that_was_cut_goes_on_with_its_next_order
 
     async def main() -> float:
         order = make_order(deadline_s=60)
-        await net.exchange(order, net.seal(order), blobs_of(order), tmp_path / "p")
+        await net.exchange(order, net.sign(order), blobs_of(order), tmp_path / "p")
         return net.now()
 
     assert run(main()) == pytest.approx(6 * 2 * 2.0)  # order, two blobs, order, reply, payload: there and back
@@ -255,18 +255,18 @@ def test_a_late_reply_is_the_miners_word_without_its_payload(tmp_path: Path) -> 
         miner = Echo(work_s=60)
         net = network(miner)
         order = make_order(deadline_s=30)
-        signed = net.seal(order)
+        signed = net.sign(order)
         with pytest.raises(Faulted):
             await net.exchange(order, signed, blobs_of(order), tmp_path / "p")
-        assert await net.late(order, signed, 20) is None
-        answer = await net.late(order, signed, 100)
+        assert await net.await_late_reply(order, signed, 20) is None
+        answer = await net.await_late_reply(order, signed, 100)
         assert answer is not None
-        assert unseal(answer, Reply, MINER.ss58_address).order == signed.digest
+        assert verify_message(answer, Reply, MINER.ss58_address).order == signed.digest
         assert miner.deliveries == 0
         other = make_order(round=7)
-        assert await net.late(other, net.seal(other), 100) is None  # the miner never heard of it
+        assert await net.await_late_reply(other, net.sign(other), 100) is None  # the miner never heard of it
         net.drop(MINER.ss58_address)
-        assert await net.late(order, signed, 100) is None
+        assert await net.await_late_reply(order, signed, 100) is None
 
     run(main())
     assert not (tmp_path / "p").exists()
@@ -279,7 +279,7 @@ def arrivals(spec: LinkSpec, *transfers: tuple[float, str, float], seed: int = 0
     """When each (start, direction, bytes) has arrived."""
 
     async def main() -> list[float]:
-        link = Link(spec, seed, "link")
+        link = EmulatedLink(spec, seed, "link")
 
         async def one(start: float, direction: Any, size: float) -> float:
             await asyncio.sleep(start)
@@ -313,7 +313,7 @@ def test_transfers_in_one_direction_share_its_bandwidth(
 
 def test_a_transfer_that_is_broken_off_leaves_its_share_to_the_others() -> None:
     async def main() -> float:
-        link = Link(BYTE_A_SECOND)
+        link = EmulatedLink(BYTE_A_SECOND)
         broken = asyncio.create_task(link.travel("up", 1000))
         asyncio.get_running_loop().call_later(4, broken.cancel)
         await link.travel("up", 10)  # 2 until then, 8 alone
@@ -368,7 +368,7 @@ def test_states_and_payloads_count_for_as_much_as_they_stand_for(
         links = {MINER.ss58_address: LinkSpec(up_bps=8 * len(STATE), down_bps=8 * len(STATE))}
         net = Loopback(VALIDATOR, {MINER.ss58_address: Echo()}, {MINER.ss58_address: MINER}, links=links, scale=scale)
         order = make_order(deadline_s=1000)
-        received = await net.exchange(order, net.seal(order), blobs_of(order), tmp_path / "p")
+        received = await net.exchange(order, net.sign(order), blobs_of(order), tmp_path / "p")
         assert up * len(STATE) < received.bytes_up < (up + 1) * len(STATE)
         assert down * len(STATE) < received.bytes_down < (down + 1) * len(STATE)
         assert net.now() == pytest.approx(200, rel=0.01)

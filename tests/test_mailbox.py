@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from limits import Limits
+from pilot.common.limits import Limits
+from pilot.interfaces import Faulted, ReceivedReply, Refused
+from pilot.transport.auth import sign_message
+from pilot.transport.client.peer import Peer
+from pilot.transport.client.pull_client import NOTHING
+from pilot.transport.server.pull_queue import PullQueue
 from protocol import Announce, Digest, Fault, Order, Reply, Signed, new_nonce
 from tests.echo import MALLORY, MINER, STATE, VALIDATOR, Echo, caller, make_order
 from tests.test_pull import begun, there, validator
-from transport.auth import seal
-from transport.mailbox import Mailbox
-from transport.peer import Peer
-from transport.puller import NOTHING
-from values import Faulted, Received, Refused
 
 
 class Forger:
@@ -30,7 +30,7 @@ class Forger:
         announce = Announce(
             hotkey=MINER.ss58_address, endpoint=None, tls=False, tasks=("echo",), codecs=(), leaving=False, time_ns=0
         )
-        body = seal(MINER, announce).model_dump_json().encode()
+        body = sign_message(MINER, announce).model_dump_json().encode()
         await self.peer.call("POST", f"/v1/announce?session={self.session}", "refusal", body=body)
 
     async def next(self, taken: Digest = NOTHING) -> Signed:
@@ -55,7 +55,7 @@ class Forger:
 
 
 @asynccontextmanager
-async def forger(tmp_path: Path) -> AsyncIterator[tuple[Forger, Order, Signed, asyncio.Task[Received]]]:
+async def forger(tmp_path: Path) -> AsyncIterator[tuple[Forger, Order, Signed, asyncio.Task[ReceivedReply]]]:
     """One that has been given an order."""
     async with validator() as (network, at), caller(at) as peer:
         made = Forger(peer)
@@ -83,7 +83,7 @@ def answer(asked: Order, digest: Digest, **changes: object) -> Reply:
 def test_a_reply_to_something_else(tmp_path: Path, changes: dict[str, object], verdict: Fault) -> None:
     async def main() -> Faulted:
         async with forger(tmp_path) as (miner, order, signed, exchange):
-            reply = seal(MINER, answer(order, signed.digest, **changes))
+            reply = sign_message(MINER, answer(order, signed.digest, **changes))
             with pytest.raises(Refused):
                 await miner.post("reply", signed.digest, reply)
             with pytest.raises(Faulted) as caught:
@@ -97,7 +97,7 @@ def test_a_reply_that_another_has_signed(tmp_path: Path) -> None:
     async def main() -> Faulted:
         async with forger(tmp_path) as (miner, order, signed, exchange):
             with pytest.raises(Refused, match="signed by"):
-                await miner.post("reply", signed.digest, seal(MALLORY, answer(order, signed.digest)))
+                await miner.post("reply", signed.digest, sign_message(MALLORY, answer(order, signed.digest)))
             with pytest.raises(Faulted) as caught:
                 await exchange
             return caught.value
@@ -110,15 +110,15 @@ def test_a_reply_twice_is_one_and_another_is_refused(tmp_path: Path) -> None:
         async with forger(tmp_path) as (miner, order, signed, exchange):
             digest, reply = signed.digest, answer(order, signed.digest)
             for _ in range(2):
-                await miner.post("reply", digest, seal(MINER, reply))
+                await miner.post("reply", digest, sign_message(MINER, reply))
             with pytest.raises(Refused, match="another reply"):
-                await miner.post("reply", digest, seal(MINER, answer(order, digest, loss=2.0)))
+                await miner.post("reply", digest, sign_message(MINER, answer(order, digest, loss=2.0)))
             await miner.put(digest, reply.payload_digest, len(STATE), STATE)
             await exchange
-            await miner.post("reply", digest, seal(MINER, reply))  # its answer may have been lost
+            await miner.post("reply", digest, sign_message(MINER, reply))  # its answer may have been lost
             await miner.put(digest, reply.payload_digest, len(STATE), STATE)
             with pytest.raises(Refused, match="no such order is under way"):
-                await miner.post("reply", "0" * 64, seal(MINER, reply))
+                await miner.post("reply", "0" * 64, sign_message(MINER, reply))
 
     asyncio.run(main())
 
@@ -128,7 +128,7 @@ def test_a_payload_of_another_digest(tmp_path: Path, payload: bytes) -> None:
     async def main() -> Faulted:
         async with forger(tmp_path) as (miner, order, signed, exchange):
             reply = answer(order, signed.digest)
-            await miner.post("reply", signed.digest, seal(MINER, reply))
+            await miner.post("reply", signed.digest, sign_message(MINER, reply))
             with pytest.raises(Refused):
                 await miner.put(signed.digest, reply.payload_digest, len(STATE), payload)
             with pytest.raises(Faulted) as caught:
@@ -154,19 +154,19 @@ def test_what_is_not_of_the_order_is_not_given(tmp_path: Path) -> None:
 def test_another_process_of_this_hotkey_answers_for_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         async with forger(tmp_path) as (miner, order, signed, exchange):
-            twin, digest, reply = Forger(miner.peer), signed.digest, answer(order, signed.digest)
+            copy_of_run, digest, reply = Forger(miner.peer), signed.digest, answer(order, signed.digest)
             for call in (
-                twin.next(),
-                twin.get(digest, order.update.refs[0].digest),
-                twin.post("working", digest, seal(MINER, Echo().status())),
-                twin.post("refusal", digest, seal(MINER, reply)),
-                twin.post("reply", digest, seal(MINER, reply)),
-                twin.put(digest, reply.payload_digest, len(STATE), STATE),
+                copy_of_run.next(),
+                copy_of_run.get(digest, order.update.refs[0].digest),
+                copy_of_run.post("working", digest, sign_message(MINER, Echo().status())),
+                copy_of_run.post("refusal", digest, sign_message(MINER, reply)),
+                copy_of_run.post("reply", digest, sign_message(MINER, reply)),
+                copy_of_run.put(digest, reply.payload_digest, len(STATE), STATE),
             ):
                 with pytest.raises(Refused, match="another process is at work") as refused:
                     await call
                 assert refused.value.status == 409
-            await miner.post("reply", digest, seal(MINER, reply))
+            await miner.post("reply", digest, sign_message(MINER, reply))
             await miner.put(digest, reply.payload_digest, len(STATE), STATE)
             await exchange
 
@@ -178,11 +178,11 @@ def test_an_order_that_it_has_from_before_a_restart_is_handed_out_again(tmp_path
         async with validator() as (network, at), caller(at) as peer:
             await (miner := Forger(peer)).announce()
             order = make_order(deadline_s=120)
-            digest, exchange = network.seal(order).digest, begun(network, order, tmp_path / "p")
+            digest, exchange = network.sign(order).digest, begun(network, order, tmp_path / "p")
             async with asyncio.timeout(60):
                 assert (await miner.next(taken=digest)).digest == digest
             reply = answer(order, digest)
-            await miner.post("reply", digest, seal(MINER, reply))
+            await miner.post("reply", digest, sign_message(MINER, reply))
             await miner.put(digest, reply.payload_digest, len(STATE), STATE)
             await exchange
 
@@ -191,11 +191,11 @@ def test_an_order_that_it_has_from_before_a_restart_is_handed_out_again(tmp_path
 
 def test_who_is_told_to_stop_while_a_letter_is_taken_stops() -> None:
     async def main() -> None:
-        signed = seal(VALIDATOR, make_order())
+        signed = sign_message(VALIDATOR, make_order())
         for steps in range(8):
-            mailbox = Mailbox(MINER.ss58_address, Limits())
+            mailbox = PullQueue(MINER.ss58_address, Limits())
             with mailbox.heard():
-                telling = asyncio.create_task(mailbox.tell(signed))
+                telling = asyncio.create_task(mailbox.deliver(signed))
                 assert await mailbox.next(NOTHING, 60) == signed
                 polling = asyncio.create_task(mailbox.next(signed.digest, 60))
                 for _ in range(steps):
@@ -243,7 +243,7 @@ def test_who_has_not_announced_itself_gets_nothing(tmp_path: Path) -> None:
             stranger = Forger(mallory)
             for call in (
                 stranger.next(),
-                stranger.post("working", signed.digest, seal(MALLORY, Echo(MALLORY.ss58_address).status())),
+                stranger.post("working", signed.digest, sign_message(MALLORY, Echo(MALLORY.ss58_address).status())),
                 stranger.put(signed.digest, "0" * 64, 1, b"!"),
             ):
                 with pytest.raises(Refused, match="announce yourself first"):

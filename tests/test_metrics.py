@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from records.console import Console
-from records.ledger import Total
-from records.metrics import Metrics
-from records.plot import loss_plot
-from report import miner_rows, own_time
+from pilot.app.report import miner_rows, own_time
+from pilot.display.console import Console
+from pilot.display.metrics import Metrics
+from pilot.display.plots import loss_plot
+from pilot.storage.ledger import Total
 
 SOURCE = str(Path(__file__).parent.parent / "src")
 ROWS: list[dict[str, float | int | str]] = [
@@ -80,7 +80,7 @@ def run_python(script: str, *arguments: str) -> str:
 
 def test_wandb_is_imported_only_when_it_is_on(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from records.metrics import Metrics\n"
+        "import sys; from pathlib import Path; from pilot.display.metrics import Metrics\n"
         "metrics = Metrics(Path(sys.argv[1]), 'disabled', 'pilot', 'demo')\n"
         "metrics.log({'round': 0}); metrics.summary({}); metrics.close(); print('wandb' in sys.modules)"
     )
@@ -89,7 +89,7 @@ def test_wandb_is_imported_only_when_it_is_on(tmp_path: Path) -> None:
 
 def test_records_import_nothing_heavy() -> None:
     script = (
-        "import sys, records.store, records.cache, records.metrics, records.plot, records.console\n"
+        "import sys, pilot.storage.run_store, pilot.storage.miner_store, pilot.display.metrics, pilot.display.plots, pilot.display.console\n"
         "print([name for name in ('torch', 'matplotlib', 'wandb', 'safetensors') if name in sys.modules])"
     )
     assert run_python(script) == "[]\n"
@@ -121,7 +121,7 @@ def test_the_validators_own_time_by_phase() -> None:
 
 def test_the_plot_is_a_png_and_leaves_no_global_state(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from records.plot import loss_plot\n"
+        "import sys; from pathlib import Path; from pilot.display.plots import loss_plot\n"
         "loss_plot(Path(sys.argv[1]), {'training': [(0, 5.5), (1, 2.0)]}, 'title', 'round', 'loss')\n"
         "print('matplotlib.pyplot' in sys.modules)"
     )
@@ -166,7 +166,7 @@ def test_a_peers_text_moves_no_cursor_and_is_no_markup(capsys: pytest.CaptureFix
     with Console(1, debug=False) as console:
         console.say("[bold]why[/] \x1b[2J\r" + "long " * 100)
         console.table("miners", ["hotkey", "why"], [["5A", "\x1b[31m[red]"]])
-        logging.getLogger("records.spool").warning("dropped [/nothing]")
+        logging.getLogger("pilot.storage.spool").warning("dropped [/nothing]")
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert shown.splitlines()[0].startswith("[bold]why[/] \ufffd[2J\ufffdlong long")
@@ -186,7 +186,7 @@ def test_logs_go_back_to_where_they_went(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_bar_on_a_terminal() -> None:
     script = (
-        "from records.console import Console\n"
+        "from pilot.display.console import Console\n"
         "with Console(20, debug=False) as console:\n"
         "    for round in range(10, 20): console.round({'round': round, 'loss': 2.5})\n"
         "    console.say('a line above the bar')\n"

@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 
-from codec import known_codecs
-from market.negotiation import Negotiation
-from market.worker import Worker
-from protocol import Health, Order, Reply, Step, Update
-from records.store import Store
+from pilot.codec import known_codecs
+from pilot.market.negotiation import Negotiation
+from pilot.simulation.network import run
+from pilot.storage.run_store import RunStore
+from pilot.transport.client.dendrite import Dendrite, Endpoint
+from pilot.transport.client.registration import Registration
+from pilot.transport.server.admission import Admission
+from pilot.transport.server.axon import Axon
+from pilot.transport.server.gateway import Gateway
+from pilot.worker.worker import Worker
+from protocol import Health, Order, Reply, Update, VersionStep
 from tasks.gpt2 import GPT2
 from tests.echo import open_guard, serving
 from tests.tiny import MINERS, VALIDATOR, Place, make_place, make_worker, play, receipts, tiny_task
-from transport.axon import Axon
-from transport.dendrite import Dendrite, Endpoint
-from transport.desk import Desk
-from transport.loopback import run
-from transport.membership import Membership
-from transport.roster import Admission
 
 OLD = ("fp32", "bf16")
 ALL, SOME, NONE = (keypair.ss58_address for keypair in MINERS[:3])
@@ -35,11 +35,11 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> GPT2:
     return tiny_task(tmp_path_factory.mktemp("tiny"))
 
 
-def orders(store: Store, round: int) -> dict[str, Order]:
+def orders(store: RunStore, round: int) -> dict[str, Order]:
     return {order.hotkey: order for order in (Order.parse(s.body) for s in store.orders(round))}
 
 
-def replies(store: Store, round: int) -> dict[str, Reply]:
+def replies(store: RunStore, round: int) -> dict[str, Reply]:
     return {received.reply.hotkey: received.reply for received in store.received(round)}
 
 
@@ -69,8 +69,8 @@ def test_who_does_not_know_a_codec_gets_another(
 
 
 def test_a_whole_state_is_for_who_cannot_read_a_delta_on_the_way() -> None:
-    def step(codec: str) -> Step:
-        return Step(kind="delta", codec=codec, digest="1" * 64, bytes=1)
+    def step(codec: str) -> VersionStep:
+        return VersionStep(kind="delta", codec=codec, digest="1" * 64, bytes=1)
 
     negotiation = Negotiation({ALL: known_codecs(), SOME: ("fp32", "int8")}.get)
     old, both = (step("fp32"), step("int8")), (step("int8"), step("2bit"))
@@ -90,7 +90,7 @@ def test_what_a_stranger_names_is_cut_short_when_it_is_said(caplog: pytest.LogCa
 # --- whole rounds -----------------------------------------------------------------------------------------------------
 
 
-def check(store: Store, round: int) -> None:
+def check(store: RunStore, round: int) -> None:
     """Every miner was ordered what it can do, did it, and was paid."""
     ordered, came = orders(store, round), replies(store, round)
     assert {hotkey: order.codec_up for hotkey, order in ordered.items()} == {ALL: "ternary", SOME: "bf16", NONE: "fp32"}
@@ -107,9 +107,9 @@ def differ(workers: dict[str, Worker]) -> None:
     workers[NONE].codecs = ("fp32", "2bit")
 
 
-def place(folder: Path, task: GPT2, **terms: Any) -> Place:
+def place(folder: Path, task: GPT2, **policy: Any) -> Place:
     made = make_place(
-        folder, task, miners=MINERS[:3], codec_up="ternary", codec_down="2bit", broadcast="delta", **terms
+        folder, task, miners=MINERS[:3], codec_up="ternary", codec_down="2bit", broadcast="delta", **policy
     )
     differ(made.workers)
     return made
@@ -185,14 +185,18 @@ def test_over_http_what_each_says_in_its_hello_and_announcement_holds(tmp_path: 
             network = Dendrite(VALIDATOR, endpoints, {}, lambda _: None, "gpt2", said.append, hello_interval_s=0.05)
             await network.start()
             stack.push_async_callback(network.close)
-            desk = Desk(VALIDATOR, "gpt2", Admission("everyone", said.append, clock), nobody_asks, "127.0.0.1", 0)
+            desk = Gateway(VALIDATOR, "gpt2", Admission("everyone", said.append, clock), nobody_asks, "127.0.0.1", 0)
             door = Endpoint("127.0.0.1", await desk.start(), VALIDATOR.ss58_address)
             stack.push_async_callback(desk.close)
             desk.attach(network)
-            pulls = Membership(workers[NONE], MINERS[2], door, None, said.append, interval_s=0.2)
+            pulls = Registration(workers[NONE], MINERS[2], door, None, said.append, interval_s=0.2)
             stack.push_async_callback(pulls.close)
             assert await network.wait_for_peers(3, 60) == 3
-            assert [network.codecs(hotkey) for hotkey in (ALL, SOME, NONE)] == [known_codecs(), OLD, ("fp32", "2bit")]
+            assert [network.known_codecs(hotkey) for hotkey in (ALL, SOME, NONE)] == [
+                known_codecs(),
+                OLD,
+                ("fp32", "2bit"),
+            ]
             p = place(tmp_path, task, network=lambda _: network)
             stack.push_async_callback(p.market.close)
             await play(p.market, 3)

@@ -55,8 +55,8 @@ def naive(tokens: np.ndarray, row_len: int, buffer: int) -> list[list[int]]:
         elif left == 1:
             chosen = [BOS]
         else:
-            shortest = min(map(len, held))
-            chosen = next(document for document in held if len(document) == shortest)
+            shortest_path = min(map(len, held))
+            chosen = next(document for document in held if len(document) == shortest_path)
             held.remove(chosen)
         row += chosen[:left]
         if len(row) == row_len:

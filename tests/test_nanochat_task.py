@@ -14,18 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from market.baseline import train
-from market.learner import Learner
-from market.work import compute
 from nanochat.common import check_memory, memory_need
 from nanochat.config import MuonAdamWConfig
+from pilot.simulation.network import run
+from pilot.training.gradient import compute
+from pilot.training.learner import Learner
+from pilot.training.plain_loop import train
 from protocol import ProtocolError, Range, TaskSpec
 from tasks import load_task
 from tasks.config import NanochatConfig
 from tasks.nanochat import Nanochat, NanochatShape
 from tasks.tokens import Tokens, write
 from tests.tiny import CPU, MINERS, ROUNDS, UNITS, equal, make_place, parameters, play, write_text
-from transport.loopback import run
 
 pytest.importorskip("rustbpe", reason="the tokenizer is not built: no cargo")
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from market.baseline import new_learner, train
-from market.config import BaselineConfig
-from market.learner import Learner
-from market.work import compute
+from pilot.app.flags import BaselineConfig
+from pilot.simulation.network import run
+from pilot.training.gradient import compute
+from pilot.training.learner import Learner
+from pilot.training.plain_loop import train
 from protocol import Range
 from tasks.gpt2 import GPT2
 from tasks.optimizer import Settings
 from tests.tiny import CPU, MINERS, OPTIMIZER, ROUNDS, equal, make_place, parameters, play, settings, tiny_task
-from transport.loopback import run
 
 CONFIG = BaselineConfig(optimizer=OPTIMIZER, rounds=ROUNDS)
 
@@ -26,7 +26,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> GPT2:
 
 
 def baseline(task: GPT2, batches: int) -> tuple[Learner, list[float]]:
-    learner = new_learner(CONFIG, task, CPU)
+    learner = Learner(task, CONFIG.optimizer_flags, CPU)
     steps = (((Range(i * batches, (i + 1) * batches),), settings(i)) for i in range(ROUNDS))
     return learner, [work.loss for work in train(learner, steps) if work]
 
@@ -94,7 +94,7 @@ def test_comparison_can_fail(tmp_path: Path, task: GPT2) -> None:
 
 
 def test_baseline_keeps_step_with_rounds_that_had_no_good_reply(task: GPT2) -> None:
-    learner = new_learner(CONFIG, task, CPU)
+    learner = Learner(task, CONFIG.optimizer_flags, CPU)
     before = {name: p.detach().clone() for name, p in learner.parameters.items()}
     steps = iter([((), {"lr": 0.1}), ((Range(0, 1),), {"lr": 0.1})])
     works = train(learner, steps)

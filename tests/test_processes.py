@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import validator
-from market.cursor import Cursor, indices
+from pilot.storage.run_store import RunStore
+from pilot.training.ranges import Cursor, indices
 from protocol import Receipt
-from records.store import Store
 from tests.processes import RUN, SRC, Miner, Process, eventually, start_miner, start_validator, tiny_flags
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -26,12 +26,12 @@ MANY = "100000"  # rounds: more than any test waits for
 
 def receipts(run: Path) -> list[Receipt]:
     """All that a run's ledger holds, in the order of the rounds."""
-    with closing(Store.open(run, keep=2)) as store:
+    with closing(RunStore.open(run, keep=2)) as store:
         return [Receipt.parse(signed.body) for record in store.committed(0) for signed in record.receipts]
 
 
 def cursor(run: Path) -> Cursor:
-    with closing(Store.open(run, keep=2)) as store:
+    with closing(RunStore.open(run, keep=2)) as store:
         head = store.head()
         assert head is not None
         return Cursor.loads(head.cursor)
@@ -189,7 +189,7 @@ STARTS_A_MINER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from local_miners import LocalMiners
+from pilot.app.local_miners import LocalMiners
 with LocalMiners(1, Path(sys.argv[2]), "gpt2", "cpu", 1) as miners:
     print("started", miners.endpoints(print), flush=True)
     time.sleep(600)

@@ -18,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from pilot.interfaces import Faulted
+from pilot.transport.auth import verify_message
 from protocol import (
     MAX_INDEX,
     MAX_MESSAGE_BYTES,
@@ -31,7 +33,7 @@ from protocol import (
     Fault,
     Hasher,
     Hello,
-    Inner,
+    InnerSteps,
     Message,
     Order,
     ProtocolError,
@@ -40,18 +42,16 @@ from protocol import (
     Refusal,
     Reply,
     Signed,
-    Snapshot,
+    StateSnapshot,
     Status,
-    Step,
     Stop,
     TaskSpec,
     Update,
-    chain,
+    VersionStep,
     digest,
+    next_version,
     signing_bytes,
 )
-from transport.auth import unseal
-from values import Faulted
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "protocol.json").read_text())
 SETTINGS = settings(derandomize=True, max_examples=100, deadline=None, database=None)
@@ -62,14 +62,14 @@ WHICH: dict[str, Any] = {"run": "demo", "round": 7, "hotkey": ALICE}
 
 ORDER = Order(
     **WHICH,
-    version=chain(chain(A, B), C),
+    version=next_version(next_version(A, B), C),
     update=Update(
         base=A,
         steps=(
-            Step(kind="state", codec="bf16", digest=B, bytes=248_879_616),
-            Step(kind="delta", codec="2bit", digest=C, bytes=33_053_286),
+            VersionStep(kind="state", codec="bf16", digest=B, bytes=248_879_616),
+            VersionStep(kind="delta", codec="2bit", digest=C, bytes=33_053_286),
         ),
-        snapshots=(Snapshot(steps=1, blob=BlobRef(kind="state", digest=A, bytes=497_759_232)),),
+        snapshots=(StateSnapshot(steps=1, blob=BlobRef(kind="state", digest=A, bytes=497_759_232)),),
     ),
     state_digest=A,
     task=TaskSpec(name="gpt2", parameters={"n_layer": 12, "layer_norm_epsilon": 1e-05, "tie": True, "act": "gelu_new"}),
@@ -87,7 +87,7 @@ ORDER = Order(
     codec_up="bf16",
     codec_down="2bit",
     budget_s=60.0,
-    inner=Inner(batches=4, first_step=1500, steps=20_000, keep=False, optimizer={"lr": 6e-4, "warmup": 100}),
+    inner=InnerSteps(batches=4, first_step=1500, steps=20_000, keep=False, optimizer={"lr": 6e-4, "warmup": 100}),
     feedback=0.9,
 )
 REPLY = Reply(
@@ -163,13 +163,13 @@ def test_the_release_is_that_of_the_package() -> None:
 def test_golden_signature_holds() -> None:
     """sr25519 salts its signatures, so an old one is verified rather than made again."""
     signed = Signed.parse(json.dumps(GOLDEN["signed"]))
-    assert unseal(signed, Order, ALICE) == ORDER
+    assert verify_message(signed, Order, ALICE) == ORDER
 
 
 def test_version_chain_is_golden() -> None:
     version, versions = None, []
     for update in (A, B, B):
-        version = chain(version, update)
+        version = next_version(version, update)
         versions.append(version)
     assert versions == GOLDEN["chain"]
     assert len(set(versions)) == 3  # the same update twice makes two versions
@@ -213,9 +213,9 @@ blobs = st.builds(
 )
 states = st.builds(BlobRef, kind=st.just("state"), digest=digests, bytes=st.integers(1, 1 << 36))
 steps = st.builds(
-    Step, kind=st.sampled_from(["state", "delta"]), codec=names, digest=digests, bytes=st.integers(1, 1 << 36)
+    VersionStep, kind=st.sampled_from(["state", "delta"]), codec=names, digest=digests, bytes=st.integers(1, 1 << 36)
 )
-snapshots = st.lists(st.builds(Snapshot, steps=st.integers(0, 1), blob=states), max_size=2).map(tuple)
+snapshots = st.lists(st.builds(StateSnapshot, steps=st.integers(0, 1), blob=states), max_size=2).map(tuple)
 
 
 @st.composite

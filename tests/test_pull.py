@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from limits import Limits
+from pilot.common.limits import Limits
+from pilot.interfaces import Faulted, ReceivedReply, Refused
+from pilot.transport.auth import verify_message
+from pilot.transport.client.dendrite import Dendrite
+from pilot.transport.client.peer import Endpoint
 from protocol import Digest, Fault, Hotkey, Order, Reply, Status, Stop
 from tests.echo import (
     MINER,
@@ -29,10 +33,6 @@ from tests.echo import (
 )
 from tests.proxy import line_to
 from tests.test_transport import fault, free_port
-from transport.auth import unseal
-from transport.dendrite import Dendrite
-from transport.peer import Endpoint
-from values import Faulted, Received, Refused
 
 BIG = os.urandom(12 << 20)
 CUT = 3 << 20
@@ -55,8 +55,8 @@ async def there(network: Dendrite) -> None:
     assert await network.wait_for_peer(60)
 
 
-def begun(network: Dendrite, order: Order, path: Path, state: bytes = STATE) -> asyncio.Task[Received]:
-    return asyncio.create_task(network.exchange(order, network.seal(order), blobs_of(order, state), path))
+def begun(network: Dendrite, order: Order, path: Path, state: bytes = STATE) -> asyncio.Task[ReceivedReply]:
+    return asyncio.create_task(network.exchange(order, network.sign(order), blobs_of(order, state), path))
 
 
 # --- an exchange ------------------------------------------------------------------------------------------------------
@@ -68,11 +68,11 @@ def test_order_blobs_reply_payload_stop_and_receipt(tmp_path: Path) -> None:
         async with validator() as (network, at), member(miner := Echo(), at):
             await there(network)
             assert network.peers() == (MINER.ss58_address,)
-            signed = network.seal(order)
+            signed = network.sign(order)
             received = await network.exchange(
                 order, signed, blobs_of(order), tmp_path / "p", accepted=lambda: taken.append(1)
             )
-            assert unseal(received.signed, Reply, MINER.ss58_address) == received.reply
+            assert verify_message(received.signed, Reply, MINER.ss58_address) == received.reply
             assert (received.reply.order, received.seconds > 0, taken) == (signed.digest, True, [1])
             assert (tmp_path / "p").read_bytes() == STATE
             assert received.bytes_up > len(STATE)
@@ -80,14 +80,14 @@ def test_order_blobs_reply_payload_stop_and_receipt(tmp_path: Path) -> None:
             await until(lambda: miner.deliveries == 1)
 
             again = make_order(round=1)
-            second = await network.exchange(again, network.seal(again), {}, tmp_path / "p")
+            second = await network.exchange(again, network.sign(again), {}, tmp_path / "p")
             assert second.bytes_down < len(STATE)  # it has all blobs now
             receipt = make_receipt(order, signed.digest)
             stop = Stop(run=order.run, round=0, hotkey=order.hotkey, order=signed.digest)
-            assert await network.tell(order.hotkey, network.seal(receipt))
-            assert await network.tell(order.hotkey, network.seal(stop))
+            assert await network.deliver(order.hotkey, network.sign(receipt))
+            assert await network.deliver(order.hotkey, network.sign(stop))
             assert (miner.receipts, miner.stops) == ([receipt], [stop])
-            [link] = network.links()
+            [link] = network.miner_states()
             assert (link.endpoint, link.hotkey, link.batches_done) == ("pull", MINER.ss58_address, 4)
 
     asyncio.run(main())
@@ -119,7 +119,7 @@ def test_the_next_order_comes_while_the_last_payload_goes_up(tmp_path: Path) -> 
 
 def test_a_refusal_s_fault_is_the_verdict(tmp_path: Path) -> None:
     class Busy(Echo):
-        def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
+        def accept_order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
             raise Refused(409, "another\x1b[2J validator", Fault.BUSY)
 
     async def main() -> Faulted:
@@ -136,12 +136,12 @@ def test_a_miner_that_lost_the_state_gets_it_again(tmp_path: Path) -> None:
     class Dropping(Echo):
         dropped = False
 
-        async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
+        async def wait_for_reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
             if not self.dropped:
                 self.dropped = True
                 self.blobs.clear()
                 raise Refused(409, "the state is gone", missing=[self.orders[order].update.refs[0]])
-            return await super().reply(caller, order, wait_s)
+            return await super().wait_for_reply(caller, order, wait_s)
 
     async def main() -> None:
         async with validator() as (network, at), member(Dropping(), at):
@@ -191,7 +191,7 @@ def test_a_validator_that_was_restarted_in_mid_upload_gets_the_rest(tmp_path: Pa
         async with line_to(port) as (line, near), member(miner := Echo(), endpoint(near)):
             async with validator(port) as (network, _):
                 await there(network)
-                signed = network.seal(order)
+                signed = network.sign(order)
                 first = asyncio.create_task(network.exchange(order, signed, blobs_of(order, BIG), tmp_path / "p"))
                 await until(lambda: miner.orders)
                 line.bytes_per_s = 20e6
@@ -253,12 +253,12 @@ def test_a_miner_that_vanishes_gets_no_more_orders_and_is_silent(tmp_path: Path)
                 await there(network)
                 exchange = begun(network, make_order(deadline_s=120), tmp_path / "p")
                 await until(lambda: miner.orders)
-                assert await network.tell(MINER.ss58_address, network.seal(make_receipt(make_order(), "0" * 64)))
+                assert await network.deliver(MINER.ss58_address, network.sign(make_receipt(make_order(), "0" * 64)))
             await until(lambda: not network.peers())
             assert not exchange.done()
             with pytest.raises(Faulted) as caught:
                 await exchange
-            assert not await network.tell(MINER.ss58_address, network.seal(make_receipt(make_order(), "0" * 64)))
+            assert not await network.deliver(MINER.ss58_address, network.sign(make_receipt(make_order(), "0" * 64)))
             return caught.value
 
     assert asyncio.run(main()).fault is Fault.SILENT
@@ -272,14 +272,14 @@ def test_no_reply_by_the_deadline_is_late_and_noted_when_it_comes(tmp_path: Path
             order = make_order(deadline_s=1.5)
             assert (await fault(network, order, tmp_path / "p")).fault is Fault.LATE
             signed = next(d for d in miner.orders)
-            again = network.seal(order)
+            again = network.sign(order)
             assert again.digest == signed
-            assert await network.late(order, again, 0.1) is None
-            late = asyncio.create_task(network.late(order, again, 60))
+            assert await network.await_late_reply(order, again, 0.1) is None
+            late = asyncio.create_task(network.await_late_reply(order, again, 60))
             miner.held.set()
             noted = await late
             assert noted is not None
-            assert unseal(noted, Reply, MINER.ss58_address).order == signed
+            assert verify_message(noted, Reply, MINER.ss58_address).order == signed
             assert network.peers() == (MINER.ss58_address,)
 
     asyncio.run(main())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from market.work import compute
+from pilot.training.gradient import compute
 from protocol import Fault, ProtocolError, Range, TaskSpec
 from tasks.config import AdamWConfig, QuadraticConfig
 from tasks.optimizer import adamw_settings, apply_settings

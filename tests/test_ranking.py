@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pilot.ranking import RANKERS, Evidence, Ranker, load_ranker
+from pilot.ranking.accepted_work import AcceptedWork
 from protocol import Fault
-from ranking import RANKERS, Evidence, Ranker, load_ranker
-from ranking.accepted_work import AcceptedWork
 
 SETTINGS = settings(derandomize=True, max_examples=100, deadline=None, database=None)
 MINERS = ("5A", "5B", "5C")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from pilot.interfaces import MinerState
+from pilot.simulation.link_model import LinkSpec
+from pilot.simulation.network import Loopback, run
+from pilot.transport.client.remote_miner import Meter
 from protocol import Hotkey
 from tests.echo import MINER, VALIDATOR, Echo, blobs_of, dendrite, make_order, member, served
 from tests.proxy import line_to
 from tests.test_pull import there, validator
-from transport.contact import Meter
-from transport.links import LinkSpec
-from transport.loopback import Loopback, run
-from values import Link
 
 BIG = os.urandom(4 << 20)
 SLOW = 8e6  # bytes a second: what the proxy lets through, at most
@@ -47,13 +47,13 @@ def test_small_transfers_do_not_count_beside_large_ones() -> None:
 
 
 def test_the_emulated_network_measures_what_its_links_are(tmp_path: Path) -> None:
-    async def main() -> tuple[Link, ...]:
+    async def main() -> tuple[MinerState, ...]:
         links = {KEY: LinkSpec(up_bps=20e6, down_bps=100e6, latency_s=0.05)}
         network = Loopback(VALIDATOR, {KEY: Echo()}, {KEY: MINER}, links=links, scale=10.0)
         order = make_order(BIG, deadline_s=100)
-        assert network.links()[0].up_bps == 0
-        await network.exchange(order, network.seal(order), blobs_of(order, BIG), tmp_path / "p")
-        return network.links()
+        assert network.miner_states()[0].up_bps == 0
+        await network.exchange(order, network.sign(order), blobs_of(order, BIG), tmp_path / "p")
+        return network.miner_states()
 
     (link,) = run(main())
     assert link.down_bps == pytest.approx(100e6, rel=0.05)
@@ -65,7 +65,7 @@ def test_the_emulated_network_measures_what_its_links_are(tmp_path: Path) -> Non
 def test_a_real_line_is_measured(pulls: bool, tmp_path: Path) -> None:
     """On a line that lets so much through: not more than that was measured, whatever a buffer swallows at once."""
 
-    async def main() -> Link:
+    async def main() -> MinerState:
         async with AsyncExitStack() as stack:
             enter = stack.enter_async_context
             if pulls:
@@ -78,8 +78,8 @@ def test_a_real_line_is_measured(pulls: bool, tmp_path: Path) -> None:
             await there(network)
             line.bytes_per_s = SLOW
             order = make_order(BIG)
-            await network.exchange(order, network.seal(order), blobs_of(order, BIG), tmp_path / "p")
-            (link,) = network.links()
+            await network.exchange(order, network.sign(order), blobs_of(order, BIG), tmp_path / "p")
+            (link,) = network.miner_states()
             return link
 
     link = asyncio.run(main())

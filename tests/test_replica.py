@@ -11,13 +11,13 @@ import pytest
 import torch
 from typing_extensions import Buffer
 
-from codec import load_codec
-from market.learner import Learner, state_digest
-from market.replica import apply
 from nanochat.config import GPTConfig
 from nanochat.gpt import GPT
-from protocol import Step, Update, digest
-from records.updates import Updates
+from pilot.codec import load_codec
+from pilot.storage.blob_store import FileBlobStore
+from pilot.training.learner import Learner, state_digest
+from pilot.worker.replica import apply
+from protocol import Update, VersionStep, digest
 from tests.test_learner import Norms, gradients, tensors_of
 from tests.tiny import CPU, OPTIMIZER
 
@@ -135,7 +135,7 @@ def test_outer_step_is_nesterovs(momentum: float) -> None:
 @pytest.mark.parametrize("steps", [0, 3, 23])
 def test_a_restart_makes_the_same_chain_bit_for_bit(tmp_path: Path, steps: int) -> None:
     """From a snapshot, with the chain's files; what has come since is made again, and the same."""
-    learner = make_learner("ternary", keep=Updates(tmp_path / "chain"))
+    learner = make_learner("ternary", keep=FileBlobStore(tmp_path / "chain"))
     settings = [{"lr": 1e-2}, {"outer_lr": 0.3, "outer_momentum": 0.6}]
 
     def go_on(other: Learner, codec: str) -> None:
@@ -152,7 +152,7 @@ def test_a_restart_makes_the_same_chain_bit_for_bit(tmp_path: Path, steps: int) 
     kept = {name: t.clone() for name, t in tensors.items()}
     go_on(learner, "int4")
     updates, exact, replica = learner.update, bits(exact_of(learner)), bits(replica_of(learner))
-    again = make_learner("ternary", keep=Updates(tmp_path / "chain"))
+    again = make_learner("ternary", keep=FileBlobStore(tmp_path / "chain"))
     train(again, 2, seed=7)  # it has a past of its own
     again.load_state(header, kept)
     assert again.update == Update.model_validate_json(header["chain"])
@@ -195,7 +195,7 @@ def followed(codec: str, into: Tensors) -> bytes:
     for name, t in start.items():
         into[name].copy_(t)
     for data in deltas:
-        step = Step(kind="delta", codec=codec, digest=digest("delta", data), bytes=memoryview(data).nbytes)
+        step = VersionStep(kind="delta", codec=codec, digest=digest("delta", data), bytes=memoryview(data).nbytes)
         apply(step, data, into)
     return bits(into)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from pilot.interfaces import RoundRecord
+from pilot.storage.run_store import RunStore
 from protocol import Receipt
-from records.store import Store
 from tests.processes import Miner, run_validator, start_miner, start_validator
-from values import RoundRecord
 
 LOOKS = ("--eval-every", "10", "--snapshot-every", "15")
 
@@ -31,7 +31,7 @@ def miners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Miner]]:
 
 
 def history(folder: Path, run: str) -> tuple[list[RoundRecord], dict[int, dict[str, float]]]:
-    with closing(Store.open(folder / "runs" / run, keep=2)) as store:
+    with closing(RunStore.open(folder / "runs" / run, keep=2)) as store:
         return store.committed(0), store.evaluations()
 
 

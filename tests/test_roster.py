@@ -13,11 +13,11 @@ import pytest
 
 import miner
 import validator
+from pilot.transport.client.peer import Endpoint
+from pilot.transport.server.admission import Admission, AxonsFile
 from tests.echo import MALLORY, MINER, Echo, dendrite, desk, make_order, member, served, until
 from tests.test_cli import Capture, mistake
 from tests.test_transport import fault
-from transport.peer import Endpoint
-from transport.roster import Admission, Axons
 
 M1, M2 = MINER.ss58_address, MALLORY.ss58_address
 
@@ -37,13 +37,13 @@ def test_a_file_says_who_may_come(tmp_path: Path) -> None:
             member(Echo(), at, said=said),
         ):
             await until(lambda: server.refused[403] >= 2)
-            assert not network.links()
+            assert not network.miner_states()
             replaced(file, f"{M2}\n{M1} # another\nnobody\n")
             await until(lambda: network.peers() == (M1,))
             assert len(said) == 2
             assert "is not among those that this validator's --admit names" in said[0]
             replaced(file, f"{M2}\n")
-            await until(lambda: not network.links())
+            await until(lambda: not network.miner_states())
 
     asyncio.run(main())
     assert lines == [f"--admit {file}, line 3: 'nobody' is no ss58 address; the line is not used"]
@@ -52,7 +52,7 @@ def test_a_file_says_who_may_come(tmp_path: Path) -> None:
 def test_a_missing_file_names_its_flag(tmp_path: Path) -> None:
     for make in (
         lambda path: Admission(str(path), print, time.monotonic),
-        lambda path: Axons(path, False, print),
+        lambda path: AxonsFile(path, False, print),
     ):
         with pytest.raises(ValueError, match=r"^--a\S+ \S+none: no such file"):
             make(tmp_path / "none")
@@ -75,7 +75,7 @@ def test_miners_come_and_go_with_the_lines_of_a_file(tmp_path: Path) -> None:
         other = Echo(M2)
         async with served(Echo()) as a, served(other, MALLORY) as b, dendrite(said=said) as network:
             file.write_text(f"# mine\n\n127.0.0.1:{a}  # the first\nnonsense\n")
-            axons = Axons(file, False, said.append)
+            axons = AxonsFile(file, False, said.append)
             assert axons.endpoints == (Endpoint("127.0.0.1", a),)
             network.add(axons.endpoints[0])
             network.attend(axons.follow(network, (), look_s=0.02))

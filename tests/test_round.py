@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from market.cursor import Cursor
+from pilot.simulation.network import run
+from pilot.storage.run_store import RunStore
+from pilot.training.ranges import Cursor
 from protocol import Fault, Range, Signed
-from records.store import Store
 from tasks.gpt2 import GPT2
 from tests.tiny import MINERS, equal, make_place, parameters, play, receipts, tiny_task
-from transport.loopback import run
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_miner_away_costs_its_part_and_its_ranges_come_back(tmp_path: Path, task
         assert first[gone].verdict == Fault.SILENT
         assert first[gone].done == ()
         assert first[there].verdict == "ACCEPTED"
-        [opened] = place.market.flight.rounds
+        [opened] = place.market.dispatcher.rounds
         assert opened.sent[there, 1].order.ranges == (Range(0, 2),)  # what the other one did not do
         assert (gone, 1) not in opened.sent
         place.network.restore(gone)
@@ -122,12 +122,12 @@ def test_slow_miner_is_late_or_partial_by_the_deadline(tmp_path: Path, task: GPT
 class Dying:
     """A store whose process dies at the n-th thing it is asked to make durable: just before, or just after."""
 
-    def __init__(self, store: Store, at: int, after: bool) -> None:
+    def __init__(self, store: RunStore, at: int, after: bool) -> None:
         self.store, self.left, self.after = store, at, after
 
     def __getattr__(self, name: str) -> object:
         method = getattr(self.store, name)
-        if name not in ("open_round", "seal", "commit"):
+        if name not in ("open_round", "make_durable", "commit"):
             return method
 
         def durable(*arguments: object) -> object:
@@ -149,14 +149,14 @@ def test_death_at_every_durable_step_changes_nothing(tmp_path: Path, task: GPT2,
 
     async def undisturbed() -> tuple[str, dict[str, torch.Tensor], int]:
         folder = tmp_path / "calm"
-        never = Dying(Store.create(folder / "run", {"task": "gpt2"}, keep=2), 1000, after)
+        never = Dying(RunStore.create(folder / "run", {"task": "gpt2"}, keep=2), 1000, after)
         place = make_place(folder, task, store=never)
         await play(place.market, rounds)
         return place.market.learner.version, parameters(place.market), 1000 - never.left
 
     version, expected, steps = run(undisturbed())
 
-    async def dies(store: Store, at: int) -> None:
+    async def dies(store: RunStore, at: int) -> None:
         place = make_place(store.folder.parent, task, store=Dying(store, at, after))
         await play(place.market, rounds)
 
@@ -173,7 +173,7 @@ def test_death_at_every_durable_step_changes_nothing(tmp_path: Path, task: GPT2,
     assert steps >= rounds * 3  # an opening, one seal or two, and a commit a round
     for at in range(1, steps + 1):
         folder = tmp_path / f"death{at}"
-        store = Store.create(folder / "run", {"task": "gpt2"}, keep=2)
+        store = RunStore.create(folder / "run", {"task": "gpt2"}, keep=2)
         with pytest.raises(KeyboardInterrupt):
             run(dies(store, at))
         store.close()  # as the end of its process would
@@ -184,7 +184,7 @@ def test_orders_of_the_open_round_are_sent_again_unchanged(tmp_path: Path, task:
     async def first() -> tuple[Signed, ...]:
         place = make_place(tmp_path, task)
         await place.market.fill(1)
-        [opened] = place.market.flight.rounds
+        [opened] = place.market.dispatcher.rounds
         await place.market.close()
         place.store.close()
         return tuple(sent.signed for sent in opened.sent.values())
@@ -192,7 +192,7 @@ def test_orders_of_the_open_round_are_sent_again_unchanged(tmp_path: Path, task:
     async def second() -> tuple[Signed, ...]:
         place = make_place(tmp_path, task, miners=MINERS[:3])  # one more miner is there by now
         await place.market.fill(1)
-        [opened] = place.market.flight.rounds
+        [opened] = place.market.dispatcher.rounds
         await play(place.market, 1)
         return tuple(sent.signed for sent in opened.sent.values())
 

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from limits import Limits
-from market.courier import AT_ONCE, Courier
-from market.cursor import size, within
-from market.planning import AHEAD, FIRST_SHARE, History, Terms
-from market.verify import verify
+from pilot.common.limits import Limits
+from pilot.market.notifications import AT_ONCE, Notifier
+from pilot.market.scheduling import AHEAD, FIRST_SHARE, History, RoundPolicy
+from pilot.market.verify import verify
+from pilot.simulation.network import run
+from pilot.training.ranges import size, within
+from pilot.transport.auth import sign_message
 from protocol import Fault, Order, ProtocolError, Range, Reply, Signed
 from tasks.gpt2 import GPT2
 from tests.test_volatile import A, B, accepted, batch_takes, receipt
 from tests.tiny import MINERS, VALIDATOR, make_place, make_worker, play, receipts, tiny_task
-from transport.auth import seal
-from transport.loopback import run
 
-TERMS = Terms("r", 4, 300.0, 1, "fp32", "fp32", round_s=60.0)
+TERMS = RoundPolicy("r", 4, 300.0, 1, "fp32", "fp32", round_s=60.0)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_two_last_replies_of_a_round_are_both_durable(tmp_path: Path, task: GPT2
         async def slow_to_verify(phase: str, amount: float) -> None:
             await asyncio.sleep(5.0 if phase == "verify" else 0.0)
 
-        place.market.phases._charge = slow_to_verify
+        place.market.executor._charge = slow_to_verify
         place.network.drop(B)
 
         async def preempted() -> None:
@@ -134,7 +134,7 @@ def test_a_payload_that_made_room_is_computed_again(tmp_path: Path, task: GPT2) 
         place = make_place(tmp_path, task, miners=MINERS[:1])
         worker, states = place.workers[A], {**place.market.blobs, **place.market.learner.blobs}
         await place.market.fill(1)
-        [opened] = place.market.flight.rounds
+        [opened] = place.market.dispatcher.rounds
         await play(place.market, 1)
         await place.market.fill(2)
         await asyncio.sleep(1.0)
@@ -154,7 +154,7 @@ def test_who_is_cut_off_leaves_no_file(tmp_path: Path, task: GPT2) -> None:
         )
         await play(place.market, 2)
         slow = place.workers[MINERS[2].ss58_address]
-        slow._phases._charge = batch_takes(60.0)
+        slow._executor._charge = batch_takes(60.0)
         path = place.store.payload_path(2, slow.hotkey)
         place.store.make_room(path, 1000, Limits())
         path.write_bytes(b"x" * 1000)  # made ready for what will not come
@@ -199,24 +199,24 @@ def test_late_replies_that_are_waited_for_hold_up_no_receipt(tmp_path: Path, tas
         def now(self) -> float:
             return 0.0
 
-        async def late(self, order: Order, signed: Signed, timeout_s: float) -> None:
+        async def await_late_reply(self, order: Order, signed: Signed, timeout_s: float) -> None:
             await asyncio.sleep(1e6)
 
-        async def tell(self, hotkey: str, signed: Signed) -> bool:
+        async def deliver(self, hotkey: str, signed: Signed) -> bool:
             told.append(signed)
             return True
 
     async def main() -> None:
         place = make_place(tmp_path, task)
-        courier = Courier(Waiting(), place.store)  # type: ignore[arg-type]
+        notifier = Notifier(Waiting(), place.store)  # type: ignore[arg-type]
         order, signed = place.market._order(0, A, (Range(0, 1),), 0.0, 0)
         for _ in range(3 * AT_ONCE):
-            courier.note_late(order, signed, 0.0, 0.0)
-            courier.tell(A, seal(VALIDATOR, order))
+            notifier.note_late(order, signed, 0.0, 0.0)
+            notifier.deliver(A, sign_message(VALIDATOR, order))
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         assert len(told) == 3 * AT_ONCE
-        await courier.close()
+        await notifier.close()
 
     run(main())
 
@@ -236,8 +236,8 @@ def test_a_pause_of_the_validator_is_no_time_that_sending_takes(tmp_path: Path, 
         worker.uploads.clear()
         worker.jobs[name].fetching_at = 0.0
         await asyncio.sleep(3600.0)
-        worker.payload(caller, name)
-        worker.delivered(caller, name)
+        worker.read_payload(caller, name)
+        worker.mark_delivered(caller, name)
         assert list(worker.uploads) == [0.0]
         worker.uploads.clear()
         worker.uploads.append(1e6)  # and should it be so, one micro-batch is tried all the same

@@ -12,13 +12,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Buffer
 
-from aggregation import load_aggregator
 from bench.scale import over_loopback
-from codec import Codec, load_codec
-from market.verify import Contribution, verify
+from pilot.aggregation import load_aggregator
+from pilot.codec import Codec, load_codec
+from pilot.market.verify import Contribution, verify
+from pilot.simulation.network import run
 from protocol import Range, Reply, digest
 from tests.echo import MINER, make_order
-from transport.loopback import run
 
 torch.set_num_threads(1)
 SPECS = {"a": torch.Size((3,)), "b": torch.Size((400, 1000))}

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from records.snapshots import Snapshots
+from pilot.storage.snapshots import Snapshots
 
 PEAK_RESET = Path("/proc/self/clear_refs")
 HEADER = {"version": "ab" * 32, "cursor": '{"next": 7, "name": "ü"}'}

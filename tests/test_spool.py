@@ -15,20 +15,20 @@ from pathlib import Path
 import pytest
 from records_samples import HOTKEYS, VALIDATOR, payload, receipt, received
 
-from limits import Limits
+from pilot.common.limits import Limits
+from pilot.interfaces import Faulted, ReceivedReply
+from pilot.storage.miner_store import FileMinerStore
+from pilot.storage.spool import Spool
 from protocol import BlobRef, Fault, ProtocolError, Signed, digest
-from records.cache import Cache
-from records.spool import Spool
-from values import Faulted, Received
 
 A, B, C = HOTKEYS
 
 
-def deliver(spool: Spool, round: int, hotkey: str) -> Received:
+def deliver(spool: Spool, round: int, hotkey: str) -> ReceivedReply:
     data = payload(round, hotkey)
     spool.payload_path(round, hotkey).write_bytes(data)
     reply = received(round, hotkey, data)
-    spool.seal(reply)
+    spool.make_durable(reply)
     return reply
 
 
@@ -159,7 +159,7 @@ def test_the_reserve_on_the_disk_is_kept(tmp_path: Path) -> None:
 def test_an_empty_payload_is_bytes_too(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     spool.payload_path(0, A).touch()
-    spool.seal(received(0, A, b""))
+    spool.make_durable(received(0, A, b""))
     assert len(spool.received(0)) == 1
     assert len(memoryview(spool.payload(0, A))) == 0
 
@@ -199,13 +199,13 @@ def blobs(folder: Path) -> list[str]:
 
 
 def test_a_blob_is_there_after_commit_only(tmp_path: Path) -> None:
-    cache = Cache(tmp_path)
+    cache = FileMinerStore(tmp_path)
     writer = cache.store(REF)
     for start in range(0, len(DATA), 4096):
         writer.write(memoryview(DATA)[start : start + 4096])
     assert cache.blob(REF) is None
     writer.commit()
-    path = Cache(tmp_path).blob(REF)
+    path = FileMinerStore(tmp_path).blob(REF)
     assert path is not None
     assert path.read_bytes() == DATA
 
@@ -221,7 +221,7 @@ def test_a_blob_is_there_after_commit_only(tmp_path: Path) -> None:
     ids=["short", "wrong", "long", "empty"],
 )
 def test_a_blob_that_is_not_the_one_announced_leaves_nothing(tmp_path: Path, data: bytes, reason: str) -> None:
-    cache = Cache(tmp_path)
+    cache = FileMinerStore(tmp_path)
     writer = cache.store(REF)
 
     def receive() -> None:
@@ -238,7 +238,7 @@ def test_a_blob_that_is_not_the_one_announced_leaves_nothing(tmp_path: Path, dat
 
 
 def test_a_blob_given_up_leaves_nothing(tmp_path: Path) -> None:
-    writer = Cache(tmp_path).store(REF)
+    writer = FileMinerStore(tmp_path).store(REF)
     writer.write(DATA[:-1])
     assert writer.held == len(DATA) - 1
     writer.abort()
@@ -247,14 +247,14 @@ def test_a_blob_given_up_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_blobs_kind_is_part_of_its_name(tmp_path: Path) -> None:
-    writer = Cache(tmp_path).store(BlobRef(kind="data", digest=REF.digest, bytes=REF.bytes))
+    writer = FileMinerStore(tmp_path).store(BlobRef(kind="data", digest=REF.digest, bytes=REF.bytes))
     writer.write(DATA)
     with pytest.raises(ProtocolError, match="not the"):
         writer.commit()
 
 
 def test_a_truncated_blob_is_dropped(tmp_path: Path) -> None:
-    cache = Cache(tmp_path)
+    cache = FileMinerStore(tmp_path)
     writer = cache.store(REF)
     writer.write(DATA)
     writer.commit()
@@ -264,12 +264,12 @@ def test_a_truncated_blob_is_dropped(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_miner_go_and_live_writers_stay(tmp_path: Path) -> None:
-    live = Cache(tmp_path).store(REF)
+    live = FileMinerStore(tmp_path).store(REF)
     live.write(DATA)
     script = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from protocol import BlobRef; from records.cache import Cache\n"
-        "writer = Cache(Path(sys.argv[1])).store(BlobRef.model_validate_json(sys.argv[2])); writer.write(b'half')\n"
+        "from protocol import BlobRef; from pilot.storage.miner_store import FileMinerStore\n"
+        "writer = FileMinerStore(Path(sys.argv[1])).store(BlobRef.model_validate_json(sys.argv[2])); writer.write(b'half')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
@@ -278,17 +278,17 @@ def test_leftovers_of_a_killed_miner_go_and_live_writers_stay(tmp_path: Path) ->
     )
     assert killed.returncode == -signal.SIGKILL
     assert len(blobs(tmp_path)) == 2
-    cache = Cache(tmp_path)
+    cache = FileMinerStore(tmp_path)
     assert len(blobs(tmp_path)) == 1
     live.commit()
     assert cache.blob(REF) is not None
 
 
 def test_pin(tmp_path: Path) -> None:
-    cache = Cache(tmp_path)
+    cache = FileMinerStore(tmp_path)
     assert cache.pin() is None
     cache.set_pin(VALIDATOR)
-    assert Cache(tmp_path).pin() == VALIDATOR
+    assert FileMinerStore(tmp_path).pin() == VALIDATOR
     cache.unpin()
     cache.unpin()
     assert cache.pin() is None
@@ -297,11 +297,11 @@ def test_pin(tmp_path: Path) -> None:
 def test_a_damaged_pin_names_the_flag(tmp_path: Path) -> None:
     (tmp_path / "validator").write_bytes(b"\xff\x00")
     with pytest.raises(ValueError, match="--unpin"):
-        Cache(tmp_path).pin()
+        FileMinerStore(tmp_path).pin()
 
 
 def test_receipts_are_kept(tmp_path: Path) -> None:
-    cache = Cache(tmp_path)
+    cache = FileMinerStore(tmp_path)
     receipts = [receipt(round, A) for round in range(3)]
     for signed in receipts:
         cache.add_receipt(signed)

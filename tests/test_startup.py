@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import cli
-from emulation.config import SimulateConfig
-from market.config import BaselineConfig, MinerConfig, ValidatorConfig
+from pilot.app import cli
+from pilot.app.flags import BaselineConfig, MinerConfig, ValidatorConfig
+from pilot.simulation.flags import SimulateConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {

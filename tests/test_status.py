@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from local_miners import ask_status
-from market.worker import Worker
+from pilot.app.local_miners import ask_status
+from pilot.storage.miner_store import FileMinerStore
+from pilot.transport.auth import Guard
+from pilot.transport.server.axon import Axon
+from pilot.worker.worker import Worker
 from protocol import Health, Hotkey
-from records.cache import Cache
 from tasks.tokens import Tokens
 from tests.echo import MINER, Echo, open_guard, serving
 from tests.processes import RUN, Miner, Process, eventually, start_miner, start_validator
 from tests.test_transport import free_port
-from transport.auth import Guard
-from transport.axon import Axon
 
 FIELDS = {"protocol", "release", "role", "hotkey", "healthy", "state", "run", "round", "version", "time_ns"}
 
@@ -139,7 +139,7 @@ def test_a_miner_whose_work_has_failed_is_not_healthy(tmp_path: Path) -> None:
 
     async def main() -> tuple[int, str]:
         worker = Worker(
-            MINER.ss58_address, frozenset(), torch.device("cpu"), Cache(tmp_path), no_tokens, lambda line: None
+            MINER.ss58_address, frozenset(), torch.device("cpu"), FileMinerStore(tmp_path), no_tokens, lambda line: None
         )
         worker.failed.set_exception(RuntimeError("a secret path"))
         worker.failed.exception()  # as miner.py does, which then ends

@@ -20,9 +20,9 @@ import torch
 from records_samples import HOTKEYS, orders, payload, receipt, received, record
 from small_disk import mounted, skip_without
 
+from pilot.interfaces import RoundRecord
+from pilot.storage.run_store import DiskFull, RunStore
 from protocol import Fault, Receipt
-from records.store import DiskFull, Store
-from values import RoundRecord
 
 META = {"task": '"gpt2"', "seed": "1"}
 SNAPSHOT_EVERY = 3
@@ -35,19 +35,19 @@ def state(round: int) -> dict[str, torch.Tensor]:
     return {"weight": torch.full((4_000_000,), float(round)), "step": torch.tensor(float(round))}
 
 
-def play_round(store: Store, round: int) -> None:
+def play_round(store: RunStore, round: int) -> None:
     """C is late in every round; A and B are accepted."""
     store.open_round(round, orders(round))
     for hotkey in (A, B):
         data = payload(round, hotkey)
         store.payload_path(round, hotkey).write_bytes(data)
-        store.seal(received(round, hotkey, data))
+        store.make_durable(received(round, hotkey, data))
     store.commit(record(round, (receipt(round, A), receipt(round, B), receipt(round, C, Fault.LATE))))
 
 
 def play(folder: Path, acknowledge: int) -> None:
     """Rounds for ever, each acknowledged on a pipe once its commit has returned."""
-    store = Store.open(folder, 2) if is_created(folder) else Store.create(folder, META, 2)
+    store = RunStore.open(folder, 2) if is_created(folder) else RunStore.create(folder, META, 2)
     head = store.head()
     for round in count(head.round + 1 if head else 0):
         if round % SNAPSHOT_EVERY == 0:
@@ -59,13 +59,13 @@ def play(folder: Path, acknowledge: int) -> None:
 def is_created(folder: Path) -> bool:
     """Exactly one of `open` and `create` works, whatever a kill left."""
     try:
-        Store.open(folder, 2).close()
+        RunStore.open(folder, 2).close()
     except ValueError as error:
         if "start it without --resume" not in str(error):
             raise
         return False
     with pytest.raises(ValueError, match="--resume"):
-        Store.create(folder, META, 2)
+        RunStore.create(folder, META, 2)
     return True
 
 
@@ -139,7 +139,7 @@ def test_nothing_is_lost_to_a_kill_at_any_moment(tmp_path: Path) -> None:
 
 def check(folder: Path, last: int) -> int:
     """The invariants; returns the number of committed rounds."""
-    store = Store.open(folder, 2)
+    store = RunStore.open(folder, 2)
     rounds = store.committed(0)
     assert store.meta() == META
     assert [r.round for r in rounds] == list(range(len(rounds)))
@@ -166,7 +166,7 @@ def check(folder: Path, last: int) -> int:
     return len(rounds)
 
 
-def check_payloads(store: Store, played: RoundRecord) -> None:
+def check_payloads(store: RunStore, played: RoundRecord) -> None:
     receipts = [Receipt.parse(signed.body) for signed in played.receipts]
     accepted = [r.hotkey for r in receipts if r.verdict == "ACCEPTED"]
     assert accepted == [A, B]
@@ -178,32 +178,32 @@ def check_payloads(store: Store, played: RoundRecord) -> None:
 
 
 def test_a_second_validator_is_told_the_firsts_pid(tmp_path: Path) -> None:
-    first = Store.create(tmp_path / "demo", META, 2)
+    first = RunStore.create(tmp_path / "demo", META, 2)
     in_use = rf"--run demo: another validator \(pid {os.getpid()}\) is using it"
     with pytest.raises(ValueError, match=in_use):
-        Store.open(tmp_path / "demo", 2)
+        RunStore.open(tmp_path / "demo", 2)
     with pytest.raises(ValueError, match=in_use):
-        Store.create(tmp_path / "demo", META, 2)
+        RunStore.create(tmp_path / "demo", META, 2)
     first.close()
-    Store.open(tmp_path / "demo", 2).close()
+    RunStore.open(tmp_path / "demo", 2).close()
 
 
 def test_the_lock_is_not_inherited_by_miners_that_it_starts(tmp_path: Path) -> None:
-    store = Store.create(tmp_path / "demo", META, 2)
+    store = RunStore.create(tmp_path / "demo", META, 2)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as miner:
         store.close()
-        Store.open(tmp_path / "demo", 2).close()
+        RunStore.open(tmp_path / "demo", 2).close()
         assert miner.poll() is None
 
 
 def test_create_needs_a_new_name_and_open_an_old_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--run demo: there is no such run in .*; start it without --resume"):
-        Store.open(tmp_path / "demo", 2)
+        RunStore.open(tmp_path / "demo", 2)
     assert not (tmp_path / "demo").exists()
-    Store.create(tmp_path / "demo", META, 2).close()
+    RunStore.create(tmp_path / "demo", META, 2).close()
     with pytest.raises(ValueError, match=r"--run demo: .* exists; go on with --resume"):
-        Store.create(tmp_path / "demo", {"task": "other"}, 2)
-    store = Store.open(tmp_path / "demo", 2)
+        RunStore.create(tmp_path / "demo", {"task": "other"}, 2)
+    store = RunStore.open(tmp_path / "demo", 2)
     assert store.meta() == META
     store.close()
 
@@ -213,27 +213,27 @@ def test_a_ledger_that_cannot_be_read_lets_go_of_the_lock(tmp_path: Path) -> Non
     (tmp_path / "demo" / "ledger.sqlite").write_bytes(b"?" * 5000)
     for _ in range(2):
         with pytest.raises(ValueError, match="not a ledger"):
-            Store.open(tmp_path / "demo", 2)
+            RunStore.open(tmp_path / "demo", 2)
 
 
 # --- a run's life -----------------------------------------------------------------------------------------------------
 
 
 def test_a_reopened_store_says_the_same(tmp_path: Path) -> None:
-    store = Store.create(tmp_path / "demo", META, 2)
+    store = RunStore.create(tmp_path / "demo", META, 2)
     play_round(store, 0)
     store.add_evaluation(1, {"val_loss": 2.5})
     store.open_round(1, orders(1))
     before = (store.head(), store.committed(0), store.orders(1), store.received(0), store.totals(), store.evaluations())
     store.close()
-    store = Store.open(tmp_path / "demo", 2)
+    store = RunStore.open(tmp_path / "demo", 2)
     after = (store.head(), store.committed(0), store.orders(1), store.received(0), store.totals(), store.evaluations())
     assert after == before
     store.close()
 
 
 def test_payloads_are_kept_back_to_the_second_newest_snapshot(tmp_path: Path) -> None:
-    store = Store.create(tmp_path / "demo", META, 3)
+    store = RunStore.create(tmp_path / "demo", META, 3)
     kept = []
     for round in range(7):
         if round % 2 == 0:
@@ -245,7 +245,7 @@ def test_payloads_are_kept_back_to_the_second_newest_snapshot(tmp_path: Path) ->
 
 
 def test_a_damaged_snapshot_costs_a_longer_replay_and_nothing_else(tmp_path: Path) -> None:
-    store = Store.create(tmp_path / "demo", META, 2)
+    store = RunStore.create(tmp_path / "demo", META, 2)
     for round in range(5):
         if round % 2 == 0:
             newest = store.save_snapshot(round, {}, state(round))
@@ -269,7 +269,7 @@ SMALL = "4m"
 
 def fill_up(folder: Path) -> None:
     """On a small file system of its own: a run whose disk is full, freed, and resumed."""
-    store = Store.create(folder / "demo", META, 2)
+    store = RunStore.create(folder / "demo", META, 2)
     (folder / "old run").write_bytes(bytes(1 << 20))
     acknowledged: list[int] = []
     with pytest.raises(DiskFull, match=r"demo: the disk is full; .* free some space, then --resume"):
@@ -285,11 +285,11 @@ def fill_up(folder: Path) -> None:
     with pytest.raises(DiskFull):
         store.save_snapshot(after, {}, state(after))
     with pytest.raises(DiskFull):
-        store.seal(received(after, A, written(store, after)))
+        store.make_durable(received(after, A, written(store, after)))
     store.close()
 
     (folder / "old run").unlink()
-    store = Store.open(folder / "demo", 2)
+    store = RunStore.open(folder / "demo", 2)
     rounds = store.committed(0)
     assert [r.round for r in rounds] == acknowledged
     for played in rounds:
@@ -300,7 +300,7 @@ def fill_up(folder: Path) -> None:
         assert ledger.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
-def play_on(store: Store, acknowledged: list[int]) -> None:
+def play_on(store: RunStore, acknowledged: list[int]) -> None:
     for round in count():
         play_round(store, round)
         acknowledged.append(round)
@@ -311,7 +311,7 @@ def fill(file: FileIO) -> None:
         file.write(bytes(512))
 
 
-def written(store: Store, round: int) -> bytes:
+def written(store: RunStore, round: int) -> bytes:
     """A payload, or the part of it that the disk takes."""
     with suppress(OSError):
         store.payload_path(round, A).write_bytes(payload(round, A))

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pilot.interfaces import Refused
 from protocol import DatasetRef, DataSpec, Fault, ProtocolError
 from tasks.config import GPT2Config
 from tasks.documents import PIECE, Document, hub_documents, split
 from tasks.text import prepare_tokens, rebuild_tokens
 from tasks.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from tasks.tokens import Tokens
-from values import Refused
 
 BYTE = ByteTokenizer()
 TEXT = "Being in doubt, ask the sea – it's older.\n\n  Ask it twice: 12 345 times!\r\n" * 30

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from pilot.interfaces import Refused
 from protocol import DataSpec, ProtocolError
 from tasks.config import GPT2Config
 from tasks.text import prepare_tokens, rebuild_tokens
 from tasks.tokenizer import ByteTokenizer, RustTokenizer, Tokenizer, load_tokenizer
 from tasks.tokens import Tokens
 from tests.test_text import TEXT, save, text_of
-from values import Refused
 
 BYTE = ByteTokenizer()
 

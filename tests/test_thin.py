@@ -10,25 +10,25 @@ from typing import Literal
 import pytest
 import torch
 
-from aggregation import load_aggregator
-from codec import bits, load_codec
-from emulation.costs import CostConfig
-from emulation.traces import Interval
-from emulation.world import Conditions, Moment, World
-from market.budget import link_watch
-from market.config import CodecConfig, RoundConfig
-from market.diloco import round_settings
-from market.learner import Learner
-from market.round import Market
+from pilot.aggregation import load_aggregator
+from pilot.app.build_validator import link_watch
+from pilot.app.flags import CodecConfig, RoundConfig
+from pilot.codec import bits, load_codec
+from pilot.interfaces import RoundRecord
+from pilot.market.round import Market
+from pilot.ranking import load_ranker
+from pilot.simulation.costs import CostConfig
+from pilot.simulation.link_model import LinkSpec
+from pilot.simulation.network import Loopback, run
+from pilot.simulation.traces import Interval
+from pilot.simulation.world import Conditions, Moment, World
+from pilot.storage.run_store import RunStore
+from pilot.training.diloco import round_settings
+from pilot.training.learner import Learner
 from protocol import Order
-from ranking import load_ranker
-from records.store import Store
 from tasks.config import AdamWConfig, QuadraticConfig
 from tasks.quadratic import Quadratic
 from tests.echo import VALIDATOR
-from transport.links import LinkSpec
-from transport.loopback import Loopback, run
-from values import RoundRecord
 
 torch.set_num_threads(1)
 MINERS = 3
@@ -51,19 +51,19 @@ def play(
         task = Quadratic.prepare(SMALL, seed=0, cache=folder / "cache")
         trace = [Interval(f"m{n}", 0.0, 1e6) for n in range(MINERS)]
         conditions = Conditions(COSTS, link, scale=scale)
-        world = World(folder, task, AdamWConfig(), flags.terms("thin", 10), conditions, trace, flags.rounds)
-        world.market.watch = link_watch(flags, world.market.learner, world.network.links, said.append, scale)
+        world = World(folder, task, AdamWConfig(), flags.policy("thin", 10), conditions, trace, flags.rounds)
+        world.market.watch = link_watch(flags, world.market.learner, world.network.miner_states, said.append, scale)
         return [moment async for moment in world.play(seconds)]
 
     moments = run(main())
-    store = Store.open(folder / "run", keep=2)
+    store = RunStore.open(folder / "run", keep=2)
     records = list(store.committed(0))
     store.close()
     return moments, records, said
 
 
 def orders(folder: Path, round: int) -> list[Order]:
-    store = Store.open(folder / "run", keep=2)
+    store = RunStore.open(folder / "run", keep=2)
     found = [Order.parse(signed.body) for signed in store.orders(round)]
     store.close()
     return found
@@ -72,15 +72,15 @@ def orders(folder: Path, round: int) -> list[Order]:
 def replayed(folder: Path, flags: RoundConfig) -> tuple[Market, RoundRecord]:
     """A market of a new process, from the run's records alone, and the last of these."""
     task = Quadratic.prepare(SMALL, seed=0, cache=folder / "cache")
-    store = Store.open(folder / "run", keep=2)
-    terms = flags.terms("thin", 10)
-    learner = Learner(task, AdamWConfig(), torch.device("cpu"), terms.broadcast, terms.codec_down)
+    store = RunStore.open(folder / "run", keep=2)
+    policy = flags.policy("thin", 10)
+    learner = Learner(task, AdamWConfig(), torch.device("cpu"), policy.broadcast, policy.codec_down)
 
     async def main() -> Market:
         market = Market(
-            *(terms, task, learner, Loopback(VALIDATOR, {}, {}), store, load_ranker("accepted_work")),
+            *(policy, task, learner, Loopback(VALIDATOR, {}, {}), store, load_ranker("accepted_work")),
             *(load_aggregator("median_norm_mean"), load_codec),
-            round_settings(terms.diloco, task, AdamWConfig(), flags.rounds),
+            round_settings(policy.diloco, task, AdamWConfig(), flags.rounds),
         )
         market.watch = link_watch(flags, learner, list, lambda line: None)
         await market.replay(0)

@@ -23,7 +23,13 @@ from cryptography.hazmat.primitives.serialization import (
 
 import miner
 import validator
-from limits import Limits
+from pilot.common.limits import Limits
+from pilot.transport.client.dendrite import Dendrite, Endpoint
+from pilot.transport.client.registration import Registration
+from pilot.transport.server.admission import Admission
+from pilot.transport.server.axon import Axon
+from pilot.transport.server.gateway import Gateway
+from pilot.transport.tls import client_context, server_context
 from tests.echo import (
     MALLORY,
     MINER,
@@ -41,12 +47,6 @@ from tests.processes import Miner, Process, start_miner, start_validator, tiny_f
 from tests.proxy import line_to
 from tests.test_cli import Main, mistake
 from tests.test_transport import free_port
-from transport.axon import Axon
-from transport.dendrite import Dendrite, Endpoint
-from transport.desk import Desk
-from transport.membership import Membership
-from transport.roster import Admission
-from transport.tls import client_context, server_context
 
 BIG = os.urandom(8 << 20)
 
@@ -118,7 +118,7 @@ def test_an_exchange_over_a_line_that_breaks(files: Files, tmp_path: Path) -> No
             async with client(near, files.ca, said) as network:
                 line.cut_after = 3 << 20
                 assert await network.wait_for_peer(10)
-                await network.exchange(order, network.seal(order), blobs_of(order, BIG), tmp_path / "p")
+                await network.exchange(order, network.sign(order), blobs_of(order, BIG), tmp_path / "p")
             assert line.cuts >= 4
             assert line.down < 1.6 * len(BIG)
             assert line.up < 1.6 * len(BIG)
@@ -134,12 +134,12 @@ def test_a_miner_that_pulls_by_it(files: Files, tmp_path: Path) -> None:
     async def main() -> None:
         order, admission = make_order(), Admission("everyone", said.append, time.monotonic)
         async with dendrite() as network:
-            server = Desk(VALIDATOR, "echo", admission, nobody_asks, "127.0.0.1", 0, tls=files.server())
+            server = Gateway(VALIDATOR, "echo", admission, nobody_asks, "127.0.0.1", 0, tls=files.server())
             at = Endpoint("127.0.0.1", await server.start(), VALIDATOR.ss58_address, tls=True)
             server.attach(network)
-            miner = Membership(Echo(), MINER, at, None, said.append, tls=client_context(files.ca))
+            miner = Registration(Echo(), MINER, at, None, said.append, tls=client_context(files.ca))
             assert await network.wait_for_peer(60)
-            await network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "p")
+            await network.exchange(order, network.sign(order), blobs_of(order), tmp_path / "p")
             await miner.close()
             await server.close()
 
@@ -161,7 +161,7 @@ def complaint(server: ssl.SSLContext | None, ca: Path | None) -> str:
                 while not said:
                     await asyncio.sleep(0.01)
             assert not await network.wait_for_peer(0.3)  # it has been tried again, several times
-            assert network.links()[0].state == "away"
+            assert network.miner_states()[0].state == "away"
 
     asyncio.run(main())
     [line] = said

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emulation.traces import DAY_S, HOUR_S, MAKERS, Interval, make_trace, read_trace, write_trace
+from pilot.simulation.traces import DAY_S, HOUR_S, MAKERS, Interval, make_trace, read_trace, write_trace
 
 HEADER = "miner,start,end"
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from limits import Limits
+from pilot.common.limits import Limits
+from pilot.interfaces import Faulted
 from protocol import Digest, Fault, Hotkey, Reply
 from tests.echo import Echo, blobs_of, dendrite, make_order, served
 from tests.proxy import line_to
-from values import Faulted
 
 BIG = os.urandom(12 << 20)
 CUT = 3 << 20
@@ -26,7 +26,7 @@ def test_both_directions_go_on_where_the_connection_broke(tmp_path: Path) -> Non
         async with served(miner := Echo()) as far, line_to(far) as (line, near), dendrite(near) as network:
             line.cut_after = CUT
             assert await network.wait_for_peer(5)
-            received = await network.exchange(order, network.seal(order), blobs_of(order, BIG), tmp_path / "p")
+            received = await network.exchange(order, network.sign(order), blobs_of(order, BIG), tmp_path / "p")
         assert (tmp_path / "p").read_bytes() == BIG
         assert line.cuts >= 6  # of 12 MB, cut after each 3 MB, in either direction
         assert line.down < 1.5 * len(BIG)
@@ -43,7 +43,7 @@ def test_a_validator_that_was_stopped_in_mid_fetch_goes_on(tmp_path: Path) -> No
         async with served(Echo()) as far, line_to(far) as (line, near):
             async with dendrite(near) as network:
                 assert await network.wait_for_peer(5)
-                signed = network.seal(order)
+                signed = network.sign(order)
                 line.bytes_per_s = 40e6
                 task = asyncio.create_task(network.exchange(order, signed, blobs_of(order, BIG), tmp_path / "p"))
                 while line.up < CUT:
@@ -70,7 +70,7 @@ def test_a_file_that_was_something_else_is_overwritten(tmp_path: Path, left: byt
         order = make_order(BIG)
         async with served(Echo()) as port, dendrite(port) as network:
             assert await network.wait_for_peer(5)
-            await network.exchange(order, network.seal(order), blobs_of(order, BIG), tmp_path / "p")
+            await network.exchange(order, network.sign(order), blobs_of(order, BIG), tmp_path / "p")
 
     asyncio.run(main())
     assert (tmp_path / "p").read_bytes() == BIG
@@ -83,7 +83,7 @@ def test_a_miner_that_was_restarted_in_mid_fetch_goes_on_under_its_hotkey(tmp_pa
             assert await network.wait_for_peer(5)
             line.bytes_per_s = 40e6
             task = asyncio.create_task(
-                network.exchange(order, network.seal(order), blobs_of(order, BIG), tmp_path / "p")
+                network.exchange(order, network.sign(order), blobs_of(order, BIG), tmp_path / "p")
             )
             while line.up < CUT:
                 await asyncio.sleep(0.01)
@@ -111,7 +111,7 @@ def test_a_payload_of_a_byte_a_second_is_cut_off(tmp_path: Path) -> None:
 
             slowing = asyncio.create_task(slow_down())
             with pytest.raises(Faulted) as caught:
-                await network.exchange(order, network.seal(order), blobs_of(order, BIG), tmp_path / "p")
+                await network.exchange(order, network.sign(order), blobs_of(order, BIG), tmp_path / "p")
             await slowing
         assert not (tmp_path / "p").exists()
         return caught.value
@@ -131,7 +131,7 @@ def test_a_blob_of_a_byte_a_second_is_cut_off_and_does_not_stand_in_the_way(tmp_
             assert await network.wait_for_peer(5)
             line.bytes_per_s = 5e5
             task = asyncio.create_task(
-                network.exchange(order, network.seal(order), blobs_of(order, BIG), tmp_path / "p")
+                network.exchange(order, network.sign(order), blobs_of(order, BIG), tmp_path / "p")
             )
             while line.down < 100_000:
                 await asyncio.sleep(0.01)
@@ -154,14 +154,14 @@ def test_a_newer_transfer_takes_over_from_a_dead_one(tmp_path: Path) -> None:
             assert await network.wait_for_peer(5)
             line.bytes_per_s = 5e6
             dead = asyncio.create_task(
-                network.exchange(order, network.seal(order), blobs_of(order, BIG), tmp_path / "dead")
+                network.exchange(order, network.sign(order), blobs_of(order, BIG), tmp_path / "dead")
             )
             while line.down < 1 << 20:
                 await asyncio.sleep(0.01)
             line.bytes_per_s = 1e-3  # nothing comes through any more, and nobody hangs up
             async with dendrite(far) as second:
                 assert await second.wait_for_peer(5)
-                await second.exchange(order, second.seal(order), blobs_of(order, BIG), tmp_path / "p")
+                await second.exchange(order, second.sign(order), blobs_of(order, BIG), tmp_path / "p")
             dead.cancel()
             await asyncio.wait({dead})
         assert (tmp_path / "p").read_bytes() == BIG
@@ -171,8 +171,8 @@ def test_a_newer_transfer_takes_over_from_a_dead_one(tmp_path: Path) -> None:
 
 def test_a_payload_that_changes_between_two_parts_is_malformed(tmp_path: Path) -> None:
     class Changing(Echo):
-        async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
-            reply = await super().reply(caller, order, wait_s)
+        async def wait_for_reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
+            reply = await super().wait_for_reply(caller, order, wait_s)
             self.blobs[self.orders[order].update.refs[0].digest] = BIG[:CUT] + bytes(len(BIG) - CUT)
             return reply
 
@@ -182,7 +182,7 @@ def test_a_payload_that_changes_between_two_parts_is_malformed(tmp_path: Path) -
             line.cut_after = 2 * CUT
             assert await network.wait_for_peer(5)
             with pytest.raises(Faulted) as caught:
-                await network.exchange(order, network.seal(order), blobs_of(order, BIG), tmp_path / "p")
+                await network.exchange(order, network.sign(order), blobs_of(order, BIG), tmp_path / "p")
         assert not (tmp_path / "p").exists()
         return caught.value
 

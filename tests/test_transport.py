@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from pilot.interfaces import Faulted, Refused
+from pilot.transport.auth import verify_message
+from pilot.transport.client.dendrite import Dendrite, Endpoint, parse_endpoint
+from pilot.transport.server.axon import Axon
 from protocol import Digest, Fault, Hotkey, Order, Reply, Status, Stop
 from tests.echo import (
     MALLORY,
@@ -26,10 +30,6 @@ from tests.echo import (
     serving,
     until,
 )
-from transport.auth import unseal
-from transport.axon import Axon
-from transport.dendrite import Dendrite, Endpoint, parse_endpoint
-from values import Faulted, Refused
 
 
 def free_port() -> int:
@@ -41,7 +41,7 @@ def free_port() -> int:
 
 async def fault(network: Dendrite, order: Order, path: Path, state: bytes = STATE) -> Faulted:
     with pytest.raises(Faulted) as caught:
-        await network.exchange(order, network.seal(order), blobs_of(order, state), path)
+        await network.exchange(order, network.sign(order), blobs_of(order, state), path)
     return caught.value
 
 
@@ -54,9 +54,9 @@ def test_an_order_pushes_its_blobs_once_and_brings_back_the_payload(tmp_path: Pa
             assert await network.wait_for_peer(5)
             assert network.peers() == (MINER.ss58_address,)
             order = make_order()
-            signed = network.seal(order)
+            signed = network.sign(order)
             first = await network.exchange(order, signed, blobs_of(order), tmp_path / "p")
-            assert unseal(first.signed, Reply, MINER.ss58_address) == first.reply
+            assert verify_message(first.signed, Reply, MINER.ss58_address) == first.reply
             assert first.reply.order == signed.digest
             assert (tmp_path / "p").read_bytes() == STATE
             assert first.bytes_up > len(STATE)
@@ -66,8 +66,8 @@ def test_an_order_pushes_its_blobs_once_and_brings_back_the_payload(tmp_path: Pa
             assert again.bytes_down < len(STATE)
             receipt = make_receipt(order, signed.digest)
             stop = Stop(run=order.run, round=0, hotkey=order.hotkey, order=signed.digest)
-            assert await network.tell(order.hotkey, network.seal(receipt))
-            assert await network.tell(order.hotkey, network.seal(stop))
+            assert await network.deliver(order.hotkey, network.sign(receipt))
+            assert await network.deliver(order.hotkey, network.sign(stop))
             assert (miner.receipts, miner.stops) == ([receipt], [stop])
 
     asyncio.run(main())
@@ -82,7 +82,7 @@ def test_twenty_megabytes_each_way_to_two_miners_at_once(tmp_path: Path) -> None
             assert await network.wait_for_peers(2, 5) == 2
             orders = [make_order(state, hotkey=hotkey) for hotkey in network.peers()]
             await asyncio.gather(
-                *(network.exchange(o, network.seal(o), blobs_of(o, state), tmp_path / o.hotkey) for o in orders)
+                *(network.exchange(o, network.sign(o), blobs_of(o, state), tmp_path / o.hotkey) for o in orders)
             )
             assert [(tmp_path / o.hotkey).read_bytes() == state for o in orders] == [True, True]
 
@@ -93,16 +93,16 @@ def test_a_long_poll_is_asked_again_until_the_work_is_done(tmp_path: Path) -> No
     class Impatient(Echo):
         asked = 0
 
-        async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
+        async def wait_for_reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
             self.asked += 1
             assert wait_s <= 20
-            return await super().reply(caller, order, wait_s) if self.asked > 3 else None
+            return await super().wait_for_reply(caller, order, wait_s) if self.asked > 3 else None
 
     async def main() -> None:
         async with served(miner := Impatient()) as port, dendrite(port) as network:
             await network.wait_for_peer(5)
             order = make_order()
-            await network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "p")
+            await network.exchange(order, network.sign(order), blobs_of(order), tmp_path / "p")
             assert miner.asked == 4
 
     asyncio.run(main())
@@ -118,7 +118,7 @@ def test_a_miner_restarted_in_mid_exchange_gets_its_order_again(tmp_path: Path) 
             async with served(before, port=port):
                 await network.wait_for_peer(5)
                 task = asyncio.create_task(
-                    network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "p")
+                    network.exchange(order, network.sign(order), blobs_of(order), tmp_path / "p")
                 )
                 await until(lambda: before.orders)
             async with served(after := Echo(), port=port):
@@ -141,7 +141,7 @@ def test_a_clock_that_is_an_hour_off_costs_one_refusal(tmp_path: Path, offset_s:
             await network.wait_for_peer(5)
             for round in range(2):
                 order = make_order(round=round)
-                await network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "p")
+                await network.exchange(order, network.sign(order), blobs_of(order), tmp_path / "p")
             assert axon.refused[401] == 1
 
     asyncio.run(main())
@@ -151,18 +151,18 @@ def test_a_miner_that_lost_the_state_gets_it_again(tmp_path: Path) -> None:
     class Dropping(Echo):
         dropped = False
 
-        async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
+        async def wait_for_reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
             if not self.dropped:
                 self.dropped = True
                 self.blobs.clear()
                 raise Refused(409, "the state is gone", missing=[self.orders[order].update.refs[0]])
-            return await super().reply(caller, order, wait_s)
+            return await super().wait_for_reply(caller, order, wait_s)
 
     async def main() -> None:
         async with served(Dropping()) as port, dendrite(port) as network:
             await network.wait_for_peer(5)
             order = make_order()
-            await network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "p")
+            await network.exchange(order, network.sign(order), blobs_of(order), tmp_path / "p")
             assert (tmp_path / "p").read_bytes() == STATE
 
     asyncio.run(main())
@@ -170,7 +170,7 @@ def test_a_miner_that_lost_the_state_gets_it_again(tmp_path: Path) -> None:
 
 def test_a_miner_s_own_bug_is_logged_there_and_hidden_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Echo):
-        def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
+        def accept_order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
             raise RuntimeError("a secret path")
 
     async def main() -> None:
@@ -205,7 +205,7 @@ def test_a_miner_that_went_away_is_silent_and_is_used_when_it_returns(tmp_path: 
                 assert await network.wait_for_peer(5)
             assert (await fault(network, make_order(), tmp_path / "p")).fault is Fault.SILENT
             assert network.peers() == ()
-            assert not await network.tell(MINER.ss58_address, network.seal(make_receipt(make_order(), "0" * 64)))
+            assert not await network.deliver(MINER.ss58_address, network.sign(make_receipt(make_order(), "0" * 64)))
             assert not await network.wait_for_peer(0.1)
             async with served(Echo(), port=port):
                 assert await network.wait_for_peer(5)
@@ -242,7 +242,7 @@ def test_a_miner_that_accepts_connections_and_says_nothing_is_silent(tmp_path: P
 
 def test_a_refusal_s_fault_is_the_verdict(tmp_path: Path) -> None:
     class Busy(Echo):
-        def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
+        def accept_order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
             raise Refused(409, "another\x1b[2J validator", Fault.BUSY)
 
     async def main() -> None:
@@ -264,10 +264,10 @@ def test_a_disk_that_fills_up_costs_the_reply_and_is_said(tmp_path: Path) -> Non
             await network.wait_for_peer(5)
             order = make_order()
             with pytest.raises(Faulted, match="disk is full") as faulted:
-                await network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "full")
+                await network.exchange(order, network.sign(order), blobs_of(order), tmp_path / "full")
             assert faulted.value.fault is Fault.UNVERIFIED
             assert not (tmp_path / "full").is_symlink()  # what came of it is cleared away
-            await network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "p")
+            await network.exchange(order, network.sign(order), blobs_of(order), tmp_path / "p")
 
     asyncio.run(main())
     assert len(said) == 1
@@ -280,7 +280,7 @@ def test_a_spool_that_cannot_be_written_is_our_fault(tmp_path: Path) -> None:
             await network.wait_for_peer(5)
             order = make_order()
             with pytest.raises(FileNotFoundError):
-                await network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "no" / "folder")
+                await network.exchange(order, network.sign(order), blobs_of(order), tmp_path / "no" / "folder")
 
     asyncio.run(main())
 
@@ -357,7 +357,7 @@ def test_a_failure_of_ours_while_tending_surfaces(tmp_path: Path) -> None:
             with pytest.raises(OSError, match="no space left"):
                 await network.wait_for_peer(5)
             with pytest.raises(OSError, match="no space left"):
-                await network.exchange(make_order(), network.seal(make_order()), {}, tmp_path / "p")
+                await network.exchange(make_order(), network.sign(make_order()), {}, tmp_path / "p")
             await network.close()
 
     asyncio.run(main())

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from market.cursor import Cursor, indices, size
-from market.planning import History, Terms
+from pilot.interfaces import Refused
+from pilot.market.scheduling import History, RoundPolicy
+from pilot.simulation.network import run
+from pilot.storage.run_store import RunStore
+from pilot.training.ranges import Cursor, indices, size
 from protocol import Digest, Fault, Hotkey, Order, Range, Receipt, Reply, Stop
-from records.store import Store
 from tasks.gpt2 import GPT2
 from tests.test_round import Dying
 from tests.tiny import MINERS, Place, batch_takes, equal, make_place, make_worker, parameters, play, receipts, tiny_task
-from transport.loopback import run
-from values import Refused
 
 A, B, C = (k.ss58_address for k in MINERS[:3])
 
@@ -26,17 +26,17 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> GPT2:
     return tiny_task(tmp_path_factory.mktemp("tiny"))
 
 
-def orders(store: Store, round: int) -> dict[Hotkey, Order]:
+def orders(store: RunStore, round: int) -> dict[Hotkey, Order]:
     return {order.hotkey: order for order in (Order.parse(s.body) for s in store.orders(round))}
 
 
-def accepted(store: Store) -> list[int]:
+def accepted(store: RunStore) -> list[int]:
     """Every index that is in the model, in the order of the rounds."""
     done = [r for record in store.committed(0) for s in record.receipts for r in Receipt.parse(s.body).done]
     return list(indices(done))
 
 
-def metrics(store: Store) -> list[dict[str, object]]:
+def metrics(store: RunStore) -> list[dict[str, object]]:
     return [dict(record.metrics) for record in store.committed(0)]
 
 
@@ -137,7 +137,7 @@ def test_a_round_closes_when_most_have_answered_and_uses_what_the_rest_has(tmp_p
     async def main() -> None:
         place = make_place(tmp_path, task, miners=MINERS[:4], batch_s=(1.0, 1.0, 1.0, 1.0), **SLOW)
         await play(place.market, 2)
-        place.workers[C]._phases._charge = batch_takes(5.0)
+        place.workers[C]._executor._charge = batch_takes(5.0)
         await play(place.market, 3)
         slow = receipts(place.store, 2)[C]
         assert slow.verdict == "ACCEPTED"
@@ -154,7 +154,7 @@ def test_who_does_not_stop_in_time_is_late_and_its_work_is_noted(tmp_path: Path,
     async def main() -> None:
         place = make_place(tmp_path, task, miners=MINERS[:4], batch_s=(1.0, 1.0, 1.0, 1.0), **SLOW)
         await play(place.market, 2)
-        place.workers[C]._phases._charge = batch_takes(40.0)
+        place.workers[C]._executor._charge = batch_takes(40.0)
         await play(place.market, 4)
         first = receipts(place.store, 2)[C]
         assert (first.verdict, first.done, first.work) == (Fault.LATE, (), 0)
@@ -174,14 +174,14 @@ def test_who_does_not_stop_in_time_is_late_and_its_work_is_noted(tmp_path: Path,
 
 
 def test_history_is_the_median_and_its_deviation() -> None:
-    terms = Terms("r", 1, 300.0, 1, "fp32", "fp32", auto=True, deadline_k=3.0)
+    policy = RoundPolicy("r", 1, 300.0, 1, "fp32", "fp32", auto=True, deadline_k=3.0)
     history = History()
-    assert history.closing_s(terms) == float("inf")
+    assert history.closing_s(policy) == float("inf")
     history.observe([receipt(A, 10.0), receipt(B, 12.0), receipt(C, 20.0)])
-    assert history.closing_s(terms) == 12.0 + 3.0 * 2.0
+    assert history.closing_s(policy) == 12.0 + 3.0 * 2.0
     same = History()
     same.observe([receipt(A, 10.0), receipt(B, 10.0)])
-    assert same.closing_s(terms) == 10.0 + 3.0 * 1.0  # never less than a tenth of the median
+    assert same.closing_s(policy) == 10.0 + 3.0 * 1.0  # never less than a tenth of the median
 
 
 def receipt(hotkey: Hotkey, seconds: float, done: Sequence[Range] = (Range(0, 1),)) -> Receipt:
@@ -256,9 +256,9 @@ def test_a_stop_that_overtakes_its_order_stops_it(tmp_path: Path, task: GPT2) ->
         order, signed = place.market._order(0, A, (Range(0, 100),), 0.0, 0)
         stop = Stop(run=order.run, round=0, hotkey=A, order=signed.digest)
         for _ in range(2):
-            worker.stop(caller, stop)
+            worker.stop_order(caller, stop)
         with pytest.raises(Refused, match="stopped before it came") as refused:
-            worker.order(caller, order, signed.digest)
+            worker.accept_order(caller, order, signed.digest)
         assert refused.value.fault is Fault.LATE
         assert worker.job is None
 
@@ -306,7 +306,7 @@ def test_overlap_applies_stale_gradients_unscaled(tmp_path: Path, task: GPT2) ->
         place = make_place(tmp_path / "market", task, miners=MINERS[:1], batch_s=(1.0,), overlap=1)
         await play(place.market, 2)
         other = make_place(tmp_path / "hand", task, miners=MINERS[:1]).market
-        from market.work import compute
+        from pilot.training.gradient import compute
 
         gradients = []
         for n in range(2):
@@ -325,7 +325,7 @@ def test_death_with_two_rounds_in_flight_changes_nothing(tmp_path: Path, task: G
     rounds, options = 3, {"overlap": 1}
 
     async def calm() -> tuple[str, object, int]:
-        never = Dying(Store.create(tmp_path / "calm" / "run", {"task": "gpt2"}, keep=2), 1000, after)
+        never = Dying(RunStore.create(tmp_path / "calm" / "run", {"task": "gpt2"}, keep=2), 1000, after)
         place = make_place(tmp_path / "calm", task, store=never, **options)  # type: ignore[arg-type]
         await play(place.market, rounds)
         return place.market.learner.version, parameters(place.market), 1000 - never.left
@@ -333,7 +333,7 @@ def test_death_with_two_rounds_in_flight_changes_nothing(tmp_path: Path, task: G
     version, expected, steps = run(calm())
     assert steps >= rounds * 3  # an opening, one seal or two, and a commit a round
 
-    async def dies(store: Store, at: int) -> None:
+    async def dies(store: RunStore, at: int) -> None:
         place = make_place(store.folder.parent, task, store=Dying(store, at, after), **options)  # type: ignore[arg-type]
         await play(place.market, rounds)
 
@@ -348,7 +348,7 @@ def test_death_with_two_rounds_in_flight_changes_nothing(tmp_path: Path, task: G
 
     for at in range(1, steps + 1):
         folder = tmp_path / f"death{at}"
-        store = Store.create(folder / "run", {"task": "gpt2"}, keep=2)
+        store = RunStore.create(folder / "run", {"task": "gpt2"}, keep=2)
         with pytest.raises(KeyboardInterrupt):
             run(dies(store, at))
         store.close()
@@ -414,7 +414,7 @@ def test_a_miner_without_contact_is_remembered_by_its_digest_alone(tmp_path: Pat
         worker = make_worker(tmp_path, MINERS[0], [], asyncio.get_running_loop().time)
         for n in range(1000):
             name: Digest = f"{n:064x}"
-            worker.stop("validator", Stop(run="r", round=0, hotkey=A, order=name))
+            worker.stop_order("validator", Stop(run="r", round=0, hotkey=A, order=name))
         assert len(worker.stopped) <= 64
 
     run(main())

@@ -15,9 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from codec import known_codecs, load_codec
-from market.learner import Learner
-from market.work import compute
+from pilot.codec import known_codecs, load_codec
+from pilot.interfaces import Refused
+from pilot.simulation.network import run
+from pilot.training.gradient import compute
+from pilot.training.learner import Learner
+from pilot.transport.auth import sign_message
 from protocol import (
     BlobKind,
     BlobRef,
@@ -33,11 +36,8 @@ from protocol import (
 from tasks import TASKS
 from tasks.gpt2 import GPT2
 from tasks.tokens import Tokens
-from tests.desk import CALLER, HOTKEY, MINER, Desk, refused
+from tests.desk import CALLER, HOTKEY, MINER, Gateway, refused
 from tests.tiny import CPU, MINERS, OPTIMIZER, VALIDATOR, make_worker, tiny_task
-from transport.auth import seal
-from transport.loopback import run
-from values import Refused
 
 FP32 = load_codec("fp32")
 OTHER_MINER, RIVAL = MINERS[1].ss58_address, MINERS[7].ss58_address
@@ -55,18 +55,18 @@ def learner(task: GPT2) -> Learner:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, task: GPT2, learner: Learner) -> Callable[[], Desk]:
+def desk(tmp_path: Path, task: GPT2, learner: Learner) -> Callable[[], Gateway]:
     """To be called inside the loop."""
 
-    def make() -> Desk:
+    def make() -> Gateway:
         said: list[str] = []
         worker = make_worker(tmp_path, MINER, said, asyncio.get_running_loop().time)
-        return Desk(task, learner, worker, said)
+        return Gateway(task, learner, worker, said)
 
     return make
 
 
-MakeDesk = Callable[[], Desk]
+MakeDesk = Callable[[], Gateway]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -87,7 +87,7 @@ def test_reply_is_the_gradient_of_what_was_ordered(desk: MakeDesk, task: GPT2, l
         reply = await d.reply(sent)
         work = compute(task, learner.model, order.ranges)
         assert work is not None
-        payload = d.worker.payload(CALLER, sent)
+        payload = d.worker.read_payload(CALLER, sent)
         assert bytes(payload) == bytes(load_codec(codec).encode(work.gradient))
         assert (reply.payload_digest, reply.payload_bytes) == (digest("payload", payload), len(memoryview(payload)))
         assert (reply.order, reply.version, reply.done, reply.loss) == (sent, order.version, order.ranges, work.loss)
@@ -113,7 +113,7 @@ def test_gradient_is_that_of_the_mean_loss(desk: MakeDesk, task: GPT2, learner: 
         expected = torch.autograd.grad(loss, list(learner.parameters.values()))
         assert reply.loss == pytest.approx(loss.item(), rel=1e-6)
         specs = {name: p.shape for name, p in learner.parameters.items()}
-        decoded = FP32.decode(d.worker.payload(CALLER, sent), specs)
+        decoded = FP32.decode(d.worker.read_payload(CALLER, sent), specs)
         for name, reference in zip(learner.parameters, expected, strict=True):
             torch.testing.assert_close(decoded[name], reference, rtol=1e-4, atol=1e-7)
 
@@ -137,14 +137,14 @@ def test_hello_says_what_it_can_and_holds(desk: MakeDesk) -> None:
 def test_next_order_on_the_same_version_asks_for_nothing(desk: MakeDesk) -> None:
     async def main() -> None:
         d = desk()
-        missing = refused(lambda: d.worker.order(CALLER, d.order(), "0" * 64)).missing
+        missing = refused(lambda: d.worker.accept_order(CALLER, d.order(), "0" * 64)).missing
         assert [ref.kind for ref in missing] == ["state", "data"]
         await d.reply(d.send(d.order()))
         assert (
             d.learner.update.refs[0].digest not in d.worker.replica.states
         )  # it is in the model now, and needs no memory of its own
         second = d.order((Range(2, 3),), round=1)
-        d.worker.order(CALLER, second, "1" * 64)  # accepted
+        d.worker.accept_order(CALLER, second, "1" * 64)  # accepted
         assert (await d.reply("1" * 64)).done == (Range(2, 3),)
 
     run(main())
@@ -159,10 +159,10 @@ def test_same_order_again_is_the_same_job(desk: MakeDesk) -> None:
         sent = d.send(order)
         assert d.send(order) == sent
         first = await d.reply(sent)
-        assert d.worker.order(CALLER, order, sent).batches_done == 4
+        assert d.worker.accept_order(CALLER, order, sent).batches_done == 4
         assert await d.reply(sent) == first
-        payload = d.worker.payload(CALLER, sent)
-        assert d.worker.payload(CALLER, sent) is payload  # fetched twice
+        payload = d.worker.read_payload(CALLER, sent)
+        assert d.worker.read_payload(CALLER, sent) is payload  # fetched twice
         assert d.computed() == 1
 
     run(main())
@@ -175,7 +175,7 @@ def test_new_order_replaces_one_that_has_not_begun(desk: MakeDesk) -> None:
         assert (await d.reply(new)).round == 1
         assert d.computed() == 1
         assert (await d.refusal(old)).fault is Fault.LATE
-        assert refused(lambda: d.worker.payload(CALLER, old)).status == 404
+        assert refused(lambda: d.worker.read_payload(CALLER, old)).status == 404
 
     run(main())
 
@@ -208,8 +208,8 @@ def test_busy_for_another_validator_until_the_payload_is_fetched(desk: MakeDesk)
             assert (busy.status, busy.fault) == (409, Fault.BUSY)
             assert not busy.missing
             await stage()
-        d.worker.payload(CALLER, sent)
-        d.worker.delivered(CALLER, sent)
+        d.worker.read_payload(CALLER, sent)
+        d.worker.mark_delivered(CALLER, sent)
         theirs = d.send(d.order(), RIVAL)
         await d.reply(theirs, RIVAL)
         assert d.computed() == 2  # the same order of another owner is another job
@@ -259,7 +259,7 @@ def test_anothers_order_is_not_shown_stopped_or_fetched(desk: MakeDesk) -> None:
         assert refused(lambda: d.stop(sent, RIVAL)).status == 404
         assert (await d.refusal(sent, RIVAL)).status == 404
         await d.reply(sent)
-        assert refused(lambda: d.worker.payload(RIVAL, sent)).status == 404
+        assert refused(lambda: d.worker.read_payload(RIVAL, sent)).status == 404
 
     run(main())
 
@@ -279,8 +279,8 @@ def test_stop_before_it_began_twice_and_after(desk: MakeDesk) -> None:
         d.stop(sent)
         assert d.worker.status().state == "done"
         assert (d.worker.status().batches_done, d.worker.status().version) == (0, None)
-        assert refused(lambda: d.worker.payload(CALLER, sent)).status == 404
-        d.worker.order(CALLER, d.order(), "0" * 64)  # and it works on as ever, with the state that it was sent
+        assert refused(lambda: d.worker.read_payload(CALLER, sent)).status == 404
+        d.worker.accept_order(CALLER, d.order(), "0" * 64)  # and it works on as ever, with the state that it was sent
         assert (await d.reply("0" * 64)).done == (Range(0, 2),)
 
     run(main())
@@ -292,8 +292,8 @@ def test_stop_in_the_middle_leaves_what_was_done(desk: MakeDesk, task: GPT2, lea
     async def main() -> None:
         d = desk()
         sent = d.send(d.order(ENDLESS))
-        assert await d.worker.reply(CALLER, sent, 0.0) is None  # still at work
-        assert refused(lambda: d.worker.payload(CALLER, sent)).status == 404
+        assert await d.worker.wait_for_reply(CALLER, sent, 0.0) is None  # still at work
+        assert refused(lambda: d.worker.read_payload(CALLER, sent)).status == 404
         await until(lambda: d.worker.status().batches_done >= 2)
         d.stop(sent)
         d.stop(sent)
@@ -303,7 +303,7 @@ def test_stop_in_the_middle_leaves_what_was_done(desk: MakeDesk, task: GPT2, lea
         assert 2 <= done.stop == d.worker.status().batches_done < 10**6
         work = compute(task, learner.model, reply.done)
         assert work is not None
-        assert bytes(d.worker.payload(CALLER, sent)) == bytes(FP32.encode(work.gradient))
+        assert bytes(d.worker.read_payload(CALLER, sent)) == bytes(FP32.encode(work.gradient))
         d.worker.close()
 
     asyncio.run(main())
@@ -353,17 +353,17 @@ def test_blobs_that_nobody_asked_for_are_refused(desk: MakeDesk) -> None:
     async def main() -> None:
         d = desk()
         state, tokens = d.learner.update.refs[0], d.task.data_spec.tokens
-        assert refused(lambda: d.worker.receive(CALLER, state, 0)).status == 409
-        refused(lambda: d.worker.order(CALLER, d.order(), "0" * 64))  # now it has asked
+        assert refused(lambda: d.worker.open_blob(CALLER, state, 0)).status == 409
+        refused(lambda: d.worker.accept_order(CALLER, d.order(), "0" * 64))  # now it has asked
         for other in (
             state.model_copy(update={"bytes": state.bytes + 1}),
             state.model_copy(update={"kind": "data"}),
             BlobRef(kind="state", digest="0" * 64, bytes=state.bytes),
             BlobRef(kind="vocabulary", digest=tokens.digest, bytes=tokens.bytes),
         ):
-            assert refused(lambda ref=other: d.worker.receive(CALLER, ref, 0)).status == 409
+            assert refused(lambda ref=other: d.worker.open_blob(CALLER, ref, 0)).status == 409
         await d.reply(d.send(d.order()))
-        assert refused(lambda: d.worker.receive(CALLER, state, 0)).status == 409  # it has what it asked for
+        assert refused(lambda: d.worker.open_blob(CALLER, state, 0)).status == 409  # it has what it asked for
 
     run(main())
 
@@ -373,16 +373,16 @@ def test_wrong_bytes_are_refused_and_the_right_ones_taken(desk: MakeDesk, kind: 
     async def main() -> None:
         d = desk()
         order = d.order()
-        missing = {ref.kind: ref for ref in refused(lambda: d.worker.order(CALLER, order, "0" * 64)).missing}
+        missing = {ref.kind: ref for ref in refused(lambda: d.worker.accept_order(CALLER, order, "0" * 64)).missing}
         right = bytes(d.blob(missing[kind]))
         for wrong in (bytes(len(right)), right[:-1], right + b"\0", b""):
             with pytest.raises(ProtocolError):
                 d.push(missing[kind], wrong)
-            again = refused(lambda: d.worker.order(CALLER, order, "0" * 64)).missing
+            again = refused(lambda: d.worker.accept_order(CALLER, order, "0" * 64)).missing
             assert missing[kind] in again
-        abandoned = d.worker.receive(CALLER, missing[kind], 0)
+        abandoned = d.worker.open_blob(CALLER, missing[kind], 0)
         abandoned.write(right[:100])
-        again = refused(lambda: d.worker.receive(CALLER, missing[kind], 50))
+        again = refused(lambda: d.worker.open_blob(CALLER, missing[kind], 50))
         assert (again.status, again.held) == (409, {missing[kind].digest: 100})
         await d.reply(d.send(order))
 
@@ -435,7 +435,7 @@ def test_bad_order_is_refused_at_once(desk: MakeDesk, wrong: str) -> None:
     async def main() -> None:
         d = desk()
         changes, reason = BAD_ORDERS[wrong]
-        bad = refused(lambda: d.worker.order(CALLER, d.order(**changes), "0" * 64))
+        bad = refused(lambda: d.worker.accept_order(CALLER, d.order(**changes), "0" * 64))
         assert (bad.status, bad.fault) == (400, Fault.MALFORMED)
         assert reason in bad.reason
         assert not bad.missing
@@ -448,7 +448,9 @@ def test_version_does_not_follow_from_another_base(desk: MakeDesk) -> None:
     async def main() -> None:
         d = desk()
         update = d.learner.update.model_copy(update={"base": "1" * 64})
-        bad = refused(lambda: d.worker.order(CALLER, d.order(update=update, version=d.learner.version), "0" * 64))
+        bad = refused(
+            lambda: d.worker.accept_order(CALLER, d.order(update=update, version=d.learner.version), "0" * 64)
+        )
         assert "does not follow" in bad.reason
         await d.reply(d.send(d.order(update=update, version=update.version)))
 
@@ -459,7 +461,7 @@ def test_bad_order_leaves_the_job_under_way_alone(desk: MakeDesk) -> None:
     async def main() -> None:
         d = desk()
         sent = d.send(d.order())
-        refused(lambda: d.worker.order(CALLER, d.order(version="0" * 64), "0" * 64))
+        refused(lambda: d.worker.accept_order(CALLER, d.order(version="0" * 64), "0" * 64))
         assert (await d.reply(sent)).order == sent
 
     run(main())
@@ -522,7 +524,7 @@ def test_our_own_bug_surfaces_and_hangs_nobody(desk: MakeDesk) -> None:
         with pytest.raises(RuntimeError, match="a bug of ours"):
             await d.worker.failed
         assert d.worker.status().state == "done"
-        assert await d.worker.reply(CALLER, sent, 60.0) is None
+        assert await d.worker.wait_for_reply(CALLER, sent, 60.0) is None
 
     run(main())
 
@@ -547,10 +549,10 @@ def test_receipts_are_kept_and_said(tmp_path: Path, desk: MakeDesk) -> None:
             )
             for hotkey, verdict in ((HOTKEY, "ACCEPTED"), (HOTKEY, Fault.LATE), (OTHER_MINER, "ACCEPTED"))
         ]
-        signed = [seal(VALIDATOR, receipt) for receipt in receipts]
+        signed = [sign_message(VALIDATOR, receipt) for receipt in receipts]
         for receipt, envelope in zip(receipts[:2], signed[:2], strict=True):
-            assert d.worker.receipt(CALLER, receipt, envelope).hotkey == HOTKEY
-        assert refused(lambda: d.worker.receipt(CALLER, receipts[2], signed[2])).status == 400
+            assert d.worker.accept_receipt(CALLER, receipt, envelope).hotkey == HOTKEY
+        assert refused(lambda: d.worker.accept_receipt(CALLER, receipts[2], signed[2])).status == 400
         kept = (tmp_path / HOTKEY / "receipts.jsonl").read_text().splitlines()
         assert [Signed.parse(line) for line in kept] == signed[:2]
         assert d.said[-2:] == [

@@ -14,31 +14,31 @@ from bittensor.sp_core import Keypair
 from transformers import GPT2Config as HubConfig
 from transformers import GPT2LMHeadModel
 
-from aggregation import load_aggregator
-from codec import load_codec
-from market.diloco import round_settings
-from market.learner import Learner
-from market.phases import Charge
-from market.round import Market, Network, Terms
-from market.worker import Worker
+from pilot.aggregation import load_aggregator
+from pilot.codec import load_codec
+from pilot.interfaces import MinerService
+from pilot.market.round import Market, Network, RoundPolicy
+from pilot.ranking import load_ranker
+from pilot.simulation.network import Loopback
+from pilot.storage.miner_store import FileMinerStore
+from pilot.storage.run_store import RunStore
+from pilot.training.diloco import round_settings
+from pilot.training.executor import Charge
+from pilot.training.learner import Learner
+from pilot.worker.worker import Worker
 from protocol import DataSpec, Hotkey, Receipt
-from ranking import load_ranker
-from records.cache import Cache
-from records.store import Store
 from tasks import TASKS, Task
 from tasks.config import AdamWConfig, GPT2Config
 from tasks.gpt2 import GPT2
 from tasks.optimizer import adamw_settings
 from tasks.tokens import Tokens
-from transport import Service
-from transport.loopback import Loopback
 
 VALIDATOR = Keypair.create_from_uri("//Validator")
 MINERS = [Keypair.create_from_uri(f"//Miner{i}") for i in range(8)]
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # more of them only get into each other's way on a model of this size
 OPTIMIZER = AdamWConfig(lr=1e-3, warmup=2)
-TERMS = Terms(run="tiny", batches=2, deadline_s=60.0, patience=3, codec_up="fp32", codec_down="fp32")
+TERMS = RoundPolicy(run="tiny", batches=2, deadline_s=60.0, patience=3, codec_up="fp32", codec_down="fp32")
 ROUNDS = 20
 UNITS = 1 << 14  # tokens in a step, as nanochat's schedule counts them
 
@@ -82,7 +82,7 @@ class Place:
     """One marketplace in this process: give `market` to a coroutine on a virtual loop."""
 
     market: Market
-    store: Store
+    store: RunStore
     network: Loopback
     workers: dict[Hotkey, Worker]
     said: list[str]
@@ -91,7 +91,7 @@ class Place:
 def make_worker(
     folder: Path, keypair: Keypair, said: list[str], clock: Callable[[], float], charge: Charge | None = None
 ) -> Worker:
-    cache = Cache(folder / keypair.ss58_address)
+    cache = FileMinerStore(folder / keypair.ss58_address)
 
     def find_tokens(spec: DataSpec) -> Tokens:
         path = cache.blob(spec.tokens)
@@ -114,14 +114,14 @@ def make_place(
     folder: Path,
     task: Task,
     network: Callable[[Loopback], Network] = lambda loopback: loopback,
-    wrap: Callable[[Worker], Service] = lambda worker: worker,
-    store: Store | None = None,
+    wrap: Callable[[Worker], MinerService] = lambda worker: worker,
+    store: RunStore | None = None,
     miners: Sequence[Keypair] = MINERS[:2],
     aggregation: str = "mean",
     optimizer: Any = OPTIMIZER,
     batch_s: Sequence[float] = (),
     bits_per_s: float = float("inf"),
-    **terms: object,
+    **policy: object,
 ) -> Place:
     """Call it inside the loop. The run in `folder` is created, or opened where it exists.
 
@@ -129,7 +129,7 @@ def make_place(
     """
     if store is None:
         run = folder / "run"
-        store = Store.open(run, keep=2) if run.exists() else Store.create(run, {"task": "gpt2"}, keep=2)
+        store = RunStore.open(run, keep=2) if run.exists() else RunStore.create(run, {"task": "gpt2"}, keep=2)
     said: list[str] = []
     clock = asyncio.get_running_loop().time
     charges = [batch_takes(s) for s in batch_s] or [None] * len(miners)
@@ -139,7 +139,7 @@ def make_place(
     services = {hotkey: wrap(worker) for hotkey, worker in workers.items()}
     keys = {k.ss58_address: k for k in miners}
     loopback = Loopback(VALIDATOR, services, keys, latency_s=0.01, bandwidth_bps=bits_per_s)
-    asked = replace(TERMS, **terms)
+    asked = replace(TERMS, **policy)
     keep = store.updates if asked.broadcast == "delta" else None
     market = Market(
         asked,
@@ -171,7 +171,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def receipts(store: Store, round: int) -> dict[Hotkey, Receipt]:
+def receipts(store: RunStore, round: int) -> dict[Hotkey, Receipt]:
     """What a committed round said of each miner."""
     [record] = [r for r in store.committed(round) if r.round == round]
     return {r.hotkey: r for r in (Receipt.parse(s.body) for s in record.receipts)}

@@ -25,8 +25,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from durable import hash_rest, make_folder, sync_file
 from nanochat.config import GPTConfig
+from pilot.common.files import hash_rest, make_folder, sync_file
 from protocol import Digest, Hasher, digest
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from pilot.interfaces import Blobs
 from protocol import DataSpec, Digest, TaskSpec
-from values import Blobs
 
 if TYPE_CHECKING:
     import torch

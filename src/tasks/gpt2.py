@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
 
+from pilot.interfaces import Blobs
 from protocol import MAX_BLOB_BYTES, MAX_INDEX, DataSpec, Digest, ProtocolError, TaskSpec
 from tasks.config import AdamWConfig, GPT2Config
 from tasks.language import Dimension, EpochOrders, Shape, check_tokens, seeded, served_blobs
@@ -21,7 +22,6 @@ from tasks.optimizer import Settings, adamw, adamw_settings
 from tasks.text import prepare_tokens, silent
 from tasks.tokenizer import Tokenizer, load_tokenizer
 from tasks.tokens import Array, Tokens
-from values import Blobs
 
 CPU = torch.device("cpu")
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (batch_size, seq_len), int64, on the CPU

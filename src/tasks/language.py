@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from pilot.interfaces import Blobs
 from protocol import MAX_SERVED_BYTES, DataSpec, Digest, Fault, Part, ProtocolError, TaskSpec
 from tasks.tokens import Tokens, window_order
-from values import Blobs
 
 Dimension = Annotated[int, Field(ge=1, le=1 << 20)]
 

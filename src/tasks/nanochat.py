@@ -21,6 +21,7 @@ from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate, own_share
 from nanochat.optim import build_optimizer
 from nanochat.schedules import settings
+from pilot.interfaces import Blobs
 from protocol import MAX_BLOB_BYTES, MAX_INDEX, DataSpec, Digest, ProtocolError, TaskSpec
 from tasks.config import NanochatConfig
 from tasks.language import Dimension, EpochOrders, Shape, check_tokens, seeded, served_blobs
@@ -28,7 +29,6 @@ from tasks.optimizer import Settings
 from tasks.text import prepare_tokens, silent
 from tasks.tokenizer import RustTokenizer, load_file
 from tasks.tokens import Tokens
-from values import Blobs
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (batch_size, seq_len), int64, on the CPU
 

@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import nn
 
+from pilot.interfaces import Blobs
 from protocol import MAX_INDEX, PROTOCOL, DataSpec, Digest, ProtocolError, TaskSpec
 from tasks.config import AdamWConfig, QuadraticConfig
 from tasks.language import Dimension, EpochOrders, Shape, check_tokens, served_blobs
 from tasks.optimizer import Settings, adamw, adamw_settings
 from tasks.tokens import Tokens, write
-from values import Blobs
 
 Batch = tuple[torch.Tensor, float]  # the sum of the samples' c_w - o, (d,), and of their losses at the optimum
 

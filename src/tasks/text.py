@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from pilot.interfaces import Refused
 from protocol import BlobRef, DatasetRef, DataSpec, Digest, Fault, ProtocolError, digest
 from tasks.config import TextConfig
 from tasks.documents import (
@@ -35,7 +36,6 @@ from tasks.documents import (
 )
 from tasks.tokenizer import BPETokenizer, ByteTokenizer, RustTokenizer, Tokenizer, vocabulary_ref
 from tasks.tokens import MAGIC, Array, Tokens, write
-from values import Refused
 
 BATCH = 4 << 20  # bytes of text tokenised at a time
 FRACTION = 0.05  # kept for validation where there is no last file to keep

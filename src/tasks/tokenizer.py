@@ -89,10 +89,10 @@ class RustTokenizer:
     leads = True
 
     def __init__(self, vocabulary: bytes) -> None:
-        from nanochat.tokenizer import Tokenizer as Inner
+        from nanochat.tokenizer import Tokenizer as InnerSteps
 
         try:
-            self.inner = Inner.from_bytes(vocabulary)
+            self.inner = InnerSteps.from_bytes(vocabulary)
             self.separator = self.inner.get_bos_token_id()
         except ValueError as error:
             raise ProtocolError(f"tokenizer: {error}") from None

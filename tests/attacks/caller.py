@@ -17,15 +17,15 @@ from typing import Self
 import aiohttp
 from yarl import URL
 
-from limits import Limits
+from pilot.common.limits import Limits
+from pilot.transport.auth import Keypair, sign_message, sign_request
+from pilot.transport.server.axon import Axon
 from protocol import Refusal, digest
 from tests.echo import MINER, VALIDATOR, Echo, honest_exchange, make_order, open_guard, serving
-from transport.auth import Keypair, seal, sign_request
-from transport.axon import Axon
 
 ORDER = make_order()
-BODY = seal(VALIDATOR, ORDER).model_dump_json().encode()
-ORDER_DIGEST = seal(VALIDATOR, ORDER).digest
+BODY = sign_message(VALIDATOR, ORDER).model_dump_json().encode()
+ORDER_DIGEST = sign_message(VALIDATOR, ORDER).digest
 Headers = dict[str, str]
 
 

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codec import DENSE, known_codecs, load_codec
+from pilot.codec import DENSE, known_codecs, load_codec
 from protocol import Fault, ProtocolError, Refusal
 
 SETTINGS = settings(derandomize=True, max_examples=25, deadline=None, database=None)

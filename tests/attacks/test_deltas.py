@@ -16,16 +16,16 @@ import pytest
 import torch
 from typing_extensions import Buffer
 
-from codec import load_codec
-from market.learner import Learner
-from protocol import BlobRef, Digest, Fault, Hotkey, Order, Reply, Snapshot, Step, Update, digest
+from pilot.codec import load_codec
+from pilot.interfaces import Faulted, Refused
+from pilot.simulation.network import run
+from pilot.training.learner import Learner
+from protocol import BlobRef, Digest, Fault, Hotkey, Order, Reply, StateSnapshot, Update, VersionStep, digest
 from tasks.gpt2 import GPT2
-from tests.desk import CALLER, MINER, Desk, refused
+from tests.desk import CALLER, MINER, Gateway, refused
 from tests.echo import STATE, Echo, blobs_of, dendrite, make_order, served
 from tests.test_learner import gradients, tensors_of
 from tests.tiny import CPU, OPTIMIZER, make_worker, tiny_task
-from transport.loopback import run
-from values import Faulted, Refused
 
 VERSIONS = 7  # deltas on the way, with a snapshot in the middle
 
@@ -42,30 +42,30 @@ def advance(learner: Learner, versions: int, seed: int = 0) -> None:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, task: GPT2) -> Callable[[], Desk]:
+def desk(tmp_path: Path, task: GPT2) -> Callable[[], Gateway]:
     """To be called inside the loop: a chain of int8 deltas, of which four weigh as much as a state."""
 
-    def make() -> Desk:
+    def make() -> Gateway:
         learner = Learner(task, OPTIMIZER, CPU, "delta", "int8")
         advance(learner, VERSIONS)
         said: list[str] = []
-        return Desk(task, learner, make_worker(tmp_path, MINER, said, asyncio.get_running_loop().time), said)
+        return Gateway(task, learner, make_worker(tmp_path, MINER, said, asyncio.get_running_loop().time), said)
 
     return make
 
 
-MakeDesk = Callable[[], Desk]
+MakeDesk = Callable[[], Gateway]
 
 
-def follows(d: Desk, payload: Buffer, codec: str = "int8", kind: Any = "delta") -> Update:
+def follows(d: Gateway, payload: Buffer, codec: str = "int8", kind: Any = "delta") -> Update:
     """The learner's way and one step more, which leads somewhere by its digest alone."""
     update = d.learner.update
-    step = Step(kind=kind, codec=codec, digest=digest(kind, payload), bytes=memoryview(payload).nbytes)
+    step = VersionStep(kind=kind, codec=codec, digest=digest(kind, payload), bytes=memoryview(payload).nbytes)
     d.blobs[step.digest] = payload
     return update.model_copy(update={"steps": (*update.steps, step)})
 
 
-def is_at_the_newest_version(d: Desk) -> None:
+def is_at_the_newest_version(d: Gateway) -> None:
     assert d.worker.replica.version == d.learner.version
     task, model = d.worker.replica.prepare(d.order())
     assert d.learner.replica is not None
@@ -76,30 +76,30 @@ def is_at_the_newest_version(d: Desk) -> None:
 # --- deltas that do not apply -----------------------------------------------------------------------------------------
 
 
-def other_shapes(d: Desk) -> Buffer:
+def other_shapes(d: Gateway) -> Buffer:
     return load_codec("int8").encode({"lm_head.weight": torch.ones(3)})
 
 
-def truncated(d: Desk) -> Buffer:
+def truncated(d: Gateway) -> Buffer:
     return bytes(d.learner.blobs[d.learner.update.steps[-1].digest])[:-1]
 
 
-def junk(d: Desk) -> Buffer:
+def junk(d: Gateway) -> Buffer:
     return b"\xff" * d.learner.update.steps[-1].bytes
 
 
-def not_finite(d: Desk) -> Buffer:
+def not_finite(d: Gateway) -> Buffer:
     zeros = {name: torch.zeros_like(p) for name, p in d.learner.parameters.items()}
     zeros[min(zeros)].view(-1)[0] = math.nan
     return load_codec("int8").encode(zeros)
 
 
-def another_codecs(d: Desk) -> Buffer:
+def another_codecs(d: Gateway) -> Buffer:
     return load_codec("2bit").encode({name: torch.ones_like(p) for name, p in d.learner.parameters.items()})
 
 
 @pytest.mark.parametrize("bad", [other_shapes, truncated, junk, not_finite, another_codecs])
-def test_a_delta_that_does_not_apply(desk: MakeDesk, bad: Callable[[Desk], Buffer]) -> None:
+def test_a_delta_that_does_not_apply(desk: MakeDesk, bad: Callable[[Gateway], Buffer]) -> None:
     """A whole state before it does not help: refused for good, at no version; the next good order is done."""
 
     async def main() -> None:
@@ -134,7 +134,7 @@ def test_a_bad_delta_before_a_snapshot_is_healed_by_it(desk: MakeDesk) -> None:
         state = load_codec("fp32").encode(d.learner.replica or {})
         ref = BlobRef(kind="state", digest=digest("state", state), bytes=memoryview(state).nbytes)
         d.blobs[ref.digest] = state
-        update = update.model_copy(update={"snapshots": (Snapshot(steps=len(update.steps), blob=ref),)})
+        update = update.model_copy(update={"snapshots": (StateSnapshot(steps=len(update.steps), blob=ref),)})
         order = d.order(update=update, round=1)
         assert [r.kind for r in (await d.refusal(d.send(order))).missing] == ["state"]
         await d.reply(d.send(order))
@@ -258,7 +258,9 @@ def test_a_state_that_calls_itself_a_delta(desk: MakeDesk) -> None:
         d = desk()
         await d.reply(d.send(d.order()))
         state = load_codec("fp32").encode(d.learner.replica or {})
-        as_delta = Step(kind="delta", codec="fp32", digest=digest("state", state), bytes=memoryview(state).nbytes)
+        as_delta = VersionStep(
+            kind="delta", codec="fp32", digest=digest("state", state), bytes=memoryview(state).nbytes
+        )
         update = d.learner.update
         update = update.model_copy(update={"steps": (*update.steps, as_delta)})
         d.blobs[as_delta.digest] = state
@@ -272,17 +274,17 @@ def test_a_state_that_calls_itself_a_delta(desk: MakeDesk) -> None:
 # --- a newcomer on a slow line ----------------------------------------------------------------------------------------
 
 
-def bring(d: Desk, order: Order, budget: float) -> bool:
+def bring(d: Gateway, order: Order, budget: float) -> bool:
     """So many bytes of what it lacks. True where the order is accepted."""
     try:
-        d.worker.order(CALLER, order, digest("order", order.text().encode()))
+        d.worker.accept_order(CALLER, order, digest("order", order.text().encode()))
         return True
     except Refused as asked:
         missing, held = asked.missing, asked.held
     for ref in missing:
         offset = held.get(ref.digest, 0)
         size = ref.bytes - offset if ref.kind == "data" else min(ref.bytes - offset, int(budget))
-        writer = d.worker.receive(CALLER, ref, offset)
+        writer = d.worker.open_blob(CALLER, ref, offset)
         writer.write(memoryview(d.blob(ref)).cast("B")[offset : offset + size])
         budget -= size if ref.kind != "data" else 0
         if offset + size == ref.bytes:
@@ -325,7 +327,7 @@ class Wants(Echo):
         super().__init__()
         self.asks, self.answers = asks, 0
 
-    async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
+    async def wait_for_reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
         self.answers += 1
         state = self.orders[order].update.refs[0]
         if self.asks:
@@ -343,11 +345,11 @@ def test_a_miner_that_wants_its_state_again_and_again(tmp_path: Path, asks: bool
         async with served(miner) as port, dendrite(port) as network:
             assert await network.wait_for_peer(60)
             with pytest.raises(Faulted) as caught:
-                await network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "payload")
+                await network.exchange(order, network.sign(order), blobs_of(order), tmp_path / "payload")
             assert caught.value.fault is Fault.SILENT
             assert "asks for a whole state" in caught.value.reason
             assert miner.answers == 3
-            [link] = network.links()
+            [link] = network.miner_states()
             assert link.bytes_down < 5 * (len(STATE) + 100_000)
 
     asyncio.run(main())

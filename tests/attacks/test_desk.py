@@ -16,13 +16,13 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from limits import Limits
+from pilot.common.limits import Limits
+from pilot.transport.auth import Keypair, sign_message, sign_request
+from pilot.transport.client.dendrite import Dendrite
+from pilot.transport.server.gateway import Gateway, may_call
 from protocol import Announce, Refusal
 from tests.attacks.caller import Caller
 from tests.echo import MALLORY, MINER, STATE, VALIDATOR, Echo, blobs_of, dendrite, desk, make_order, member, until
-from transport.auth import Keypair, seal, sign_request
-from transport.dendrite import Dendrite
-from transport.desk import Desk, may_call
 
 ZEROS = "0" * 64
 NO_SESSION = "0" * 32
@@ -42,7 +42,7 @@ class Scene:
     """A desk with one honest miner, which pulls."""
 
     network: Dendrite
-    server: Desk
+    server: Gateway
     caller: Caller
     folder: Path
     session: str  # of that miner's process
@@ -51,7 +51,7 @@ class Scene:
     async def works(self) -> None:
         order = make_order(round=self.rounds)
         self.rounds += 1
-        await self.network.exchange(order, self.network.seal(order), blobs_of(order), self.folder / "p")
+        await self.network.exchange(order, self.network.sign(order), blobs_of(order), self.folder / "p")
         assert (self.folder / "p").read_bytes() == STATE
 
 
@@ -85,7 +85,7 @@ def announcement(keypair: Keypair, endpoint: str | None = None) -> bytes:
         leaving=False,
         time_ns=time.time_ns(),
     )
-    return seal(keypair, message).model_dump_json().encode()
+    return sign_message(keypair, message).model_dump_json().encode()
 
 
 @pytest.mark.parametrize(("method", "target"), SIGNED)
@@ -120,7 +120,7 @@ def test_a_replayed_announcement_and_one_for_another() -> None:
             stolen = await send("POST", target, headers("POST", target, body, MALLORY), body)
             assert stolen[0] == 401
             assert "signed by" in stolen[1].reason
-            assert [link.hotkey for link in network.links()] == [MINER.ss58_address]
+            assert [link.hotkey for link in network.miner_states()] == [MINER.ss58_address]
 
     asyncio.run(main())
 
@@ -169,7 +169,7 @@ def test_a_flood_of_announcements_is_rationed_and_miners_go_on(tmp_path: Path) -
             most = 0
             while there.rounds < 10 or outcomes[409] < 50:
                 await there.works()
-                most = max(most, len(there.network.links()))
+                most = max(most, len(there.network.miner_states()))
             took_s = time.monotonic() - began
             for task in flooding:
                 task.cancel()
@@ -196,7 +196,7 @@ def test_a_poll_that_never_takes_its_letter_keeps_nobody_waiting_for_ever(tmp_pa
             polling = asyncio.create_task(call.send("GET", poll, headers("GET", poll, b"", MINER)))
             await until(network.peers)
             for _ in range(2):
-                assert not await network.tell(MINER.ss58_address, network.seal(make_order()))
+                assert not await network.deliver(MINER.ss58_address, network.sign(make_order()))
                 assert (await polling)[0] == 200
                 polling = asyncio.create_task(call.send("GET", poll, headers("GET", poll, b"", MINER)))
             assert (await polling)[0] == 202  # nothing waits any more

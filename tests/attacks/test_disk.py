@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from pilot.interfaces import Faulted
+from pilot.storage.miner_store import FileBlobWriter, FileMinerStore
 from protocol import BlobRef, Fault, Hotkey, Receipt, Signed, Status
-from records.cache import BlobWriter, Cache
 from tests.echo import Echo, blobs_of, dendrite, make_order, make_receipt, served
 from tests.processes import Process, program, start_miner, tiny_flags
 from tests.test_transport import free_port
-from values import Faulted
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAMESPACE = ["unshare", "--map-root-user", "--mount", "sh", "-e", "-c"]
@@ -58,12 +58,12 @@ async def spool_is_full(small: Path) -> None:
     async with served(Echo()) as port, dendrite(port, said=said) as network:
         assert await network.wait_for_peer(20)
         with pytest.raises(Faulted) as caught:
-            await network.exchange(order, network.seal(order), blobs_of(order, BIG), small / "p")
+            await network.exchange(order, network.sign(order), blobs_of(order, BIG), small / "p")
         assert caught.value.fault is Fault.UNVERIFIED
         assert "the validator's disk is full; delete old runs or other files" in caught.value.reason
         assert not list(small.iterdir())  # what came of it is gone: there is room for the next
         order = make_order(round=1)
-        await network.exchange(order, network.seal(order), blobs_of(order), small / "p")
+        await network.exchange(order, network.sign(order), blobs_of(order), small / "p")
     assert len(said) == 1
     assert "is not taken" in said[0]
 
@@ -75,32 +75,32 @@ def test_a_spool_that_fills_up_while_a_payload_arrives(tmp_path: Path) -> None:
 class Keeping(Echo):
     """Keeps blobs in a real cache."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: FileMinerStore) -> None:
         super().__init__()
         self.cache = cache
 
-    def receive(self, caller: Hotkey, ref: BlobRef, offset: int) -> BlobWriter:  # type: ignore[override]
+    def open_blob(self, caller: Hotkey, ref: BlobRef, offset: int) -> FileBlobWriter:  # type: ignore[override]
         return self.cache.store(ref)
 
-    def receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status:
+    def accept_receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status:
         self.cache.add_receipt(signed)
-        return super().receipt(caller, receipt, signed)
+        return super().accept_receipt(caller, receipt, signed)
 
 
 def test_a_receipt_that_finds_no_room_is_refused_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cache = Cache(tmp_path / "cache")
+    cache = FileMinerStore(tmp_path / "cache")
     (tmp_path / "cache" / "receipts.jsonl").symlink_to("/dev/full")
     order = make_order()
 
     async def main() -> None:
         async with served(miner := Keeping(cache)) as port, dendrite(port) as network:
             assert await network.wait_for_peer(20)
-            signed = network.seal(make_receipt(order, network.seal(order).digest))
-            assert not await network.tell(order.hotkey, signed)
+            signed = network.sign(make_receipt(order, network.sign(order).digest))
+            assert not await network.deliver(order.hotkey, signed)
             assert not miner.receipts
             assert "/v1/receipt: this miner's disk is full" in caplog.text
             (tmp_path / "cache" / "receipts.jsonl").unlink()
-            assert await network.tell(order.hotkey, signed)
+            assert await network.deliver(order.hotkey, signed)
             assert len(miner.receipts) == 1
 
     asyncio.run(main())
@@ -108,10 +108,10 @@ def test_a_receipt_that_finds_no_room_is_refused_and_said(tmp_path: Path, caplog
 
 async def cache_is_full(small: Path) -> None:
     order = make_order(BIG)
-    async with served(miner := Keeping(Cache(small))) as port, dendrite(port) as network:
+    async with served(miner := Keeping(FileMinerStore(small))) as port, dendrite(port) as network:
         assert await network.wait_for_peer(20)
         with pytest.raises(Faulted) as caught:
-            await network.exchange(order, network.seal(order), blobs_of(order, BIG), small / "p")
+            await network.exchange(order, network.sign(order), blobs_of(order, BIG), small / "p")
         assert "507: this miner's disk is full; delete old files, in its --cache" in caught.value.reason
         assert miner.cache.blob(order.update.refs[0]) is None
         small_blob = order.data.tokens

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from limits import Limits
+from pilot.common.limits import Limits
+from pilot.transport.server.axon import Axon
 from protocol import MAX_BLOB_BYTES
 from tests.attacks.caller import BODY, ORDER, ORDER_DIGEST, Caller, attack, blob_target, head, signed
 from tests.echo import MALLORY, STATE, Echo
-from transport.axon import Axon
 
 HELLO = f"/v1/hello?nonce={'0' * 32}"
 POST = "POST /v1/order HTTP/1.1"

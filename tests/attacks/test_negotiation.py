@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from codec import known_codecs
-from market.worker import Worker
-from protocol import Fault, Hello, Hotkey, Order, Reply, Status, Step, Update, digest
+from pilot.codec import known_codecs
+from pilot.interfaces import Refused
+from pilot.simulation.network import run
+from pilot.worker.worker import Worker
+from protocol import Fault, Hello, Hotkey, Order, Reply, Status, Update, VersionStep, digest
 from tasks.gpt2 import GPT2
 from tests.tiny import MINERS, VALIDATOR, Place, make_place, play, receipts, tiny_task
-from transport.loopback import run
-from values import Refused
 
 HONEST, LIAR = (keypair.ss58_address for keypair in MINERS[:2])
 CALLER = VALIDATOR.ss58_address
@@ -49,13 +49,13 @@ class Lying:
         status = self.worker.status()
         return status.model_copy(update={k: v for k, v in self.says.items() if k in Status.model_fields})
 
-    async def reply(self, caller: Hotkey, order: str, wait_s: float) -> Reply | None:
-        reply = await self.worker.reply(caller, order, wait_s)
+    async def wait_for_reply(self, caller: Hotkey, order: str, wait_s: float) -> Reply | None:
+        reply = await self.worker.wait_for_reply(caller, order, wait_s)
         return reply and reply.model_copy(update=self.replies)
 
 
 def lied(
-    folder: Path, task: GPT2, says: dict[str, Any] | None = None, replies: dict[str, Any] | None = None, **terms: Any
+    folder: Path, task: GPT2, says: dict[str, Any] | None = None, replies: dict[str, Any] | None = None, **policy: Any
 ) -> list[tuple[str, str]]:
     """The liar's verdicts and reasons in three rounds, beside an honest miner that is paid for all of them."""
 
@@ -64,7 +64,7 @@ def lied(
 
     async def main() -> list[tuple[str, str]]:
         defaults: dict[str, Any] = {"codec_up": "ternary", "codec_down": "2bit", "broadcast": "delta"}
-        p = make_place(folder, task, wrap=wrap, **(defaults | terms))
+        p = make_place(folder, task, wrap=wrap, **(defaults | policy))
         await play(p.market, 3)
         found = [receipts(p.store, round) for round in range(3)]
         assert {of[HONEST].verdict for of in found} == {"ACCEPTED"}
@@ -140,7 +140,7 @@ UNKNOWN = (
     "topk64-3bit",
     "topk64-4bit+zip",
     "topk" + "9" * 60,
-    "codec.dense",
+    "pilot.codec.dense",
     "x" * 64,
 )
 
@@ -164,7 +164,7 @@ def ordered(tmp_path: Path, task: GPT2) -> Callable[[Callable[[Place, Order], No
 
 def refusal(worker: Worker, order: Order) -> Refused:
     with pytest.raises(Refused) as caught:
-        worker.order(CALLER, order, digest(order.kind, order.text().encode()))
+        worker.accept_order(CALLER, order, digest(order.kind, order.text().encode()))
     return caught.value
 
 
@@ -190,7 +190,7 @@ def test_a_step_in_an_unknown_codec_leads_nowhere(ordered: Any) -> None:
         worker, last = p.workers[HONEST], order.update.steps[-1]
         assert worker.replica.version == order.version
         for name in UNKNOWN:
-            step = Step(kind="delta", codec=name, digest="e" * 64, bytes=last.bytes)
+            step = VersionStep(kind="delta", codec=name, digest="e" * 64, bytes=last.bytes)
             update = Update(base=order.update.base, steps=(*order.update.steps, step))
             refused = refusal(worker, order.model_copy(update={"update": update, "version": update.version}))
             assert (refused.status, refused.fault) == (400, Fault.MALFORMED)

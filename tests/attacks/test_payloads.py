@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codec import CODECS, DENSE, load_codec
+from pilot.codec import CODECS, DENSE, load_codec
 from protocol import ProtocolError, Refusal
 
 SETTINGS = settings(derandomize=True, max_examples=300, deadline=None, database=None)

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from market.feedback import residual_digest
+from pilot.storage.residuals import ResidualFile
+from pilot.transport.auth import sign_message
+from pilot.worker.error_feedback import residual_digest
 from protocol import Fault, Receipt, Reply
-from records.residuals import Residuals
 from tests.test_feedback import CALLER, MALLORY, SHAPES, VALIDATOR, Miner, Textbook, gradient, make_verdict, zeros
-from transport.auth import seal
 
 torch.set_num_threads(1)
 
@@ -60,19 +60,19 @@ def other_header(path: Path) -> None:
 
 def other_tensors(path: Path) -> None:
     """Whole, by somebody who knows the format: but not what a header says that it holds."""
-    loaded = Residuals(path).load(1 << 30)
+    loaded = ResidualFile(path).load(1 << 30)
     assert loaded is not None
     header, tensors = loaded
     del tensors["payload"]
-    Residuals(path).save(header, {name: t.clone() for name, t in tensors.items()})
+    ResidualFile(path).save(header, {name: t.clone() for name, t in tensors.items()})
 
 
 def not_json(path: Path) -> None:
-    Residuals(path).save("{", {"payload": torch.zeros(1, dtype=torch.uint8)})
+    ResidualFile(path).save("{", {"payload": torch.zeros(1, dtype=torch.uint8)})
 
 
 def a_list(path: Path) -> None:
-    Residuals(path).save(json.dumps(["key"]), {"payload": torch.zeros(1, dtype=torch.uint8)})
+    ResidualFile(path).save(json.dumps(["key"]), {"payload": torch.zeros(1, dtype=torch.uint8)})
 
 
 DAMAGES: dict[str, Damage] = {
@@ -130,7 +130,7 @@ def test_a_file_of_another_model_is_no_residual(tmp_path: Path, shapes: dict[str
 
 
 def test_a_file_of_a_larger_model_is_not_even_read(tmp_path: Path) -> None:
-    Residuals(tmp_path / "residual.safetensors").save("{}", {"sum/w": torch.zeros(4 << 20)})
+    ResidualFile(tmp_path / "residual.safetensors").save("{}", {"sum/w": torch.zeros(4 << 20)})
     miner = Miner(tmp_path)
     miner.encode(miner.order(0), gradient(0))
     [line] = miner.said
@@ -203,11 +203,11 @@ from pathlib import Path
 
 import torch
 
-from records.residuals import Residuals
+from pilot.storage.residuals import ResidualFile
 
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
-Residuals(Path(sys.argv[1])).save("{}", {"w": torch.zeros(9)})
+ResidualFile(Path(sys.argv[1])).save("{}", {"w": torch.zeros(9)})
 """
     environment = {**os.environ, "PYTHONPATH": "src"}
     killed = subprocess.run([sys.executable, "-c", script, str(now)], env=environment, check=False)
@@ -223,17 +223,17 @@ from pathlib import Path
 
 import torch
 
-from records.residuals import Residuals
+from pilot.storage.residuals import ResidualFile
 
 torch.set_num_threads(1)
 path, rng, last = Path(sys.argv[1]), random.Random(0), 0
-Residuals(path).save("0", {"w": torch.full((1 << 18,), 0.0)})
+ResidualFile(path).save("0", {"w": torch.full((1 << 18,), 0.0)})
 for _ in range(30):
     told, tells = os.pipe()
     child = os.fork()
     if not child:
         for i in range(last + 1, last + 10_000):
-            Residuals(path).save(str(i), {"w": torch.full((1 << 18,), float(i))})
+            ResidualFile(path).save(str(i), {"w": torch.full((1 << 18,), float(i))})
             os.write(tells, i.to_bytes(4, "little"))
     os.read(told, 4)
     time.sleep(rng.uniform(0.0, 0.02))
@@ -244,7 +244,7 @@ for _ in range(30):
     while word := os.read(told, 4):
         done = int.from_bytes(word, "little")
     os.close(told)
-    header, tensors = Residuals(path).load(1 << 30)
+    header, tensors = ResidualFile(path).load(1 << 30)
     assert int(header) in (done, done + 1), (header, done)
     assert (tensors["w"] == float(header)).all()
     last = int(header)
@@ -294,7 +294,7 @@ def test_a_receipt_that_is_replayed_moves_nothing(tmp_path: Path) -> None:
         textbook.encode(gradient(round))
         textbook.settle(True)
         reply = miner.encode(miner.order(round), gradient(round))
-        signed, receipt = seal(VALIDATOR, make_verdict(reply)), make_verdict(reply)
+        signed, receipt = sign_message(VALIDATOR, make_verdict(reply)), make_verdict(reply)
         for _ in range(100):
             miner.cache.add_receipt(signed)
             miner.feedback.heard(CALLER, receipt)
@@ -318,7 +318,7 @@ def test_a_receipts_file_with_junk_in_it_is_read_past(tmp_path: Path) -> None:
     miner = Miner(tmp_path)
     reply = miner.encode(miner.order(0), gradient(0))
     with (tmp_path / "receipts.jsonl").open("ab") as file:
-        file.write(b"\xff\xfe not JSON\n{}\n" + seal(VALIDATOR, reply).model_dump_json().encode() + b"\n")
+        file.write(b"\xff\xfe not JSON\n{}\n" + sign_message(VALIDATOR, reply).model_dump_json().encode() + b"\n")
         file.write(b'{"kind":"receipt","si')
     miner.restart()
     miner.hear(reply)

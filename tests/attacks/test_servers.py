@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from limits import Limits
+from pilot.common.limits import Limits
+from pilot.interfaces import Faulted, Refused
+from pilot.transport.auth import sign_message
+from pilot.transport.server.axon import Axon
 from protocol import BlobRef, Digest, Fault, Hello, Hotkey, Message, Order, Refusal, Reply, Status
 from tests.echo import MALLORY, MINER, STATE, Echo, Writer, blobs_of, dendrite, make_order, open_guard, served, serving
 from tests.proxy import line_to
-from transport.auth import seal
-from transport.axon import Axon
-from values import Faulted, Refused
 
 BLOB = make_order().update.refs[0]
 Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -30,7 +30,7 @@ class Liar(Axon):
 
     def _sealed(self, message: Message, status: int = 200) -> web.Response:
         if isinstance(message, Reply):
-            text = seal(MALLORY, message).model_dump_json()
+            text = sign_message(MALLORY, message).model_dump_json()
             return web.Response(text=text, content_type="application/json")
         return super()._sealed(message, status)
 
@@ -45,7 +45,7 @@ class Twisted(Echo):
     def answer(self, digest_: Digest) -> Reply:
         return super().answer(digest_).model_copy(update=self.changed)
 
-    def payload(self, caller: Hotkey, order: Digest) -> bytes:
+    def read_payload(self, caller: Hotkey, order: Digest) -> bytes:
         return STATE if self.sent is None else self.sent
 
 
@@ -68,11 +68,11 @@ async def judge(
         order = make_order(deadline_s=deadline_s)
         with pytest.raises(Faulted) as caught:
             async with asyncio.timeout(30):
-                await network.exchange(order, network.seal(order), blobs_of(order), folder / "bad", largest)
+                await network.exchange(order, network.sign(order), blobs_of(order), folder / "bad", largest)
         assert not (folder / "bad").exists()
         assert caught.value.reason.isprintable()
         order = make_order(hotkey=MALLORY.ss58_address)
-        await network.exchange(order, network.seal(order), blobs_of(order), folder / "good")
+        await network.exchange(order, network.sign(order), blobs_of(order), folder / "good")
         assert (folder / "good").read_bytes() == STATE
     return caught.value.fault
 
@@ -118,18 +118,18 @@ def test_payload_larger_than_any(tmp_path: Path) -> None:
 
 def test_a_miner_that_asks_for_what_is_not_the_order_s(tmp_path: Path) -> None:
     class Greedy(Echo):
-        def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
+        def accept_order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
             other = make_order(b"secret" * 10)
-            return super().order(caller, other, digest)
+            return super().accept_order(caller, other, digest)
 
     assert verdict(tmp_path, Greedy()) is Fault.MALFORMED
 
 
 def test_a_miner_that_asks_for_the_same_for_ever(tmp_path: Path) -> None:
     class Forgetful(Echo):
-        def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
+        def accept_order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
             self.blobs.clear()
-            return super().order(caller, order, digest)
+            return super().accept_order(caller, order, digest)
 
     assert verdict(tmp_path, Forgetful()) is Fault.MALFORMED
 
@@ -265,7 +265,7 @@ def test_a_payload_larger_than_the_codec_makes_is_not_fetched(tmp_path: Path) ->
     asked: list[str] = []
 
     class Watched(Echo):
-        def payload(self, caller: Hotkey, order: Digest) -> bytes:
+        def read_payload(self, caller: Hotkey, order: Digest) -> bytes:
             asked.append(order)
             return STATE
 
@@ -319,7 +319,7 @@ class Hungry(Echo):
         self.claim = claim
         self.asked = 0
 
-    def order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
+    def accept_order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
         raise self.refusal()
 
     def refusal(self) -> Refused:
@@ -330,7 +330,7 @@ class Hungry(Echo):
 class Insatiable(Hungry):
     """And says it again when that comes."""
 
-    def receive(self, caller: Hotkey, ref: BlobRef, offset: int) -> Writer:
+    def open_blob(self, caller: Hotkey, ref: BlobRef, offset: int) -> Writer:
         raise self.refusal()
 
 
@@ -365,7 +365,7 @@ def test_a_miner_that_takes_the_state_and_forgets_its_order(tmp_path: Path) -> N
     class Amnesiac(Echo):
         forgot = 0
 
-        async def reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
+        async def wait_for_reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
             self.forgot += 1
             self.blobs.clear()
             raise Refused(404, "which order?")
@@ -389,7 +389,7 @@ def greets(tmp_path: Path, axon: Axon) -> str:
                 while not said:
                     await asyncio.sleep(0.01)
             assert network.peers() == (MINER.ss58_address,)
-            await network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "p")
+            await network.exchange(order, network.sign(order), blobs_of(order), tmp_path / "p")
 
     asyncio.run(main())
     [line] = said
@@ -407,7 +407,7 @@ def test_a_server_that_shows_another_s_old_hello(tmp_path: Path) -> None:
         def _sealed(self, message: Message, status: int = 200) -> web.Response:
             assert isinstance(message, Hello)
             old = message.model_copy(update={"nonce": "0" * 32})
-            return web.Response(text=seal(MINER, old).model_dump_json())
+            return web.Response(text=sign_message(MINER, old).model_dump_json())
 
     axon = Parrot(Echo(MALLORY.ss58_address), MALLORY, open_guard(), "127.0.0.1", 0)
     assert "not an answer to ours; not used" in greets(tmp_path, axon)
@@ -426,7 +426,7 @@ def test_a_server_that_passes_everything_on_to_another(tmp_path: Path) -> None:
         ):
             assert await network.wait_for_peers(2, 0.5) == 1
             assert network.peers() == (MINER.ss58_address,)
-            await network.exchange(order, network.seal(order), blobs_of(order), tmp_path / "p")
+            await network.exchange(order, network.sign(order), blobs_of(order), tmp_path / "p")
             assert len(miner.orders) == 1
             line.hang_up()
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from limits import Limits
+from pilot.common.limits import Limits
+from pilot.transport.client.dendrite import Dendrite, Endpoint
+from pilot.transport.server.axon import Axon
+from pilot.transport.server.listener import RateLimiter
+from pilot.transport.tls import client_context
 from tests.attacks.caller import BODY, ORDER, ORDER_DIGEST, Apart, Caller, attack, blob_target, head
 from tests.echo import MINER, STATE, VALIDATOR, Echo, blobs_of, dendrite, make_order, open_guard, serving
 from tests.test_tls import Files, issue
-from transport.axon import Axon
-from transport.dendrite import Dendrite, Endpoint
-from transport.door import Turns
-from transport.tls import client_context
 
 SHORT = replace(Limits(), header_s=0.3, message_s=0.3, connect_s=0.3, rate_s=0.3)
 HELLO = f"GET /v1/hello?nonce={'0' * 32} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
@@ -171,7 +171,7 @@ async def honest(port: int, folder: Path) -> None:
     order = make_order()
     async with dendrite(port) as network:
         assert await network.wait_for_peer(SECONDS)
-        await network.exchange(order, network.seal(order), blobs_of(order), folder / "p")
+        await network.exchange(order, network.sign(order), blobs_of(order), folder / "p")
 
 
 def room_for_files(count: int) -> None:
@@ -260,7 +260,7 @@ def test_junk_over_fifty_connections(apart: Apart, tmp_path: Path) -> None:
             assert await network.wait_for_peer(SECONDS)
             for round in range(10):
                 order = make_order(round=round)
-                await network.exchange(order, network.seal(order), blobs_of(order), tmp_path / f"{round}")
+                await network.exchange(order, network.sign(order), blobs_of(order), tmp_path / f"{round}")
         await until(lambda: statuses.total() > 300)
         after = apart.resident_mb
         for sender in senders:
@@ -293,7 +293,7 @@ async def tls_exchange(port: int, files: Files, folder: Path) -> None:
     try:
         assert await network.wait_for_peer(SECONDS)
         order = make_order()
-        await network.exchange(order, network.seal(order), blobs_of(order), folder / "p")
+        await network.exchange(order, network.sign(order), blobs_of(order), folder / "p")
     finally:
         await network.close()
 
@@ -360,7 +360,7 @@ def test_strangers_who_leave_the_queue_hold_nobody_up() -> None:
     """Who asks and hangs up, again and again, may not fill the queue for those that wait."""
 
     async def main() -> float:
-        turns = Turns(per_s=20, burst=1)
+        turns = RateLimiter(per_s=20, burst=1)
         leaving = [asyncio.create_task(turns.wait()) for _ in range(1000)]
         await asyncio.sleep(0.01)
         for task in leaving:

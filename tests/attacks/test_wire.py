@@ -10,6 +10,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from pilot.transport.auth import sign_message, sign_request
+from pilot.transport.server.axon import Axon
 from protocol import MAX_MESSAGE_BYTES, Fault, Message, Order, Receipt, Refusal
 from tests.attacks.caller import (
     BODY,
@@ -35,8 +37,6 @@ from tests.echo import (
     open_guard,
     serving,
 )
-from transport.auth import seal, sign_request
-from transport.axon import Axon
 
 # --- requests ---------------------------------------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ def test_odd_headers(tmp_path: Path, odd: Headers) -> None:
 
 def test_replayed(tmp_path: Path) -> None:
     async def play(caller: Caller, axon: Axon, miner: Echo) -> None:
-        body = seal(VALIDATOR, make_receipt(ORDER, ORDER_DIGEST)).model_dump_json().encode()
+        body = sign_message(VALIDATOR, make_receipt(ORDER, ORDER_DIGEST)).model_dump_json().encode()
         headers = signed("POST", "/v1/receipt", body)
         assert (await caller.send("POST", "/v1/receipt", headers, body))[0] == 200
         assert (await caller.send("POST", "/v1/receipt", headers, body))[0] == 401
@@ -105,7 +105,7 @@ def test_from_before_the_process_started(tmp_path: Path) -> None:
 @pytest.mark.parametrize("offset_s", [0, 3600, -3600], ids=["the same", "an hour ahead", "an hour behind"])
 def test_replayed_after_a_restart(tmp_path: Path, offset_s: int) -> None:
     """The next process refuses what this one has taken, whatever its clock says by then."""
-    body = seal(VALIDATOR, make_receipt(ORDER, ORDER_DIGEST)).model_dump_json().encode()
+    body = sign_message(VALIDATOR, make_receipt(ORDER, ORDER_DIGEST)).model_dump_json().encode()
 
     async def main() -> None:
         miner, headers = Echo(), {}
@@ -131,7 +131,7 @@ def test_misdirected(tmp_path: Path) -> None:
 def test_an_order_or_receipt_for_another_miner(tmp_path: Path, cls: type[Message]) -> None:
     order = make_order(hotkey=MALLORY.ss58_address)
     message = order if cls is Order else make_receipt(order, ORDER_DIGEST)
-    body, target = seal(VALIDATOR, message).model_dump_json().encode(), f"/v1/{message.kind}"
+    body, target = sign_message(VALIDATOR, message).model_dump_json().encode(), f"/v1/{message.kind}"
     refuses(tmp_path, 403, lambda c: c.send("POST", target, signed("POST", target, body), body))
 
 
@@ -147,12 +147,12 @@ def test_envelope_changed_inside_a_signed_request(tmp_path: Path) -> None:
 
 
 def test_envelope_of_another_kind(tmp_path: Path) -> None:
-    body = seal(VALIDATOR, make_receipt(ORDER, ORDER_DIGEST)).model_dump_json().encode()
+    body = sign_message(VALIDATOR, make_receipt(ORDER, ORDER_DIGEST)).model_dump_json().encode()
     assert refuses(tmp_path, 401, lambda c: c.order(body)).fault is Fault.FORGED
 
 
 def test_order_signed_by_another_than_the_caller(tmp_path: Path) -> None:
-    body = seal(MALLORY, ORDER).model_dump_json().encode()
+    body = sign_message(MALLORY, ORDER).model_dump_json().encode()
     assert refuses(tmp_path, 401, lambda c: c.order(body)).fault is Fault.FORGED
 
 
@@ -209,14 +209,14 @@ def test_a_signed_body_with_an_unknown_version_field_or_value(tmp_path: Path, ch
             return json.dumps({**json.loads(ORDER.text()), **change})
 
     raw = Raw(**{name: getattr(ORDER, name) for name in Order.model_fields})
-    body = seal(VALIDATOR, raw).model_dump_json().encode()
+    body = sign_message(VALIDATOR, raw).model_dump_json().encode()
     assert refuses(tmp_path, 400, lambda c: c.order(body)).fault is Fault.MALFORMED
 
 
 def test_a_second_validator_meets_a_pinned_miner(tmp_path: Path) -> None:
     async def play(caller: Caller, axon: Axon, miner: Echo) -> None:
         assert (await caller.order())[0] == 409  # VALIDATOR is pinned by now; the blobs are missing
-        body = seal(MALLORY, ORDER).model_dump_json().encode()
+        body = sign_message(MALLORY, ORDER).model_dump_json().encode()
         status, refusal = await caller.order(body, MALLORY)
         assert status == 403
         assert "--unpin" in refusal.reason

@@ -1,0 +1,39 @@
+"""Weighted means. Both hold one result and nothing else that is dense, whatever the number of miners."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from pilot.aggregation import Weighted
+    from pilot.codec import Tensors
+
+
+def mean(contributions: Sequence[Weighted]) -> Tensors:
+    """sum_i w_i g_i with w_i = count_i / sum_j count_j."""
+    return _weighted_sum(contributions, [1.0] * len(contributions))
+
+
+def median_norm_mean(contributions: Sequence[Weighted]) -> Tensors:
+    """The mean of contributions that are each scaled down to the median norm where theirs is larger.
+
+    Bounds what one liar can add to (count share) x (median norm). The median of an even number is the mean of the
+    middle two, so of two contributions the larger is clipped to half-way between them.
+    """
+    limit = median(c.norm for c in contributions)
+    return _weighted_sum(contributions, [1.0 if c.norm <= limit else limit / c.norm for c in contributions])
+
+
+def _weighted_sum(contributions: Sequence[Weighted], factors: Sequence[float]) -> Tensors:
+    """sum_i factor_i count_i / (sum_j count_j) g_i, in the order given. Raises ValueError for none at all."""
+    if not contributions:
+        raise ValueError("nothing to aggregate")
+    total = sum(c.count for c in contributions)
+    result = {name: torch.zeros(shape) for name, shape in contributions[0].specs.items()}
+    for c, factor in zip(contributions, factors, strict=True):
+        c.add(result, factor * (c.count / total))
+    return result

@@ -1,0 +1,1 @@
+"""Flags, and the parts of a validator and a miner put together."""

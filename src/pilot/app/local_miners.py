@@ -1,0 +1,85 @@
+"""`--local N`: miners of this machine, as real processes on free ports, for the length of a run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from protocol import Health
+
+READY = "serving "  # miner.py's line when its axon listens: serving HOST:PORT@SS58
+START_S = 120.0
+
+
+def ask_status(endpoint: str) -> Health:
+    """What GET /v1/status says at host:port@ss58, whatever proxy the environment names."""
+    url = f"http://{endpoint.partition('@')[0]}/v1/status"
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(url, timeout=START_S) as answer:
+            return Health.model_validate_json(answer.read())
+    except urllib.error.HTTPError as unhealthy:
+        return Health.model_validate_json(unhealthy.read())
+
+
+class LocalMiners:
+    """Starts them at once, so that they import while the validator does; `endpoints` waits until each serves."""
+
+    def __init__(self, count: int, folder: Path, task: str, device: str, threads: int) -> None:
+        self.logs = [folder / f"M{i + 1}.log" for i in range(count)]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        threads = threads or max(1, (os.cpu_count() or 1) // max(1, count))
+        for i, log in enumerate(self.logs):
+            command = [
+                *(sys.executable, str(Path(__file__).resolve().parents[2] / "miner.py")),
+                *("--wallet.name", f"M{i + 1}", "--wallet.path", str(folder / "wallets")),
+                *("--axon.port", "0", "--cache", str(folder / f"M{i + 1}"), "--tasks", task, "--unpin"),
+                *("--device", device, "--threads", str(threads), "--parent", str(os.getpid())),
+            ]
+            with log.open("wb") as out:
+                self.processes.append(
+                    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+                )
+
+    def endpoints(self, tell: Callable[[str], None]) -> tuple[str, ...]:
+        """host:port@ss58 of each, once it serves. Raises RuntimeError with its last line where one ends instead."""
+        found: list[str] = []
+        deadline = time.monotonic() + START_S
+        for process, log in zip(self.processes, self.logs, strict=True):
+            while not (ready := [line for line in log.read_text().splitlines() if line.startswith(READY)]):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"the local miner of {log} did not start: {log.read_text()[-500:]}")
+                time.sleep(0.05)
+            endpoint = ready[-1].removeprefix(READY).strip()
+            health = ask_status(endpoint)
+            if not health.healthy:
+                raise RuntimeError(f"the local miner of {log} is not healthy: {log.read_text()[-500:]}")
+            found.append(endpoint)
+            tell(f"{log.stem} serves {endpoint}, {health.state}, process {process.pid}, log {log}")
+        return tuple(found)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def __enter__(self) -> LocalMiners:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

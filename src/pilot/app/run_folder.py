@@ -1,0 +1,102 @@
+"""Run folders: their names, the flags a run was started with, and what a resumed run must keep."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pilot.app import cli
+from pilot.app.flags import ValidatorConfig
+
+if TYPE_CHECKING:
+    from pilot.storage.run_store import RunStore
+    from protocol import Digest
+
+# The committed rounds' arithmetic depends on these: a run is resumed with them as they were.
+FIXED = (
+    *("task", "gpt2.", "nanochat.", "quadratic.", "seed", "broadcast", "codec.", "aggregation", "ranking"),
+    *("mode", "tau", "warmup_sync"),
+    *("optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip"),
+)
+# What a schedule made of these is in each round's record.
+FREE = tuple(f"nanochat.optimizer.{flag}" for flag in ("warmup_steps", "warmdown_ratio", "final_lr_frac"))
+FLEETING = ("resume", "config", "run", "runs")  # of one command, not of the run
+LEDGER = "ledger.sqlite"
+DATA = "data_digest"
+
+
+def resume_flags(argv: Sequence[str]) -> list[str]:
+    """With --resume the run's own flags are the defaults. ValueError where there is no such run."""
+    if "--resume" not in argv:
+        return []
+    runs = Path(cli.flag_value(argv, "--runs") or ValidatorConfig().runs).expanduser()
+    name = cli.flag_value(argv, "--run") or _newest(runs)
+    if not (runs / name / LEDGER).is_file():
+        raise ValueError(f"--run {name}: there is no such run in {runs}; start it without --resume")
+    return ["--run", name, *cli.kept_flags(_flags_of(runs / name), ValidatorConfig, FLEETING)]
+
+
+def _newest(runs: Path) -> str:
+    def changed(path: Path) -> float:  # SQLite writes to the log beside it first
+        return max(p.stat().st_mtime for p in path.parent.glob(f"{LEDGER}*"))
+
+    for path in sorted(runs.glob(f"*/{LEDGER}"), key=changed, reverse=True):
+        if _flags_of(path.parent):
+            return path.parent.name
+    raise ValueError(f"--resume: there is no run in {runs}; name their folder with --runs")
+
+
+def _flags_of(folder: Path) -> dict[str, Any]:
+    """What the run was started with; nothing where it ended before it began."""
+    from pilot.storage.ledger import Ledger
+
+    with closing(Ledger(folder / LEDGER)) as ledger:
+        return {key: json.loads(text) for key, text in ledger.meta().items() if key != DATA}
+
+
+def folder_of(config: ValidatorConfig) -> Path:
+    name = config.run or f"{config.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,63}", name):  # it is in every message, as protocol.Name
+        raise ValueError(f"--run {name}: must be a plain name of letters, digits and _.+-, such as demo")
+    return config.runs.expanduser() / name
+
+
+def open_store(config: ValidatorConfig, folder: Path) -> RunStore:
+    """A new run's store, or with --resume the run's own; ValueError where that is of another task or model."""
+    from pilot.storage.run_store import RunStore
+
+    if not config.resume or not _flags_of(folder):
+        return RunStore.create(folder, {}, config.snapshot_keep)  # `begin` says what it is
+    store = RunStore.open(folder, config.snapshot_keep)
+    flags = _texts(config)
+    for key, began_with in store.meta().items():
+        if key.startswith(FIXED) and key not in FREE and flags.get(key) != began_with:
+            store.close()
+            raise ValueError(
+                f"--{key.replace('_', '-')} {flags.get(key)}: run {folder.name} was started with {began_with}; "
+                "resume it with that, or start another --run"
+            )
+    return store
+
+
+def begin(config: ValidatorConfig, store: RunStore, data: Digest) -> None:
+    """Everything is there: from now on this is a run. A start that ended before leaves its name free.
+
+    Raises ValueError where a resumed run would go on with other data.
+    """
+    began_with = store.meta().get(DATA, data)
+    if began_with != data:
+        raise ValueError(
+            f"--run {store.folder.name}: its data were {began_with[:12]}, are now {data[:12]}: the text has changed; "
+            "bring back what it was, or start another --run"
+        )
+    store.set_meta({**_texts(config), DATA: data})
+
+
+def _texts(config: ValidatorConfig) -> dict[str, str]:
+    return {key: json.dumps(value) for key, value in cli.flatten(config).items()}

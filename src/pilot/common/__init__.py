@@ -1,0 +1,1 @@
+"""Concepts that every package uses, each defined once."""

@@ -1,0 +1,39 @@
+"""How bytes and versions are named: blake3-256 under a domain. Imports nothing of ours; `protocol` hands it all on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from blake3 import blake3
+from pydantic import StringConstraints
+from typing_extensions import Buffer
+
+PROTOCOL: Final = "pilot/1"
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]  # blake3-256, in hex
+Version = Digest
+
+
+class Hasher:
+    """blake3-256 under a domain: equal bytes of different kinds never share a digest."""
+
+    def __init__(self, domain: str) -> None:
+        self._state = blake3(derive_key_context=f"{PROTOCOL} {domain}")
+
+    def update(self, chunk: Buffer) -> None:
+        self._state.update(chunk)
+
+    def hexdigest(self) -> Digest:
+        return self._state.hexdigest()
+
+
+def digest(domain: str, data: Buffer) -> Digest:
+    """The digest of `data` under `domain` (message kinds, `payload`, and the blob kinds)."""
+    size = memoryview(data).nbytes
+    threads = blake3.AUTO if size >= 1 << 20 else 1
+    return blake3(data, derive_key_context=f"{PROTOCOL} {domain}", max_threads=threads).hexdigest()
+
+
+def next_version(base: Version | None, update: Digest) -> Version:
+    """version(t+1) = hash(version(t), hash(update bytes)); the first version has no base."""
+    return digest("version", bytes.fromhex(base or "00" * 32) + bytes.fromhex(update))

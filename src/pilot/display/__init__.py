@@ -1,0 +1,1 @@
+"""The terminal, metrics and plots."""

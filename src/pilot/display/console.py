@@ -1,0 +1,439 @@
+"""What the person at a terminal sees: lines that stay and, below them, a live view; elsewhere only plain lines.
+
+The view is laid out anew for the terminal's size each time it is drawn: what does not fit is left out, least important
+first, and nothing wraps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+import rich.console
+from rich.console import RenderableType
+from rich.live import Live
+from rich.measure import Measurement
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pilot.interfaces import MinerState
+from protocol import Hotkey, Receipt
+
+logger = logging.getLogger(__name__)
+
+_PLAIN_WIDTH = 160  # columns of a file or a pipe, which has none of its own
+_QUIET_S = 1.0  # plain lines: at most one a second, but every evaluation and the last round
+_REDRAW_S = 0.25
+_BAR = (8, 20)  # columns: at least this many beside the figures, and at most
+_HOTKEY = 8  # characters of it that tell miners apart
+_FOLDED = 16  # columns that a table's names may be folded to
+_SAID_LINES = 4  # of the terminal's height, kept for what was said last
+_SPEED_ROUNDS = 50  # the ETA is by the mean of that many
+_SHARD = "·▁▂▃▄▅▆▇█"  # nothing of it is done, … all
+_NOISY = ("matplotlib", "PIL", "asyncio", "urllib3", "filelock", "fsspec")  # their DEBUG is not about the run
+
+
+class _Screen:
+    """Lines, logs and a live view, one writer for all, so that none tears another. A context manager.
+
+    Shows what the program logs from WARNING up, or from DEBUG up with `debug`.
+    """
+
+    def __init__(self, debug: bool) -> None:
+        self._console = rich.console.Console(highlight=False)
+        if not (self._console.is_terminal and self._console.file.isatty()):  # whatever FORCE_COLOR says
+            self._console = rich.console.Console(
+                highlight=False, width=_PLAIN_WIDTH, force_terminal=False, force_interactive=False
+            )
+        self.live = self._console.is_interactive
+        self._view = Live(self, console=self._console, auto_refresh=False, redirect_stderr=sys.stderr.isatty())
+        self._handler = _LogLines(self.say)
+        self._level = logging.DEBUG if debug else logging.WARNING
+        self._level_before = logging.getLogger().level
+
+    def start(self) -> None:
+        root = logging.getLogger()
+        self._level_before = root.level
+        root.setLevel(self._level)
+        root.addHandler(self._handler)
+        if self.live:
+            self._view.start(refresh=True)
+
+    def stop(self) -> None:
+        if self.live:
+            self._view.stop()
+        root = logging.getLogger()
+        root.removeHandler(self._handler)
+        root.setLevel(self._level_before)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def say(self, line: str) -> None:
+        """One line above the view. What a peer put into it can move no cursor and change no colour."""
+        self._console.print(_text(line), soft_wrap=True)
+
+    def layout(self, width: int, height: int) -> Iterator[RenderableType]:
+        """The view on a terminal of so many columns and lines."""
+        raise NotImplementedError
+
+    def __rich_console__(
+        self, console: rich.console.Console, options: rich.console.ConsoleOptions
+    ) -> rich.console.RenderResult:
+        yield from self.layout(*options.size)
+
+    @contextlib.asynccontextmanager
+    async def _redrawn(self, look: Callable[[], None]) -> AsyncIterator[None]:
+        """On a terminal, looks and draws a few times a second while the block runs; elsewhere does nothing."""
+        if not self.live:
+            yield
+            return
+        drawing = asyncio.create_task(self._draw(look))
+        drawing.add_done_callback(_drawn)
+        try:
+            yield
+        finally:
+            drawing.cancel()
+            await asyncio.wait({drawing})
+
+    async def _draw(self, look: Callable[[], None]) -> None:
+        while True:
+            look()
+            self._view.refresh()
+            await asyncio.sleep(_REDRAW_S)
+
+
+def _drawn(drawing: asyncio.Task[None]) -> None:
+    """The one background task that may die without the run: it only draws. But not silently."""
+    if not drawing.cancelled() and (error := drawing.exception()):
+        logger.error("the display is not redrawn any more; the run goes on", exc_info=error)
+
+
+# --- the validator's --------------------------------------------------------------------------------------------------
+
+
+class Console(_Screen):
+    """Shows the rounds of a run: a bar with the newest figures, the epoch's progress, and a row a miner."""
+
+    def __init__(self, total_rounds: int, debug: bool) -> None:
+        super().__init__(debug)
+        self._total = total_rounds
+        self._seen: dict[str, float | int | str] = {}  # the last figures: an evaluation stays in sight until the next
+        self._times: deque[tuple[float, int]] = deque(maxlen=_SPEED_ROUNDS)  # (when, rounds done)
+        self._links: tuple[MinerState, ...] = ()
+        self._receipts: dict[Hotkey, Receipt] = {}  # the last of each miner
+        self._used: dict[str, float] = {}  # of the last round, by the hotkey's beginning: computing / round time
+        self._last_line = -_QUIET_S
+
+    def round(self, row: Mapping[str, float | int | str], receipts: Iterable[Receipt] = ()) -> None:
+        """A committed round: `round` (from 0), and where known `loss`, `val_loss` (nats), that of the miners' model
+        where it is another, `<unit>_per_s`, the epoch's progress (pilot.market.epoch_progress), `utilisation.<8 of the hotkey>`,
+        what the median link carries and what of the round it takes (pilot.market.link_budget), and `late_batches` so far."""
+        done = int(row["round"]) + 1
+        now = time.monotonic()
+        self._receipts.update((receipt.hotkey, receipt) for receipt in receipts)
+        if self.live:
+            self._seen.update(row)
+            self._used = {key[-_HOTKEY:]: float(row[key]) for key in row if key.startswith("utilisation.")}
+            self._times.append((now, done))
+            self._view.refresh()
+        elif "val_loss" in row or done == self._total or now - self._last_line >= _QUIET_S:
+            self._last_line = now
+            parts = [*_figures(row), *_progress(row), *_communication(row)]
+            self.say("  ".join([f"round {done}/{self._total}", *parts]))
+
+    @contextlib.asynccontextmanager
+    async def watching(self, links: Callable[[], tuple[MinerState, ...]]) -> AsyncIterator[None]:
+        """While the block runs, the rows of the miners. A good end takes them away: the report says it all."""
+
+        def look() -> None:
+            self._links = links()
+
+        async with self._redrawn(look):
+            yield
+        self._links = ()
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """The first column to the left, folded if need be, numbers to the right. Where they have no room: as a list."""
+        lines = [[str(cell) for cell in row] for row in rows]
+        folded = min(_FOLDED, max((len(line[0]) for line in lines), default=0))
+        table = Table(title=_text(title), title_justify="left", title_style="bold")
+        table.add_column(_text(columns[0]), overflow="fold", min_width=folded)
+        for column in columns[1:]:
+            table.add_column(_text(column), justify="right", no_wrap=True)
+        for line in lines:
+            table.add_row(*map(_text, line))
+        if Measurement.get(self._console, self._console.options, table).minimum < self._console.width:
+            self._console.print(table)
+            return
+        self.say(title)
+        for first, *others in lines:
+            self.say(first)
+            for column, cell in zip(columns[1:], others, strict=True):
+                self.say(f"  {column} {cell}")
+
+    def layout(self, width: int, height: int) -> Iterator[RenderableType]:
+        done = int(self._seen.get("round", -1)) + 1
+        label = f"round {done}/{self._total}"
+        head = list(_bar(width, label, done, self._total, _figures(self._seen), f"ETA {self._eta(done)}"))
+        if progress := [*_progress(self._seen), *_shards(self._seen), *_communication(self._seen)]:
+            head.append(_as_fits(progress, width))
+        yield from head
+        if self._links:
+            yield from self._rows(width, max(1, height - len(head) - 1 - _SAID_LINES))
+
+    def _rows(self, width: int, room: int) -> Iterator[RenderableType]:
+        """A row a miner in `room` lines. Where they are too many: faulted ones first, then those at work."""
+        links = self._links
+        if len(links) > room:
+            links = tuple(sorted(links, key=self._quietness)[: max(1, room - 1)])
+        yield _miners([self._row(link) for link in links], width)
+        if hidden := len(self._links) - len(links):
+            yield Text(f"and {hidden} more", style="dim", no_wrap=True)
+
+    def _row(self, link: MinerState) -> dict[_Column, Text]:
+        hotkey = link.hotkey or ""
+        return _cells(link, self._receipts.get(hotkey), self._used.get(hotkey[:_HOTKEY]))
+
+    def _quietness(self, link: MinerState) -> int:
+        receipt = self._receipts.get(link.hotkey or "")
+        faulted = receipt is not None and receipt.verdict != "ACCEPTED"
+        return 0 if faulted else 1 if link.state != "idle" else 2
+
+    def _eta(self, done: int) -> str:
+        """Hours, minutes and seconds until the last round, by the mean of the newest ones."""
+        if len(self._times) < 2:
+            return "-:--:--"
+        (first, first_done), (last, last_done) = self._times[0], self._times[-1]
+        left_s = (self._total - done) * (last - first) / max(1, last_done - first_done) - (time.monotonic() - last)
+        return str(timedelta(seconds=max(0, round(left_s))))
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    width: int  # at least: so it does not jump with every figure
+    right: bool = False
+    style: str = ""
+
+
+_NAME = _Column("miner", _HOTKEY)
+_STATE = _Column("state", 13)
+_BATCHES = _Column("batches", 7, right=True)
+_USED = _Column("util", 4, right=True)
+_LATENCY = _Column("latency", 7, right=True)
+_UP = _Column("up", 8, right=True)
+_DOWN = _Column("down", 8, right=True)
+_LINK = _Column("Mbit/s", 9, right=True)  # up/down
+_VERDICT = _Column("verdict", 10)
+_WEIGHT = _Column("weight", 6, right=True)
+_WHY = _Column("why", 16, style="dim")
+_COLUMNS = (_NAME, _STATE, _BATCHES, _USED, _LATENCY, _LINK, _UP, _DOWN, _VERDICT, _WEIGHT)
+_LEFT_OUT = (_DOWN, _UP, _LINK, _LATENCY, _BATCHES, _USED, _WEIGHT, _VERDICT)  # the first first
+_OPTIONAL = (_USED, _LINK)  # only where there is something in it
+
+
+def _miners(cells: Sequence[dict[_Column, Text]], width: int) -> Table:
+    """As many of the columns as `width` has room for, with short names where it is scarce; no cell is wrapped."""
+    columns = [column for column in _COLUMNS if column not in _OPTIONAL or any(row[column] for row in cells)]
+    widths = {column: max(column.width, *(row[column].cell_len for row in cells)) for column in columns}
+    lacking = sum(widths.values()) + len(widths) - 1 - width
+    widths[_NAME] = max(_NAME.width, widths[_NAME] - max(0, lacking))
+    for column in _LEFT_OUT:
+        if sum(widths.values()) + len(widths) - 1 <= width:
+            break
+        widths.pop(column, None)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    room = width - sum(widths.values()) - len(widths)
+    if room >= _WHY.width and any(row[_WHY] for row in cells):
+        widths[_WHY] = room
+    for column, wide in widths.items():
+        justify = "right" if column.right else "left"
+        table.add_column(column.title, justify=justify, style=column.style, no_wrap=True, width=wide)  # type: ignore[arg-type]
+    for row in cells:
+        row[_NAME] = _end_of(row[_NAME], widths[_NAME])
+        table.add_row(*(row[column] for column in widths))
+    return table
+
+
+def _cells(link: MinerState, receipt: Receipt | None, used: float | None) -> dict[_Column, Text]:
+    good = receipt is not None and receipt.verdict == "ACCEPTED"
+    quiet = {"away": "yellow", "idle": "dim"}
+    return {
+        _NAME: _end_of(_text(link.hotkey[:_HOTKEY] if link.hotkey else link.endpoint), 21),
+        _STATE: _text(_short(link.state), quiet.get(link.state, "")),
+        _BATCHES: _text(f"{min(link.batches_done, link.batches)}/{link.batches}" if link.batches else ""),
+        _USED: _text("" if used is None else f"{used:.0%}"),
+        _LATENCY: _text(_seconds(link.latency_s)),
+        _LINK: _text(f"{_rate(link.up_bps)}/{_rate(link.down_bps)}" if link.up_bps or link.down_bps else ""),
+        _UP: _text(_size(link.bytes_up)),
+        _DOWN: _text(_size(link.bytes_down)),
+        _VERDICT: _text(receipt.verdict if receipt else "", "green" if good else "red"),
+        _WEIGHT: _text(f"{receipt.weight:.3f}" if receipt else ""),
+        _WHY: _text("" if good or not receipt else receipt.reason),
+    }
+
+
+def _short(state: str) -> str:
+    """Of "sending state 43 %" all but the middle."""
+    words = state.split()
+    return state if len(state) <= _STATE.width + 1 else " ".join([words[0], *words[2:]])[: _STATE.width + 1]
+
+
+def _end_of(name: Text, width: int) -> Text:
+    """An address's port is at its end."""
+    return name if name.cell_len <= width else Text("…" + name.plain[1 - width :])
+
+
+# --- the miner's ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What a miner is at, in a moment: a `label`, and how far it is, if `total` is not 0; and figures worth knowing."""
+
+    label: str
+    done: int = 0
+    total: int = 0
+    figures: tuple[str, ...] = ()
+
+
+class MinerConsole(_Screen):
+    """Shows what a miner computes."""
+
+    def __init__(self, debug: bool) -> None:
+        super().__init__(debug)
+        self._activity: Activity | None = None
+
+    @contextlib.asynccontextmanager
+    async def watching(self, activity: Callable[[], Activity]) -> AsyncIterator[None]:
+        """While the block runs, a line of what it does."""
+
+        def look() -> None:
+            self._activity = activity()
+
+        async with self._redrawn(look):
+            yield
+        self._activity = None
+
+    def layout(self, width: int, height: int) -> Iterator[RenderableType]:
+        if now := self._activity:
+            yield from _bar(width, now.label, now.done, now.total, now.figures)
+
+
+# --- what they share --------------------------------------------------------------------------------------------------
+
+
+class _LogLines(logging.Handler):
+    """Log records as lines that are said: they may quote a peer."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self._say = say
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.addFilter(lambda r: r.levelno >= logging.INFO or r.name.partition(".")[0] not in _NOISY)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in self.format(record).splitlines():
+            self._say(line)
+
+
+def _bar(
+    width: int, label: str, done: int, total: int, figures: Sequence[str], end: str = ""
+) -> Iterator[RenderableType]:
+    """Label, bar, figures and end on one line; in a narrow terminal the figures are a line below, if they fit."""
+    least, most = _BAR
+    ends = [part for part in (label, end) if part]
+    room = width - len("  ".join([*ends, *figures])) - 2
+    beside = room >= (least if total else 0)
+    if not beside:
+        room = width - len("  ".join(ends)) - 2
+    line = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+    parts: list[RenderableType] = [_text(label)]
+    if total and room > 0:
+        parts.append(ProgressBar(total, min(done, total), width=min(room, most)))
+    parts += [_text(part) for part in (*(figures if beside else ()), end) if part]
+    for _ in parts:
+        line.add_column(no_wrap=True)
+    line.add_row(*parts)
+    yield line
+    if not beside and figures:
+        yield _as_fits(figures, width)
+
+
+def _as_fits(parts: Sequence[str], width: int) -> Text:
+    """A line of as many of the parts as it has room for, the first ones."""
+    while len("  ".join(parts)) > width and len(parts) > 1:
+        parts = parts[:-1]
+    return Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
+
+
+def _progress(row: Mapping[str, float | int | str]) -> list[str]:
+    """How far the epoch is, and what came too late for it."""
+    epoch = [f"epoch {row['epoch']}  {row['epoch_done']}/{row['epoch_total']}"] if "epoch" in row else []
+    return epoch + ([f"late: {row['late_batches']} micro-batches noted"] if row.get("late_batches") else [])
+
+
+def _communication(row: Mapping[str, float | int | str]) -> list[str]:
+    """What a miner sent and got in a round, and what of the round that takes on the median link."""
+    if "communication" not in row:
+        return []
+    up, down = (_rate(1e6 * float(row[f"link_{way}_mbps"])) for way in ("up", "down"))
+    sent, got = (_size(float(row[f"bytes_{way}"]) / max(1, int(row["miners"]))) for way in ("up", "down"))
+    return [f"{sent} up, {got} down a miner: {float(row['communication']):.0%} of a round at {up}/{down} Mbit/s"]
+
+
+def _shards(row: Mapping[str, float | int | str]) -> list[str]:
+    """Of "4/4 3/4 0/4" a character a shard."""
+    parts = [map(int, shard.split("/")) for shard in str(row.get("shards", "")).split()]
+    marks = [_SHARD[-(-done * (len(_SHARD) - 2) // total) if done < total else -1] for done, total in parts]
+    return [f"shards {''.join(marks)}"] if marks else []
+
+
+def _figures(row: Mapping[str, float | int | str]) -> list[str]:
+    named = (("loss", "loss"), ("val_loss", "val"))
+    losses = [f"{name} {row[key]:.3f}" for key, name in named if key in row]
+    if "replica_val_loss" in row:  # after the exact parameters' own
+        losses[-1] += f" (miners' {row['replica_val_loss']:.3f})"
+    losses += [f"{row['val_bpb']:.4f} bits/byte"] if "val_bpb" in row else []
+    speeds = [f"{value:,.0f} {key.removesuffix('_per_s')}/s" for key, value in row.items() if key.endswith("_per_s")]
+    return losses + speeds + ([f"MFU {row['mfu']:.1%}"] if "mfu" in row else [])
+
+
+def _seconds(seconds: float) -> str:
+    return "" if not seconds else f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def _rate(bps: float) -> str:
+    """Megabits a second, in at most four characters up to 9,999; "?" where they are not known."""
+    mbps = bps / 1e6
+    return "?" if not bps else f"{mbps:.0f}" if mbps >= 99.5 else f"{mbps:.2g}"
+
+
+def _size(count: float) -> str:
+    """Bytes, in at most eight characters."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.0f} TB"
+
+
+def _text(line: str, style: str = "") -> Text:
+    return Text("".join(char if char.isprintable() else "\ufffd" for char in line), style)

@@ -1,0 +1,424 @@
+"""The whole round, in order. `Market.play` is the marketplace in one screen; the rest of the file is its steps.
+
+    plan        ranges from the one cursor, an order a miner: durable before it is sent
+    broadcast   orders out; a miner that lacks the version's state or the data says so and gets them
+    collect     replies and payloads until all are in, the round is closed, or the deadline; each verified as it arrives
+    aggregate   accepted contributions → one gradient, in the order of the hotkeys
+    step        the only optimizer; the next version of the model
+    score       evidence → scores → weights; a signed receipt for each order
+    commit      one ledger transaction, then the receipts go out
+
+The next round's orders leave before this round's commit is on disk (its miners need not wait for a disk), so a restart
+may find two rounds open: it finishes the first from what was received, which makes the same version, and the second's
+orders hold unchanged. Receipts and weights wait for the commit. With an overlap of 1 there is always one round more in
+flight: its orders name the last version, and wait at the miners behind those at work. What a round of inner steps was
+closed without (DiLoCo) belongs to the next: `dispatcher`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from pilot.aggregation import Aggregator
+from pilot.codec import Codec, bits
+from pilot.interfaces import Faulted, Network, RoundRecord, Store
+from pilot.market import receipts
+from pilot.market.dispatch import Assignment, Dispatcher, OpenRound
+from pilot.market.epoch_progress import progress
+from pilot.market.link_budget import LinkWatch, Row
+from pilot.market.negotiation import Negotiation
+from pilot.market.notifications import Notifier
+from pilot.market.receipts import AssignmentKey, Outcome, VerifiedReply
+from pilot.market.scheduling import LEAST_BUDGET, ROUNDS_KNOWN, History, RoundPolicy, epoch_end, shares
+from pilot.market.verify import Contribution
+from pilot.ranking import Ranker
+from pilot.training.executor import Charge, TimedExecutor
+from pilot.training.learner import Learner
+from pilot.training.ranges import Cursor, subtract
+from protocol import Fault, Hotkey, Order, Range, Receipt, Signed
+from tasks import Task
+from tasks.optimizer import Settings, kept_settings
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Market", "Network", "RoundPolicy", "Store"]
+
+logger = logging.getLogger(__name__)
+
+
+class Market:
+    """The validator's side of the rounds: state is the learner, the cursor, the ranker and the round's number."""
+
+    def __init__(
+        self,
+        policy: RoundPolicy,
+        task: Task,
+        learner: Learner,
+        network: Network,
+        store: Store,
+        ranker: Ranker,
+        aggregate: Aggregator,
+        codec: Callable[[str], Codec],
+        settings: Callable[[int, int], Settings],
+        worker: Executor | None = None,
+        charge: Charge | None = None,
+    ) -> None:
+        """`codec`: by its name. `settings`: of a round's step, over so many units. `worker` is one thread for all that
+        computes on tensors; `charge` is for emulations."""
+        self.policy, self.task, self.learner, self.network, self.store = policy, task, learner, network, store
+        self.ranker, self.aggregate, self.settings = ranker, aggregate, settings
+        self.executor = TimedExecutor(worker, network.now, charge)
+        self.history = History()
+        self.notifier = Notifier(network, store)
+        self.negotiation = Negotiation(network.known_codecs)
+        specs = {name: p.shape for name, p in task.trainable(learner.model).items()}
+        self.dispatcher = Dispatcher(
+            policy, task, network, store, self.notifier, self.executor, self.history, codec, specs
+        )
+        self.blobs = task.blobs()
+        learner.history.keep_before |= policy.overlap > 0  # orders that a restart sends again may name it
+        self.watch: LinkWatch | None = None  # measures what communication costs, and may choose the codecs
+        self._codecs: dict[int, tuple[str, str]] = {}  # up and down, of the rounds in flight
+        self._megabytes = 4e-6 * sum(p.numel() for p in learner.parameters.values())
+        self.round = 0  # the oldest that is not committed
+        self.empty_rounds = 0
+        self.cursor = Cursor()
+        self.before_step: asyncio.Future[object] | None = None  # a snapshot still being written from the parameters
+        self._closed_at: float | None = None  # the round before
+        self._too_short: set[Hotkey] = set()  # told that their micro-batches take longer than a round
+
+    # --- a round --------------------------------------------------------------------------------------------------
+
+    async def play(self, last: int) -> None:
+        """Finish the oldest round in flight, down to its commit; the next ones, up to round `last`, are open then."""
+        opened = self.dispatcher.rounds[0]
+        outcomes = await self.dispatcher.collect(self._admit, carries=opened.round + 1 < last)
+        if self.learner.replica is None:  # else they are files, and who was carried may need them
+            opened.blobs.clear()  # their memory is the next version's
+            opened.blobs.update(self.blobs)  # for who is at work for the next round
+        collected = self.network.now()
+        accepted = receipts.accepted(outcomes)
+        settings = self.settings(opened.round, max(1, sum(c.count for c in accepted)))
+        up, self.learner.codec = self.codecs(opened.round)
+        used = {"codec_up": up, "codec_down": self.learner.codec}
+        await self._learn(accepted, settings)
+        self.dispatcher.pop()
+        seconds = {"collect_s": collected - opened.started, "learn_s": self.network.now() - collected}
+        record = self._score(opened, outcomes, {**settings, **seconds, **used})
+        del self._codecs[opened.round]
+        self.round = opened.round + 1
+        self.empty_rounds = 0 if accepted else self.empty_rounds + 1
+        if self.network.peers():  # else there is time to commit
+            await self.fill(last)
+        await self._commit(opened, record)
+        self._announce(opened, record, outcomes)
+        await self.fill(last)
+
+    async def fill(self, last: int) -> None:
+        """Plan and broadcast: so many rounds in flight as there shall be, none from round `last` on."""
+        rounds = self.dispatcher.rounds
+        while len(rounds) <= self.policy.overlap and self.round + len(rounds) < last:
+            waits = rounds and (self._exhausted or not self.network.peers())
+            if waits or (self._over and not self.dispatcher.carried):
+                break
+            rounds.append(await self._open(self.round + len(rounds)))
+
+    @property
+    def in_flight(self) -> bool:
+        """Rounds are open: `play` has something to finish."""
+        return bool(self.dispatcher.rounds)
+
+    @property
+    def out_of_patience(self) -> bool:
+        return self.empty_rounds >= self.policy.patience
+
+    @property
+    def stopping(self) -> bool:
+        return self.dispatcher.stopping
+
+    @property
+    def _over(self) -> bool:
+        """Nothing more is ordered: a round that is opened all the same is for what was carried."""
+        return self.stopping or self.out_of_patience
+
+    def request_stop(self) -> None:
+        """Close the rounds in flight: miners are told to stop, what they have done by then counts. No round follows."""
+        self.dispatcher.request_stop()
+
+    async def finish(self) -> None:
+        """What is under way aside comes to its end, or is given up after the grace."""
+        if self.before_step is not None:
+            await self.before_step
+        stop_by = self.dispatcher.stop_by
+        await self.notifier.finish(self.policy.grace_s if stop_by is None else max(1.0, stop_by - self.network.now()))
+
+    async def close(self) -> None:
+        """Nothing of ours uses the network any more."""
+        await self.dispatcher.close()
+        await self.notifier.close()
+
+    # --- 1 and 2. plan, broadcast ---------------------------------------------------------------------------------
+
+    async def _open(self, round: int) -> OpenRound:
+        """Orders of this round that are on disk already are sent again, unchanged."""
+        orders = self._standing_orders(round)
+        if not orders:
+            if not self._over:
+                await self.dispatcher.wait_for_peer()
+            await self._make_ready(round, self.network.peers())
+            orders = self._plan(round)
+            await asyncio.to_thread(self.store.open_round, round, [signed for _, signed in orders])
+        out = [order for order, _ in orders] + [s.order for s in self.dispatcher.carried if s.coming is None]
+        blobs = await asyncio.to_thread(self.learner.find, {order.update for order in out})
+        opened = OpenRound(round, self.network.now(), {**self.blobs, **blobs})
+        rounds = {round, *(order.round for order in out)}
+        received = [r for n in sorted(rounds) for r in await asyncio.to_thread(self.store.received, n)]
+        self.dispatcher.send(opened, orders, {r.reply.order: r for r in received})
+        return opened
+
+    def _standing_orders(self, round: int) -> list[tuple[Order, Signed]]:
+        """A round's orders as a killed validator left them, if they are for versions that they may be for."""
+        standing = [(Order.parse(s.body), s) for s in self.store.orders(round)]
+        fitting = {self.learner.version, self.learner.base if self.policy.overlap else None}
+        if any(order.version not in fitting for order, _ in standing):
+            return []
+        if any((order.inner is not None) != self.policy.inner(round) for order, _ in standing):
+            return []  # with other --rounds other rounds are DiLoCo's
+        self.cursor = self.cursor.without(chain.from_iterable(order.ranges for order, _ in standing))
+        if standing:
+            ups, downs = {order.codec_up for order, _ in standing}, {order.codec_down for order, _ in standing}
+            self._codecs[round] = (min(ups, key=bits), min(downs, key=bits))  # others fell back to more
+        return standing
+
+    def codecs(self, round: int) -> tuple[str, str]:
+        """Up and down, of a round in flight: the same for all of its orders, and for the delta that it makes."""
+        now = self.watch.codecs if self.watch else (self.policy.codec_up, self.policy.codec_down)
+        return self._codecs.setdefault(round, now)
+
+    def _plan(self, round: int) -> list[tuple[Order, Signed]]:
+        """Disjoint ranges for every miner that is there, and keeps no more replies than it can: none at all if nobody
+        came in time."""
+        staleness = 1 if self.dispatcher.rounds else 0
+        at_work = Counter(order.hotkey for order in self.dispatcher.unsettled)
+        free = () if self._over else [h for h in self.network.peers() if at_work[h] <= self.policy.overlap]
+        return [
+            self._order(round, hotkey, ranges, self.policy.round_s, staleness)
+            for hotkey, ranges in self._take(round, free)
+        ]
+
+    async def _admit(self, opened: OpenRound) -> None:
+        """Who came after the round had begun gets what is left of its time."""
+        began = opened.started if self._closed_at is None else max(opened.started, self._closed_at)
+        left_s = self.policy.round_s - (self.network.now() - began)
+        ordered = {order.hotkey for order in self.dispatcher.unsettled}
+        new = [hotkey for hotkey in self.network.peers() if hotkey not in ordered]
+        worth = self.policy.round_s and left_s >= LEAST_BUDGET * self.policy.round_s
+        if not new or not worth or self.stopping or opened.cut is not None:
+            return
+        await self._make_ready(opened.round, new)
+        taken = self._take(opened.round, new)
+        orders = [self._order(opened.round, hotkey, ranges, left_s, 0) for hotkey, ranges in taken]
+        await asyncio.to_thread(self.store.add_orders, opened.round, [signed for _, signed in orders])
+        opened.blobs.update(self.learner.blobs)
+        self.dispatcher.send(opened, orders, {})
+
+    def _take(self, round: int, hotkeys: Sequence[Hotkey]) -> list[tuple[Hotkey, tuple[Range, ...]]]:
+        limit, taken = self._limit, []
+        wanted = self.history.shares(sorted(hotkeys), self.policy, round)
+        for hotkey, count in shares(self.cursor, wanted, limit).items():
+            ranges, self.cursor = self.cursor.take(count, limit)
+            if ranges:
+                taken.append((hotkey, ranges))
+        return taken
+
+    @property
+    def _limit(self) -> int | None:
+        """With --coverage once, the end of the earliest epoch that is not done."""
+        if not self.policy.once:
+            return None
+        return epoch_end(self.cursor, self.dispatcher.outstanding, self.task.batches_per_epoch)
+
+    @property
+    def _exhausted(self) -> bool:
+        """Nothing may be ordered before something in flight is accepted."""
+        return self.cursor.take(1, self._limit)[0] == ()
+
+    def _order(
+        self, round: int, hotkey: Hotkey, ranges: tuple[Range, ...], budget_s: float, staleness: int
+    ) -> tuple[Order, Signed]:
+        (up, down), whole = self.codecs(round), self.negotiation.needs_state(hotkey, self.learner.update)
+        up, down = self.negotiation.up(hotkey, up), self.negotiation.down(hotkey, down)
+        order = Order(
+            run=self.policy.run,
+            round=round,
+            hotkey=hotkey,
+            version=self.learner.version,
+            update=self.learner.snapshot_now() if whole else self.learner.update,
+            state_digest=self.learner.state_digest() if self._proves(round) else None,
+            task=self.task.spec(),
+            data=self.task.data_spec,
+            ranges=ranges,
+            deadline_s=self.policy.deadline_s * (1 + staleness),  # it waits behind another
+            staleness=staleness,
+            codec_up=up,
+            codec_down=down,
+            budget_s=budget_s,
+            inner=self.policy.diloco.ordered(round) if self.policy.diloco else None,
+            feedback=0.0 if up == "fp32" else self.policy.feedback,
+        )
+        logger.debug("round %d: %s gets %s on %s", round, hotkey[:8], list(ranges), order.version[:12])
+        return order, self.network.sign(order)
+
+    async def _make_ready(self, round: int, hotkeys: Sequence[Hotkey]) -> None:
+        """What orders name and takes its time: the proof; the whole state, for who cannot read the deltas."""
+        if self._proves(round):
+            await self.executor.run("digest", self._megabytes, self.learner.state_digest)
+        if any(self.negotiation.needs_state(hotkey, self.learner.update) for hotkey in hotkeys):
+            await self.executor.run("encode", self._megabytes, self.learner.snapshot_now)
+
+    def _proves(self, round: int) -> bool:
+        """Whether the round's miners are to show that their model is the validator's replica, bit for bit."""
+        return self.policy.digest_every > 0 and round % self.policy.digest_every == 0
+
+    # --- 5 and 6. aggregate, step ---------------------------------------------------------------------------------
+
+    async def _learn(self, accepted: Sequence[Contribution], settings: Settings) -> None:
+        """With no good reply the model stays as it was, and so does its version."""
+        if self.before_step is not None:
+            await self.before_step
+        if not accepted:
+            return
+        size = self._megabytes
+        gradient = await self.executor.run("aggregate", size * len(accepted), self.aggregate, accepted)
+        await self.executor.run("step", size, self.learner.step, gradient, settings)
+        await self.executor.run("encode", size, self.learner.advance)
+        logger.debug("%d contributions make version %s, %s", len(accepted), self.learner.version[:12], dict(settings))
+
+    # --- 7. score -------------------------------------------------------------------------------------------------
+
+    def _score(self, opened: OpenRound, outcomes: Mapping[AssignmentKey, Outcome], metrics: Row) -> RoundRecord:
+        """What was not accepted goes back to the cursor; each order gets a receipt that says why it was paid."""
+        orders = {part: sent.order for part, sent in sorted(opened.sent.items())}
+        evidence = {part: receipts.evidence(self.task, order, outcomes[part]) for part, order in orders.items()}
+        for part, order in orders.items():
+            outcome = outcomes[part]
+            done = outcome.contribution.done if isinstance(outcome, VerifiedReply) else ()
+            self.cursor = self.cursor.give_back(subtract(order.ranges, done))
+        scores, weights = self.ranker.update(receipts.by_miner(evidence.values())), dict(self.ranker.weights())
+        made: list[Receipt] = []
+        for part, e in evidence.items():
+            order, name, outcome = orders[part], opened.sent[part].signed.digest, outcomes[part]
+            why = receipts.reason(self.task, self.policy, order, e, outcome)
+            weight = weights.get(e.hotkey, 0.0)
+            made.append(receipts.receipt(opened.round, order, name, e, why, outcome, scores[e.hotkey], weight))
+            self._warn_if_too_short(made[-1], outcome)
+        self.history.observe(made)
+        now, since = self.network.now(), self._closed_at
+        seconds = now - (opened.started if since is None else since)
+        self._closed_at = now
+        row = receipts.summary(self.task, opened.round, seconds, orders, outcomes)
+        coverage = progress(self.cursor, self.dispatcher.outstanding, self.task.batches_per_epoch)
+        executor = {f"{phase}_s": s for phase, s in self.executor.take().items()}
+        links = self.watch.observe(row) if self.watch else {}
+        return RoundRecord(
+            round=opened.round,
+            version=self.learner.version,
+            cursor=self.cursor.give_back(self.dispatcher.outstanding).dumps(),  # open rounds may be planned anew
+            receipts=tuple(self.network.sign(r) for r in made),
+            weights=weights,
+            ranker=json.dumps(self.ranker.state_dict()),
+            metrics={**row, **coverage.metrics(), **executor, **metrics, **links},
+        )
+
+    def _warn_if_too_short(self, receipt: Receipt, outcome: Outcome) -> None:
+        if "--round-seconds" in receipt.reason and receipt.hotkey not in self._too_short:
+            self._too_short.add(receipt.hotkey)
+            logger.warning("round %d: %s: %s; raise it", receipt.round, receipt.hotkey, receipt.reason)
+
+    # --- 8. commit ------------------------------------------------------------------------------------------------
+
+    async def _commit(self, opened: OpenRound, record: RoundRecord) -> None:
+        """What the transaction names is durable before it."""
+        began = self.network.now()
+        await self.dispatcher.sealed(opened)
+        await asyncio.to_thread(self.store.commit, record)
+        self.executor.passed("commit", self.network.now() - began)
+
+    def _announce(self, opened: OpenRound, record: RoundRecord, outcomes: Mapping[AssignmentKey, Outcome]) -> None:
+        """Receipts, once committed; who was late also stops, and what it did is noted should it still come."""
+        for signed, (part, sent) in zip(record.receipts, sorted(opened.sent.items()), strict=True):
+            outcome, hotkey = outcomes[part], sent.order.hotkey
+            if isinstance(outcome, Faulted) and outcome.fault is Fault.LATE:
+                self.notifier.stop(sent.order, sent.signed.digest)
+                self.notifier.note_late(sent.order, sent.signed, sent.at, record.weights.get(hotkey, 0.0))
+            self.notifier.deliver(hotkey, signed)
+
+    # --- restart --------------------------------------------------------------------------------------------------
+
+    async def replay(self, since: int) -> None:
+        """Apply the committed rounds after a snapshot again, from the spooled payloads: the same versions, bit for bit.
+
+        Raises ValueError where this machine computes another version than the ledger says.
+        """
+        for record in self.store.committed(since):
+            await self.executor.run("replay", 1.0, self._replay_round, record)
+        self.learner.mend()
+        head = self.store.head()
+        if head is not None:
+            self.round = head.round + 1
+            self.cursor = Cursor.loads(head.cursor)
+            self.ranker.load_state_dict(json.loads(head.ranker))
+            if self.watch:
+                self.watch.resume(head.metrics)
+            for record in self.store.committed(max(0, self.round - ROUNDS_KNOWN)):
+                self.history.observe(Receipt.parse(s.body) for s in record.receipts)
+            self.notifier.owe(head.receipts)
+            for signed in self.store.unsettled():
+                order = Order.parse(signed.body)
+                self.dispatcher.carried.append(Assignment(order, signed, self.network.now()))
+                self.cursor = self.cursor.without(order.ranges)
+
+    def _replay_round(self, record: RoundRecord) -> None:
+        verdicts = [Receipt.parse(s.body) for s in record.receipts]
+        accepted = [r.order for r in verdicts if r.verdict == "ACCEPTED"]  # in the order in which they were summed
+        signed = [s for n in (record.round - 1, record.round) for s in self.store.orders(n)]
+        orders = {s.digest: Order.parse(s.body) for s in signed}
+        rounds = {orders[name].round for name in accepted if name in orders}
+        received = {r.reply.order: r for n in rounds for r in self.store.received(n)}
+        if missing := set(accepted) - received.keys():
+            gone = next(r.hotkey for r in verdicts if r.order in missing)
+            raise ValueError(f"round {record.round}: the payload of {gone} is gone from the spool")
+        contributions = [self.dispatcher.verify(orders[name], received[name]) for name in accepted]
+        if contributions:
+            self.learner.codec = str(record.metrics.get("codec_down", self.learner.codec))
+            self.learner.step(self.aggregate(contributions), kept_settings(record.metrics))
+            self.learner.advance()
+        if self.learner.version != record.version:
+            raise ValueError(
+                f"round {record.round} replays to version {self.learner.version[:12]}, the ledger says "
+                f"{record.version[:12]}: resume on the machine, --device and --threads that the run was started with"
+            )
+
+    # --- once in a while ------------------------------------------------------------------------------------------
+
+    async def evaluate(self) -> dict[str, float]:
+        """The task's metrics of the exact parameters, and as "replica_…" of what miners have, where that is another."""
+        found = await self.executor.run("evaluate", 1.0, self.task.evaluate, self.learner.model)
+        if self.learner.replica is None:
+            return found
+        with self.learner.replica_model() as model:
+            replica = await self.executor.run("evaluate", 1.0, self.task.evaluate, model)
+        return {**found, **{f"replica_{name}": value for name, value in replica.items()}}
+
+    def save_snapshot(self, save: Callable[[int, Mapping[str, str], Mapping[str, torch.Tensor]], object]) -> None:
+        """Writes the state with `round` rounds applied, from the parameters themselves: the next step waits for it."""
+        header, tensors = self.learner.state()
+        self.before_step = asyncio.ensure_future(asyncio.to_thread(save, self.round, header, tensors))

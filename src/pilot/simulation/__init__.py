@@ -1,0 +1,1 @@
+"""Machines and networks under virtual time, and real processes under injected faults."""

@@ -1,0 +1,1 @@
+"""Real processes under injected faults, and the proof that nothing was lost."""

@@ -1,0 +1,143 @@
+"""What a run's folder proves, and what its rounds came to."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pilot.simulation.chaos.processes import ROOT
+from pilot.storage.checker import RULES, check_run
+from pilot.storage.run_reader import Violation
+
+if TYPE_CHECKING:
+    from pilot.app.flags import ValidatorConfig
+    from pilot.storage.run_store import RunStore
+    from tasks import Task
+
+CALM = "calm"
+
+
+def prove(run: Path, caches: Sequence[Path], replay: bool) -> list[Violation]:
+    """Prints what the checker finds and what holds. Raises ValueError where there is no run that can be checked."""
+    from pilot.ranking import load_ranker
+    from pilot.transport.auth import verify_message
+
+    config = config_of(run)
+    task = task_of(config) if replay else None
+    report = check_run(
+        run,
+        verify_message=verify_message,
+        miners=caches,
+        ranker=lambda: load_ranker(config.ranking),
+        count=task.count if task else None,
+        batches_per_epoch=task.batches_per_epoch if task else None,
+    )
+    violations = [*report.violations, *(replayed(run, config, task) if task else ())]
+    print(f"checked {run}: " + ", ".join(f"{number:,} {what}" for what, number in report.proved.items()))
+    for rule, what in (RULES | ({"replay": REPLAYS} if task else {})).items():
+        broken = sum(violation.rule == rule for violation in violations)
+        print(f"  {f'BROKEN {broken} times' if broken else 'holds'}: {what}")
+    for violation in violations:
+        print(f"violation: {violation}")
+    return violations
+
+
+def config_of(run: Path) -> ValidatorConfig:
+    """The flags that it was started with."""
+    from pilot.app import cli
+    from pilot.app import run_folder as runs
+    from pilot.app.flags import ValidatorConfig
+
+    if not (run / runs.LEDGER).is_file():
+        raise ValueError(f"{run}: there is no run in it; name a folder with a {runs.LEDGER}, such as runs/demo")
+    flags = ["--runs", str(run.parent), "--run", run.name, "--resume"]
+    return cli.parse(ValidatorConfig, "chaos.py", flags, runs.resume_flags(flags))
+
+
+def task_of(config: ValidatorConfig) -> Task:
+    from pilot.app import cli
+    from tasks import load_task
+
+    cli.set_threads(config.threads)
+    flags, cache, device = getattr(config, config.task), config.cache.expanduser(), cli.pick_device(config.device)
+    return load_task(config.task).prepare(flags, seed=config.seed, cache=cache, device=device, progress=print)
+
+
+def caches_below(run: Path) -> list[Path]:
+    """Of the miners that the validator started itself."""
+    return [path.parent for path in run.glob("miners/*/*/receipts.jsonl")]
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+
+REPLAYS = "the spool's payloads, applied from the second-newest snapshot on, make the ledger's versions, bit for bit"
+
+
+def replayed(run: Path, config: ValidatorConfig, task: Task) -> list[Violation]:
+    """As a restart whose newest snapshot is damaged would."""
+    from pilot.storage.run_reader import copy_of_run
+    from pilot.storage.run_store import RunStore
+    from pilot.storage.snapshots import Snapshots
+
+    with copy_of_run(run) as copy:
+        for round in Snapshots(copy / "snapshots", 2).rounds()[-1:]:
+            (copy / "snapshots" / f"{round:08d}.safetensors").unlink()
+        with closing(RunStore.open(copy, keep=2)) as store:
+            try:
+                asyncio.run(_restore(copy, config, task, store))
+            except ValueError as error:
+                head = store.head()
+                return [Violation("replay", head.round if head else None, None, str(error))]
+    return []
+
+
+async def _restore(run: Path, config: ValidatorConfig, task: Task, store: RunStore) -> None:
+    from pilot.app.build_validator import restored_market
+    from pilot.display.console import Console
+    from pilot.simulation.network import Loopback
+    from pilot.transport.auth import Keypair
+
+    nobody = Loopback(Keypair.create_from_uri("//nobody"), {}, {})
+    with ThreadPoolExecutor(1) as tensors:
+        await restored_market(config, run, task, nobody, store, tensors, Console(config.rounds, debug=False))
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def loss(run: Path) -> float:
+    """Of the last evaluation."""
+    query = "SELECT value FROM evaluations WHERE name = 'val_loss' ORDER BY round DESC LIMIT 1"
+    with closing(sqlite3.connect(run / "ledger.sqlite")) as db:
+        return float(db.execute(query).fetchone()[0])
+
+
+def faults(run: Path) -> dict[str, int]:
+    """Receipts by verdict, work that came too late, and rounds in which nothing was accepted."""
+    with closing(sqlite3.connect(run / "ledger.sqlite")) as db:
+        found = dict(db.execute("SELECT coalesce(fault, 'ACCEPTED'), count(*) FROM receipts GROUP BY 1").fetchall())
+        late = db.execute("SELECT count(*) FROM late").fetchone()[0]
+        empty = "SELECT count(*) FROM rounds WHERE round NOT IN (SELECT round FROM receipts WHERE fault IS NULL)"
+        return {**found, "noted as late": late, "rounds of nothing": db.execute(empty).fetchone()[0]}
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {what}" for what, number in sorted(Counter(counts).items())) or "none"
+
+
+def calm_loss(folder: Path, miners: int, flags: Sequence[str]) -> float:
+    """After the same rounds in which nothing goes wrong. Raises RuntimeError where that does not work."""
+    command = [sys.executable, str(ROOT / "src" / "validator.py"), *flags, "--local", str(miners), "--run", CALM]
+    command += ["--runs", str(folder / "runs"), "--wallet.name", "validator", "--wallet.path", str(folder / "wallets")]
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError(f"the calm run ended with {ended.returncode}: {ended.stderr[-2000:]}")
+    return loss(folder / "runs" / CALM)

@@ -1,0 +1,1 @@
+"""What a validator and a miner keep on disk."""

@@ -1,0 +1,159 @@
+"""Several processes as one trainer: torchrun's ranks, each with its part of every step, gloo on CPUs, NCCL on GPUs.
+
+Without torchrun there is one rank, and nothing of torch.distributed is used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from protocol import Range
+
+if TYPE_CHECKING:
+    import torch
+
+    from pilot.training.gradient import GradientResult
+
+
+VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+PATIENCE = timedelta(days=1)  # while the first rank reads the data: a rank that dies is noticed by its connections
+OF_PEERS = re.compile("gloo|nccl|connection|socket|peer", re.IGNORECASE)
+
+
+class RankLost(RuntimeError):
+    """Another rank is gone: this one cannot go on. One line that says so."""
+
+
+@dataclass
+class Ranks:
+    """This process among those that train together. A context manager around all that they do together."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0  # among those of this machine
+    stop_asked: bool = False  # of this rank
+    stopping: bool = False  # agreed on by all: none goes on alone
+
+    @classmethod
+    def of_environment(cls) -> Ranks:
+        """As torchrun set it."""
+        rank, world, local = (int(os.environ.get(name, default)) for name, default in VARIABLES)
+        return cls(rank, world, local)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """--device for this rank: each its own GPU. ValueError where the name is of one for all."""
+        import torch
+
+        if self.world > 1 and name.startswith("cuda:"):
+            raise ValueError(f"--device {name}: each rank has a GPU of its own; give cuda")
+        if self.world > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+            return f"cuda:{self.local}"
+        return name
+
+    def start(self, device: torch.device) -> None:
+        if self.world > 1:
+            import torch.distributed as dist
+
+            if device.type == "cuda":
+                import torch
+
+                torch.cuda.set_device(device)
+            with self.watched():
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+
+    @contextmanager
+    def stops(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM, a preemption notice, end the loop after its step; a second Ctrl-C at once.
+
+        Not a second SIGTERM: where several are told to stop, torchrun tells each of them once more.
+        """
+
+        def ask(number: int, frame: object) -> None:
+            if self.stop_asked and number == signal.SIGINT and self.world == 1:
+                raise KeyboardInterrupt
+            self.stop_asked = True
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """For what is made once and then found: the first rank does it, the others after it."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            with self.watched():
+                dist.barrier()
+
+    def share(self, first: int, last: int) -> tuple[Range, ...]:
+        """This rank's part of the micro-batches `first` to `last` (without it), in turn: each has as many."""
+        return tuple(Range(i, i + 1) for i in range(first + self.rank, last, self.world))
+
+    def combine(self, work: GradientResult) -> GradientResult:
+        """The work of all ranks as one, the same on each but for `done`; and whether this step is the last."""
+        if self.world == 1:
+            self.stopping = self.stop_asked
+            return work
+        import torch
+        import torch.distributed as dist
+
+        device = next(iter(work.gradient.values())).device
+        sums = torch.tensor([work.count, work.loss * work.count, self.stop_asked], dtype=torch.float64, device=device)
+        for gradient in work.gradient.values():
+            gradient.mul_(work.count)
+        with self.watched():
+            for tensor in (sums, *work.gradient.values()):
+                dist.all_reduce(tensor)
+            count, loss, asked = sums.tolist()
+        self.stopping = asked > 0
+        for gradient in work.gradient.values():
+            gradient.div_(count)
+        return replace(work, count=int(count), loss=loss / count)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around what all ranks do together: where another one's connection ends, RankLost says so in a line."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or not OF_PEERS.search(str(error)):
+                raise
+            reason = str(error).splitlines()[0]
+            raise RankLost(f"rank {self.rank} of {self.world}: another rank is gone ({reason})") from error
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.world > 1 and kind is None:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()

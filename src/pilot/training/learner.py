@@ -1,0 +1,257 @@
+"""The validator's model, the only optimizer that touches it, and the replica that miners have of it.
+
+    exact parameters ──── step(gradient) ───▶ exact parameters
+          │ − replica                               Q(d): quantised by the codec
+          ▼
+       advance:  d ──▶ Q(d) ──▶ chain ──▶ miners
+                         │ decoded: one multiply and one add a value, here and there
+                         ▼
+                      replica
+
+The same bytes by the same arithmetic: replicas are bit-equal wherever they are. What Q lost stays in the difference,
+and so goes into the next delta. With `--broadcast full` the whole state goes out: replica and exact parameters are one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import Buffer
+
+from pilot.codec import load_codec
+from pilot.interfaces import Blobs, BlobStore, Diverged
+from pilot.training.versions import MemoryBlobStore, VersionHistory
+from protocol import Digest, ProtocolError, Update, Version, digest
+from tasks import Task
+from tasks.optimizer import Settings, apply_settings
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Learner:
+    """Holds the exact parameters, the optimizers, the replica and its chain of versions. Used live, in replay, and by
+    the baseline."""
+
+    def __init__(
+        self,
+        task: Task,
+        config: Any,
+        device: torch.device,
+        broadcast: str = "full",
+        codec: str = "fp32",
+        keep: BlobStore | None = None,
+    ) -> None:
+        """`config` is the optimizer's, which the task knows; `codec` that of deltas, or of states under `full`. `keep`
+        holds the chain's bytes; None: memory."""
+        self.task = task
+        self.clip: float = getattr(config, "clip", 0.0)  # largest global L2 norm of the gradient; 0: any
+        self.codec = codec  # may change from version to version
+        self.model: nn.Module = task.build_model(device, initial=True)
+        self.parameters = task.trainable(self.model)
+        self.optimizer = task.optimizer(self.model, config)
+        self.outer = torch.optim.SGD(self.parameters.values(), lr=0.0)  # of rounds whose settings say so (DiLoCo)
+        full = broadcast == "full"
+        plain = torch.contiguous_format  # as codecs add to it, whatever the model's own tensors are
+        self.replica: Tensors | None = (
+            None if full else {n: t.detach().clone(memory_format=plain) for n, t in self._exact.items()}
+        )
+        first = codec if full else "fp32"
+        # A restart may go on with the version before the newest, and find on the disk what that one needs.
+        self.history = VersionHistory(keep or MemoryBlobStore(), not full, first, self._encoded(first))
+        self._proof: tuple[Version, Digest] | None = None
+
+    # --- the model ------------------------------------------------------------------------------------------------
+
+    @property
+    def _exact(self) -> Tensors:
+        """Everything that travels: what is trained, and buffers."""
+        return {**self.parameters, **self.task.buffers(self.model)}
+
+    def step(self, gradient: Mapping[str, torch.Tensor], settings: Settings) -> None:
+        """One optimizer step. Leaves the version as it was: `advance` makes the next.
+
+        With an "outer_lr" among the settings the gradient is a pseudo-gradient, and the step the outer optimizer's.
+        """
+        for name, p in self.parameters.items():
+            p.grad = gradient[name].to(p.device)
+        if "outer_lr" in settings:
+            momentum = settings["outer_momentum"]
+            self.outer.param_groups[0].update(lr=settings["outer_lr"], momentum=momentum, nesterov=momentum > 0)
+            self.outer.step()
+        else:
+            if self.clip:
+                nn.utils.clip_grad_norm_(self.parameters.values(), self.clip)
+            apply_settings(self.optimizer, settings)
+            self.optimizer.step()
+        for p in self.parameters.values():
+            p.grad = None  # its memory is the next gradient's
+
+    @contextmanager
+    def replica_model(self) -> Iterator[nn.Module]:
+        """The model as miners have it, inside the block; the tensors change places, nothing is copied."""
+        self._swap()
+        try:
+            yield self.model
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        replica = self.replica or {}
+        for name, t in replica.items():
+            exact = self._exact[name]
+            exact.data, replica[name] = t, exact.data
+
+    # --- versions -------------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """The next version: as near to the parameters as they are now as the codec comes."""
+        if self.replica is None:
+            self.history.replace(self.version, self.codec, lambda: self._encoded(self.codec))
+            return
+        codec = load_codec(self.codec)
+        delta = codec.encode(_Difference(self._exact, self.replica))
+        try:
+            codec.check(delta, {name: t.shape for name, t in self.replica.items()})
+        except ProtocolError as error:  # a version of it would be every miner's fault
+            raise Diverged(
+                f"the model is no longer finite ({error}): lower the learning rate (--optimizer.lr, --outer-lr), and "
+                "go on with --resume from the last committed round"
+            ) from None
+        codec.add(delta, self.replica)
+        self.history.extend(self.codec, delta)
+        if self.history.wants_snapshot:
+            self.history.add_snapshot(self._encoded("fp32"))
+
+    def mend(self) -> None:
+        """After a restart: where bytes on the way to the version are gone from the disk, newcomers get another."""
+        if not self.history.is_whole:
+            self.history.add_snapshot(self._encoded("fp32"))
+
+    def _encoded(self, codec: str) -> Buffer:
+        """The whole state that miners have."""
+        return load_codec(codec).encode(self._exact if self.replica is None else self.replica)
+
+    @property
+    def version(self) -> Version:
+        return self.history.version
+
+    @property
+    def base(self) -> Version | None:
+        """The version before."""
+        return self.history.update.versions[-2]
+
+    @property
+    def update(self) -> Update:
+        """How a miner gets to `version`."""
+        return self.history.update
+
+    @property
+    def blobs(self) -> Blobs:
+        """What miners may ask for on the way."""
+        return self.history.blobs
+
+    def find(self, updates: Collection[Update]) -> Blobs:
+        """What is kept of the bytes that these name, which an earlier process may have given; a whole state of the
+        newest version is made again."""
+        if any(u.version == self.version and s.steps == len(u.steps) for u in updates for s in u.snapshots):
+            self.snapshot_now()
+        return {name: data for update in updates for name, data in self.history.find(update).items()}
+
+    def snapshot_now(self) -> Update:
+        """How a miner gets to `version` that knows only fp32: by a whole state, of what others have, bit for bit."""
+        return self.history.with_snapshot(self._as_broadcast)
+
+    def _as_broadcast(self) -> Buffer:
+        step = self.update.steps[-1]
+        if self.replica is not None or step.codec == "fp32":
+            return self._encoded("fp32")
+        specs = {name: t.shape for name, t in self._exact.items()}
+        return load_codec("fp32").encode(load_codec(step.codec).decode(self.history.blobs[step.digest], specs))
+
+    def state_digest(self) -> Digest | None:
+        """Of `version`'s whole state, by which a replica is proved. None under `full`: each state has its digest."""
+        if self.replica is None:
+            return None
+        if self._proof is None or self._proof[0] != self.version:
+            self._proof = self.version, state_digest(self.replica)
+        return self._proof[1]
+
+    # --- snapshots of the validator -------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, str], Tensors]:
+        """What a snapshot holds: the chain; parameters, buffers, replica, and the optimizers' moments by parameter."""
+        tensors = self._model_state()
+        for kind, optimizer in self._optimizers:
+            for name, p in self.parameters.items():
+                for key, value in optimizer.state.get(p, {}).items():
+                    if value is not None:  # SGD without momentum
+                        tensors[f"{kind}/{key}/{name}"] = value
+        return {"version": self.version, "chain": self.update.model_dump_json()}, tensors
+
+    def load_state(self, header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises ValueError where the snapshot is of another model; this one is then as it was."""
+        if "chain" not in header:
+            raise ValueError("its snapshot was made by an older release; finish the run with that one")
+        update = Update.model_validate_json(header["chain"])
+        self.load_tensors(tensors)
+        if self.replica is None:
+            codec = update.steps[-1].codec
+            self.history.replace(update.base, codec, lambda: self._encoded(codec))
+        else:
+            self.history.restore(update)
+        if self.version != header["version"]:
+            raise ValueError(
+                f"snapshot: its state makes version {self.version[:12]}, its header says {header['version'][:12]}"
+            )
+
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """As `load_state`, but for the version, which is left as it was."""
+        own = self._model_state()
+        moments = {key for key in tensors if key.split("/")[0] in dict(self._optimizers)}
+        for key in sorted(own.keys() | (tensors.keys() - moments)):
+            if key not in own or key not in tensors or own[key].shape != tensors[key].shape:
+                raise ValueError(f"snapshot: {key} is not as in this model")
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])
+        for kind, optimizer in self._optimizers:
+            optimizer.state.clear()
+            for key in sorted(moments):
+                of, moment, name = key.split("/", 2)
+                if of == kind:
+                    p = self.parameters[name]
+                    optimizer.state[p][moment] = tensors[key].to(p.device, copy=True)
+
+    @property
+    def _optimizers(self) -> tuple[tuple[str, torch.optim.Optimizer], ...]:
+        return ("optimizer", self.optimizer), ("outer", self.outer)
+
+    def _model_state(self) -> Tensors:
+        """The model's own tensors and the replica's, not copies, by their names in a snapshot."""
+        parameters = {f"model/{name}": p.detach() for name, p in self.parameters.items()}
+        buffers = {f"buffer/{name}": b.detach() for name, b in self.task.buffers(self.model).items()}
+        return parameters | buffers | {f"replica/{name}": t for name, t in (self.replica or {}).items()}
+
+
+class _Difference(Mapping[str, torch.Tensor]):
+    """Of tensors with the same names, made when it is asked for: a codec that takes one at a time holds one."""
+
+    def __init__(self, minuend: Tensors, subtrahend: Tensors) -> None:
+        self._minuend, self._subtrahend = minuend, subtrahend
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._minuend[name].detach() - self._subtrahend[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._minuend)
+
+    def __len__(self) -> int:
+        return len(self._minuend)
+
+
+def state_digest(tensors: Mapping[str, torch.Tensor]) -> Digest:
+    """Of a whole state in fp32: a snapshot of it would have this one."""
+    return digest("state", load_codec("fp32").encode(tensors))

@@ -1,0 +1,30 @@
+"""Plain training: the same task, optimizer, schedule and indices in one process, to compare a marketplace with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from pilot.training.gradient import GradientResult, compute
+from pilot.training.learner import Learner
+from protocol import Range
+from tasks import Batch
+from tasks.optimizer import Settings
+
+
+def train(
+    learner: Learner,
+    steps: Iterable[tuple[tuple[Range, ...], Settings]],
+    combine: Callable[[GradientResult], GradientResult] = lambda work: work,
+    batch: Callable[[int], Batch] | None = None,
+) -> Iterator[GradientResult | None]:
+    """For each (ranges, settings) an optimizer step on the mean gradient over the ranges.
+
+    Where a round had no good reply its ranges are empty: None, and nothing moves. `combine` makes one of the work of
+    several ranks; `batch` gives the task's batches.
+    """
+    for ranges, settings in steps:
+        work = compute(learner.task, learner.model, ranges, batch=batch)
+        if work is not None:
+            work = combine(work)
+            learner.step(work.gradient, settings)
+        yield work

@@ -1,0 +1,1 @@
+"""Calls to miners and validators over HTTP."""

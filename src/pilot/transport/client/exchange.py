@@ -1,0 +1,297 @@
+"""One order's whole way to one miner and back. Connections may fail at any point of it.
+
+Every step can be repeated. What was sent or fetched is not sent or fetched again: a blob goes on from where the miner
+says that it holds it, a payload from where the file ends, and both are verified as a whole. `Push` calls the miner;
+where the miner calls, it is `mailbox.Pull`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor, Future
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import aiohttp
+from typing_extensions import Buffer
+
+from pilot.common.files import NO_DISK
+from pilot.common.limits import Limits
+from pilot.interfaces import Blobs, Faulted, ReceivedReply, Refused
+from pilot.transport.auth import open_reply, verify_message
+from pilot.transport.client.download import Download
+from pilot.transport.client.peer import Lost, Peer, pause
+from pilot.transport.client.remote_miner import Progress, RemoteMiner
+from pilot.transport.streaming import CHUNK, pump
+from protocol import MAX_BLOB_BYTES, BlobRef, Digest, Fault, Order, ProtocolError, Reply, Signed, Status
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+HEALED = 2  # times that a miner may find, for one order, that what it has does not lead to the order's version
+RESENT = 8  # times its size that a blob is sent at most: who lacks it then has no use for it
+
+Room = Callable[[Path, int], None]  # raises Faulted where a file of so many bytes may not be written
+
+
+class Exchange(ABC):
+    """Cancelled by its caller at the deadline; `accepted` tells how far it came."""
+
+    def __init__(
+        self,
+        peer: RemoteMiner,
+        order: Order,
+        signed: Signed,
+        blobs: Blobs,
+        path: Path,
+        largest: int | None,  # bytes of the payload, where that is known
+        limits: Limits,
+        room: Room,
+        background: Executor,  # where there is time
+    ) -> None:
+        self.peer, self.order, self.signed, self.blobs, self.path = peer, order, signed, blobs, path
+        self.largest, self.limits, self.room, self.background = largest, limits, room, background
+        self.accepted = False
+        self.on_accepted: Callable[[], object] = lambda: None
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self.sent: Counter[Digest] = Counter()  # bytes of each blob; an attempt counts as a CHUNK at least
+        self.progress = Progress(batches=sum(stop - start for start, stop in order.ranges))
+
+    async def run(self) -> ReceivedReply:
+        """Raises Faulted, ProtocolError."""
+        began, restarts, healed = time.monotonic(), 0, 0
+        download: Download | None = None
+        job: Future[None] | None = None
+        try:
+            self.room(self.path, self.largest or 0)
+            download = Download(self.path)
+            to_prepare = download.wants_preparing(self.largest or 0)
+            while True:
+                self.progress.doing = "ordering"
+                await self._offer()
+                self.accepted = True
+                self.on_accepted()
+                self.progress.doing = "working"
+                if to_prepare:
+                    job, to_prepare = self.background.submit(download.prepare, self.largest or 0), False
+                try:
+                    signed, reply = await self._await_reply()
+                    if job is not None:
+                        await asyncio.wrap_future(job)
+                    await self._fetch(download, reply)
+                    self.progress.doing, self.progress.batches_done = "done", self.progress.batches
+                    return ReceivedReply(reply, signed, self.bytes_up, self.bytes_down, time.monotonic() - began)
+                except Refused as refused:
+                    healed += bool(refused.missing)
+                    if (refused.status != 404 and not refused.missing) or healed > HEALED:
+                        raise faulted(refused) from None
+                await asyncio.sleep(pause(restarts))  # it was restarted, or lacks more than it knew: the order again
+                restarts += 1
+        except OSError as error:
+            if error.errno not in NO_DISK:
+                raise
+            raise Faulted(Fault.UNVERIFIED, "the validator's disk is full; delete old runs or other files") from error
+        finally:
+            if self.progress.doing != "done":
+                self.progress.doing = "idle"
+            if job is not None and not job.cancel():
+                await asyncio.gather(asyncio.wrap_future(job), return_exceptions=True)  # who was cancelled asks not
+            if download is not None:
+                download.close()
+
+    @abstractmethod
+    async def _offer(self) -> None:
+        """Until the order is accepted, with the blobs that the miner lacks. Raises Faulted."""
+
+    @abstractmethod
+    async def _await_reply(self) -> tuple[Signed, Reply]:
+        """Raises Refused 404 where the miner knows nothing of the order any more, Faulted, ProtocolError."""
+
+    @abstractmethod
+    async def _bring(self, download: Download, size: int) -> None:
+        """Until all `size` bytes of the payload are held. Raises as `_await_reply` does."""
+
+    async def _fetch(self, download: Download, reply: Reply) -> None:
+        """The payload into the file; anything but the signed length and digest is MALFORMED."""
+        size, most = reply.payload_bytes, min(self.largest or MAX_BLOB_BYTES, self.limits.payload_bytes)
+        if size > most:
+            raise ProtocolError(f"payload: {size} bytes, at most {most}")
+        download.expect(reply.payload_digest, size)
+        await self._bring(download, size)
+        if not download.finish() and download.found:
+            download.restart()
+            await self._bring(download, size)
+        if not download.finish():
+            raise ProtocolError("payload: not the bytes that the reply's digest names")
+
+    def _blob(self, ref_digest: Digest, size: int, kind: str, offset: int) -> memoryview:
+        """What is left of a blob, to be sent. Raises Faulted for one that the order does not name, or too often."""
+        blob = self.blobs.get(ref_digest)
+        if blob is None and (ref_digest, size) in {(ref.digest, ref.bytes) for ref in self.order.update.refs}:
+            raise Faulted(Fault.UNVERIFIED, "the validator was restarted and no longer has that version")
+        if blob is None or memoryview(blob).nbytes != size:
+            raise Faulted(Fault.MALFORMED, f"asks for a {kind} that is not of this order")
+        if offset > size:
+            raise Faulted(Fault.MALFORMED, f"holds {offset} of the {size} bytes of the {kind}, and asks for it")
+        if self.sent[ref_digest] > RESENT * (size + 4 * CHUNK):
+            raise Faulted(Fault.SILENT, f"was sent the {kind} {RESENT} times over, and still lacks it")
+        return memoryview(blob).cast("B")[offset:]
+
+    def _log(self, what: str, size: int, began: float) -> None:
+        seconds = time.monotonic() - began
+        logger.debug("round %d: %s: %s, %d bytes, %.3f s", self.order.round, self.peer.name, what, size, seconds)
+
+
+class Push(Exchange):
+    """The miner serves, and is called."""
+
+    peer: Peer
+
+    async def run(self) -> ReceivedReply:
+        received = await super().run()
+        self.peer.reachable = True  # whatever broke on the way
+        return received
+
+    # --- out ----------------------------------------------------------------------------------------------------------
+
+    async def _offer(self) -> None:
+        """Until the order is accepted, with the blobs that the miner lacks, each taken once."""
+        taken: set[BlobRef] = set()
+        while not await self._persist(partial(self._offer_once, taken)):
+            pass
+
+    async def _offer_once(self, taken: set[BlobRef]) -> bool:
+        """True where the order is accepted; else the miner has got some of what it lacks."""
+        body = self.signed.model_dump_json().encode()
+        try:
+            await self._call("POST", "/v1/order", body=body)
+            return True
+        except Refused as refused:
+            if not refused.missing:
+                raise faulted(refused) from None
+            missing, held = refused.missing, refused.held
+        for ref in missing:
+            if ref in taken:
+                raise Faulted(Fault.MALFORMED, f"asks again for the {ref.kind} that it has taken")
+            if await self._push(ref, held.get(ref.digest, 0)):
+                taken.add(ref)
+        return False
+
+    async def _push(self, ref: BlobRef, offset: int) -> bool:
+        """The rest of a blob. False where the miner says that it holds another part of it."""
+        rest = self._blob(ref.digest, ref.bytes, ref.kind, offset)
+        if not rest:  # it is about to find out that it has all of it
+            self.sent[ref.digest] += CHUNK
+            await asyncio.sleep(pause(0))
+            return False
+        target = f"/v1/blob?kind={ref.kind}&digest={ref.digest}&bytes={ref.bytes}&offset={offset}"
+        self.progress.move(f"sending {ref.kind}", ref.bytes, offset)
+        before, began = self.bytes_down, time.monotonic()
+        try:
+            await self._call("PUT", target, blob=rest)
+        except Refused as refused:
+            if not refused.missing:
+                raise faulted(refused) from None
+            await asyncio.sleep(pause(0))
+            return False
+        finally:
+            self.sent[ref.digest] += max(self.bytes_down - before, CHUNK)
+            self.progress.rest("ordering")
+        self.peer.down.add(len(rest), time.monotonic() - began)
+        self._log(f"{ref.kind} sent", ref.bytes - offset, began)
+        return True
+
+    # --- back ---------------------------------------------------------------------------------------------------------
+
+    async def _await_reply(self) -> tuple[Signed, Reply]:
+        while True:
+            status, body = await self._persist(partial(self.peer.poll_reply, self.signed))
+            self.bytes_up += len(body)
+            signed = Signed.parse(body)
+            if status == 200:
+                return signed, open_reply(signed, self.order, self.signed.digest)
+            self.progress.batches_done = verify_message(signed, Status, self.order.hotkey).batches_done
+            await asyncio.sleep(0.05)  # it is still working; one that does not wait shall not keep us busy
+
+    async def _bring(self, download: Download, size: int) -> None:
+        await self._persist(partial(self._fetch_rest, download, size))
+
+    async def _fetch_rest(self, download: Download, size: int) -> None:
+        left = size - download.held
+        target = f"/v1/payload?order={self.signed.digest}&offset={download.held}"
+        before, began = download.held, time.monotonic()
+
+        def take(chunk: bytes) -> None:
+            download.write(chunk)
+            self.progress.moved = download.held
+
+        try:
+            async with self.peer.open("GET", target) as response:
+                if response.content_length != left:
+                    raise ProtocolError(f"payload: {response.content_length} bytes, {left} of those signed are left")
+                self.progress.move("fetching", size, before)
+                await pump(response.content, take, self.limits)
+        except TimeoutError:
+            raise Lost(f"{self.peer.endpoint}: fewer than {self.limits.min_rate:g} bytes a second") from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise Lost(f"{self.peer.endpoint}: {str(error) or type(error).__name__}") from error
+        finally:
+            self.bytes_up += download.held - before
+            self.peer.bytes_up += download.held - before
+            self.progress.rest("working")
+        if download.held != size:
+            raise Lost(f"{self.peer.endpoint}: the payload broke off")
+        self.peer.up.add(left, time.monotonic() - began)
+        self._log("payload fetched", left, began)
+
+    # --- both ---------------------------------------------------------------------------------------------------------
+
+    async def _call(self, method: str, target: str, *, body: bytes = b"", blob: Buffer | None = None) -> None:
+        """A request that is answered with the miner's status."""
+        _, text = await self.peer.call(method, target, "status", body=body, blob=blob, passed=self._passed)
+        self.bytes_down += len(body)
+        self.bytes_up += len(text)
+        verify_message(Signed.parse(text), Status, self.order.hotkey)
+
+    def _passed(self, size: int) -> None:
+        """So many more bytes of a blob have left."""
+        self.bytes_down += size
+        self.progress.moved += size
+
+    async def _persist(self, step: Callable[[], Awaitable[T]]) -> T:
+        """Repeats a step until the miner has been away for `away_s`, or came and moved nothing in that time.
+
+        Raises Faulted SILENT. The deadline is the caller's.
+        """
+        quota = self.limits.min_rate * self.limits.rate_s
+        attempt, lost_since, moved = 0, float("inf"), self._moved
+        while True:
+            try:
+                return await step()
+            except Lost as lost:
+                if self._moved - moved >= quota:
+                    attempt, lost_since, moved = 0, float("inf"), self._moved
+                lost_since = min(lost_since, time.monotonic())
+                away = time.monotonic() - lost_since >= self.limits.away_s
+                if attempt or away:  # the first failure may be an idle connection that was closed under us
+                    self.peer.reachable = False
+                if away:
+                    raise Faulted(Fault.SILENT, str(lost)) from None
+            await asyncio.sleep(pause(attempt))
+            attempt += 1
+
+    @property
+    def _moved(self) -> int:
+        return self.bytes_up + self.bytes_down
+
+
+def faulted(refused: Refused) -> Faulted:
+    return Faulted(refused.fault or Fault.SILENT, f"refused with {refused.status}: {refused.reason}")

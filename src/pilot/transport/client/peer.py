@@ -1,0 +1,313 @@
+"""Signed requests to a peer over HTTP: its endpoint, its clock, what of it may be repeated."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import random
+import re
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import aiohttp
+from typing_extensions import Buffer
+from yarl import URL
+
+from pilot.common.limits import Limits
+from pilot.interfaces import Refused
+from pilot.transport.auth import Keypair, is_bittensor_address, open_reply, sign_request
+from pilot.transport.client.remote_miner import RemoteMiner
+from pilot.transport.streaming import CHUNK, SMALL, Pace
+from protocol import Hotkey, Order, ProtocolError, Refusal, Signed
+
+
+class Lost(Exception):
+    """The connection failed, was too slow, or the peer failed inside: the same request may work in a moment.
+
+    `hint` is for the user, where it looks as if that moment would not come by itself.
+    """
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
+
+
+def pause(attempt: int, most: float = 1.0) -> float:
+    """Seconds before another attempt: doubling from 0.05 to `most`, with jitter so that many do not come at once."""
+    return min(most, 0.05 * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1.5)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a peer listens; its hotkey where the command line, or its announcement, says so."""
+
+    host: str  # an IPv6 address in brackets
+    port: int
+    hotkey: Hotkey | None = None
+    tls: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        return is_loopback(self.host.strip("[]"))
+
+
+def is_loopback(host: str) -> bool:
+    """Of an address without brackets, or localhost; any other name may be anywhere."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def parse_endpoint(text: str, tls: bool = False, flag: str = "axons", whose: str = "miner") -> Endpoint:
+    """What --axons takes: 8091 (on this machine), host:8091, or host:8091@ss58, which is needed off loopback.
+
+    Raises ValueError that names the flag.
+    """
+    address, at, hotkey = text.partition("@")
+    host, colon, port = address.rpartition(":")
+    host = host if colon else "127.0.0.1"
+    if not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
+        raise ValueError(f"--{flag} {text}: {port!r} is no port; write 8091 or host:8091, ports are 1 to 65535")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", host):
+        raise ValueError(f"--{flag} {text}: {host!r} is no host; write host:8091, or [address]:8091 for IPv6")
+    if at and not is_bittensor_address(hotkey):
+        raise ValueError(f"--{flag} {text}: {hotkey!r} is no ss58 address; the {whose} prints its own when it starts")
+    endpoint = Endpoint(host, int(port), hotkey if at else None, tls)
+    if not at and not endpoint.is_loopback:
+        raise ValueError(f"--{flag} {text}: not on this machine; write {endpoint}@<the {whose}'s ss58 address>")
+    return endpoint
+
+
+class Peer(RemoteMiner):
+    """Requests to one peer. Connection failures become Lost, error statuses Refused.
+
+    For its validator it is a miner; a miner calls its validator by one too.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        hotkey: Hotkey | None,
+        keypair: Keypair,
+        session: aiohttp.ClientSession,
+        limits: Limits,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        super().__init__(str(endpoint), hotkey)
+        self.endpoint = endpoint
+        self._clock_offset_ns = 0
+        self._keypair, self._session, self._limits = keypair, session, limits
+        self._tls: ssl.SSLContext | bool = tls or True
+        self._base = f"http{'s' if endpoint.tls else ''}://{endpoint}"
+
+    async def deliver(self, signed: Signed) -> bool:
+        body = signed.model_dump_json().encode()
+        for _ in range(2):  # an idle connection may have been closed under us
+            try:
+                await self.call("POST", f"/v1/{signed.kind}", "status", body=body)
+                return True
+            except Lost:
+                continue
+            except (Refused, ProtocolError):
+                return False
+        return False
+
+    async def await_late_reply(self, order: Order, signed: Signed) -> Signed | None:
+        attempt = 0
+        while True:
+            try:
+                status, body = await self.poll_reply(signed)
+                if status == 200:
+                    envelope = Signed.parse(body)
+                    open_reply(envelope, order, signed.digest)
+                    return envelope
+                attempt = 0
+            except Lost:
+                attempt += 1
+            except (Refused, ProtocolError):
+                return None
+            await asyncio.sleep(pause(attempt))
+
+    async def poll_reply(self, signed: Signed) -> tuple[int, bytes]:
+        """200 and the reply to an order, or 202 and how far it is, after `poll_s` at most. Raises as `call` does."""
+        wait_s = self._limits.poll_s
+        target = f"/v1/reply?order={signed.digest}&wait={max(1, round(wait_s))}"
+        return await self.call("GET", target, "reply", wait_s=wait_s)
+
+    async def hello(self, nonce: str) -> bytes:
+        """The answer to an unsigned hello. Raises Lost, Refused, ProtocolError."""
+        began = time.monotonic()
+        response = await self._send("GET", f"/v1/hello?nonce={nonce}", {}, b"", self._limits.message_s)
+        try:
+            if response.status != 200:
+                raise await self._refused(response)
+            answer = await self._whole(response, self._limits.body("hello"))
+        finally:
+            response.release()
+        self.latency_s = time.monotonic() - began
+        return answer
+
+    async def call(
+        self,
+        method: str,
+        target: str,
+        answer: str,
+        *,
+        body: bytes = b"",
+        blob: Buffer | None = None,
+        wait_s: float = 0,
+        passed: Callable[[int], object] = lambda size: None,
+    ) -> tuple[int, bytes]:
+        """A signed request with a message's body, or with a blob streamed from its buffer: (200 or 202, the answer).
+
+        `answer` is its kind, and bounds its length; the peer may keep us waiting for `wait_s`. `passed` counts the
+        blob's bytes. Raises Lost, Refused, ProtocolError.
+        """
+        began = time.monotonic()
+        async with self.open(method, target, body=body, blob=blob, wait_s=wait_s, passed=passed) as response:
+            text = await self._whole(response, self._limits.body(answer))
+        if blob is None and not wait_s:
+            self.latency_s = time.monotonic() - began
+        return response.status, text
+
+    @asynccontextmanager
+    async def open(
+        self,
+        method: str,
+        target: str,
+        *,
+        body: bytes = b"",
+        blob: Buffer | None = None,
+        wait_s: float = 0,
+        passed: Callable[[int], object] = lambda size: None,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The same, with the answer still to be read. A wrong clock is corrected, once a request."""
+        for last in (False, True):
+            data = body if blob is None else memoryview(blob).cast("B")
+            headers = self._sign(method, target, body)
+            response = await self._send(method, target, headers, data, self._limits.message_s + wait_s, passed)
+            try:
+                if response.status in (200, 202):
+                    yield response
+                    return
+                refused = await self._refused(response)
+            finally:
+                response.release()
+            if response.status != 401 or last or not refused.time_ns:
+                raise refused
+            self._clock_offset_ns = refused.time_ns - time.time_ns()
+
+    def _sign(self, method: str, target: str, body: bytes) -> dict[str, str]:
+        if self.hotkey is None:
+            raise RuntimeError(f"{self.endpoint}: a signed request before hello has told the receiver's hotkey")
+        return sign_request(self._keypair, method, target, self.hotkey, body, self._clock_offset_ns)
+
+    async def _send(
+        self,
+        method: str,
+        target: str,
+        headers: dict[str, str],
+        data: bytes | memoryview,
+        answer_s: float,
+        passed: Callable[[int], object] = lambda size: None,
+    ) -> aiohttp.ClientResponse:
+        """Up to the answer's head, for which the peer has `answer_s` from the last byte on. Raises Lost."""
+        if data or isinstance(data, memoryview):
+            headers = {**headers, "Content-Length": str(len(data)), "Content-Type": "application/octet-stream"}
+        if isinstance(data, memoryview) and len(data) <= SMALL:
+            passed(len(data))
+            data = bytes(data)  # is there before a 100 Continue would be
+        try:
+            async with Pace(self._limits) as pace:
+                pace.restart(self._limits.connect_s + answer_s)
+                self.bytes_down += 0 if isinstance(data, memoryview) else len(data)
+                return await self._session.request(
+                    method,
+                    URL(self._base + target, encoded=True),  # the very bytes that are signed
+                    data=self._pieces(data, pace, answer_s, passed) if isinstance(data, memoryview) else data or None,
+                    headers=headers,
+                    allow_redirects=False,
+                    expect100=isinstance(data, memoryview),  # a refusal comes before the first byte has left
+                    ssl=self._tls,
+                )
+        except TimeoutError:
+            raise Lost(f"{self.endpoint}: no answer, or slower than {self._limits.min_rate:g} bytes a second") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._lost(error) from error
+
+    async def _pieces(
+        self, data: memoryview, pace: Pace, answer_s: float, passed: Callable[[int], object]
+    ) -> AsyncIterator[memoryview]:
+        pace.restart()
+        for start in range(0, len(data), CHUNK):
+            piece = data[start : start + CHUNK]
+            yield piece
+            self.bytes_down += len(piece)
+            passed(len(piece))
+            pace.passed(len(piece))
+        pace.restart(answer_s)
+
+    async def _whole(self, response: aiohttp.ClientResponse, largest: int) -> bytes:
+        """An answer's body. Raises Lost, ProtocolError."""
+        body = bytearray()
+        try:
+            async with Pace(self._limits) as pace:
+                pace.restart(self._limits.message_s)
+                while piece := await response.content.readany():
+                    body += piece
+                    self.bytes_up += len(piece)
+                    if len(body) > largest:
+                        raise ProtocolError(f"an answer of more than {largest} bytes")
+        except TimeoutError:
+            raise Lost(f"{self.endpoint}: its answer did not end in {self._limits.message_s:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._lost(error) from error
+        return bytes(body)
+
+    async def _refused(self, response: aiohttp.ClientResponse) -> RefusedAt:
+        """What an error response says. Raises Lost for what may be otherwise in a moment: slowness, failures inside."""
+        body = await self._whole(response, self._limits.body("refusal"))
+        if response.status in (408, 429) or (response.status >= 500 and response.status != 507):  # 507: a full disk
+            raise Lost(f"{self.endpoint}: HTTP {response.status}")
+        return RefusedAt(response.status, Refusal.parse(body))
+
+    def _lost(self, error: Exception) -> Lost:
+        hint, cause = "", error.__cause__
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            hint = f"--tls-ca does not make its certificate trusted: {cause.verify_message}"
+        elif isinstance(cause, ssl.SSLError):
+            hint = f"no TLS that we could speak ({cause.reason}); one that serves without TLS needs no --tls-ca"
+        elif isinstance(error, aiohttp.ServerDisconnectedError) and not self.endpoint.tls:
+            hint = "hangs up without an answer; one that serves TLS needs --tls-ca here"
+        return Lost(f"{self.endpoint}: {str(error) or type(error).__name__}", hint)
+
+
+class RefusedAt(Refused):
+    """A refusal as received: `time_ns` is the refusing server's clock, 0 if it told none."""
+
+    def __init__(self, status: int, refusal: Refusal) -> None:
+        super().__init__(status, refusal.reason, refusal.fault, refusal.missing, refusal.held)
+        self.time_ns = refusal.time_ns
+
+
+def open_session(limits: Limits) -> aiohttp.ClientSession:
+    """No proxies, cookies, compression or limits but one on connections to a single peer."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(
+            limit=0, limit_per_host=limits.requests_per_peer, keepalive_timeout=limits.header_s / 2
+        ),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"Accept-Encoding": "identity"},
+        auto_decompress=False,
+        max_line_size=limits.header_bytes,
+        max_field_size=limits.header_bytes,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_s),
+        trust_env=False,
+    )
