@@ -21,7 +21,7 @@ import torch
 
 from bench import Figure
 from pilot.app.build_validator import link_watch
-from pilot.app.flags import RoundConfig
+from pilot.app.training_flags import RoundConfig
 from pilot.codec import load_codec
 from pilot.market.link_budget import Rate
 from pilot.simulation.costs import CodecCost, CostConfig, codec_phases, measure_codec

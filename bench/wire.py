@@ -115,7 +115,7 @@ class Outcome:
 def play(variant: Variant, text: str) -> Outcome:
     import torch
 
-    from pilot.app.flags import CodecConfig, RoundConfig
+    from pilot.app.training_flags import CodecConfig, RoundConfig
     from pilot.simulation.costs import CostConfig
     from pilot.simulation.link_model import LinkSpec
     from pilot.simulation.network import run

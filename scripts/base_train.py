@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from pilot.app import cli
-from pilot.app.flags import BaselineConfig
+from pilot.app.base_train_flags import BaselineConfig
 from pilot.training.distributed import RankLost, Ranks
 
 if TYPE_CHECKING:

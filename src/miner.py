@@ -23,7 +23,7 @@ from ssl import SSLContext
 from typing import TYPE_CHECKING, Any
 
 from pilot.app import cli
-from pilot.app.flags import MinerConfig
+from pilot.app.miner_flags import MinerConfig
 from protocol import DataSpec, Hotkey
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from pilot.app import build_validator as wiring
 from pilot.app import cli
 from pilot.app import run_folder as runs
-from pilot.app.flags import ValidatorConfig
+from pilot.app.validator_flags import ValidatorConfig
 from protocol import Receipt
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from bittensor.sp_core import Keypair
 
 from pilot.app.build_validator import link_watch
-from pilot.app.flags import CodecConfig, RoundConfig
+from pilot.app.training_flags import CodecConfig, RoundConfig
 from pilot.codec import bits, known_codecs
 from pilot.interfaces import MinerState, ReceivedReply
 from pilot.market.link_budget import LADDERS_DOWN, LADDERS_UP, LinkBudget, LinkWatch, Rate, median_rate

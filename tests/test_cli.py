@@ -23,7 +23,8 @@ import miner
 import validator
 from pilot.app import cli
 from pilot.app import run_folder as runs
-from pilot.app.flags import MinerConfig, ValidatorConfig
+from pilot.app.miner_flags import MinerConfig
+from pilot.app.validator_flags import ValidatorConfig
 from pilot.storage.run_store import RunStore
 from tests.processes import RUN, Miner, program, run_program, start_miner, tiny_flags
 

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pilot.app.flags import CodecConfig, RoundConfig, ValidatorConfig
+from pilot.app.training_flags import CodecConfig, RoundConfig
+from pilot.app.validator_flags import ValidatorConfig
 from pilot.interfaces import Faulted, ReceivedReply
 from pilot.market.scheduling import History, RoundPolicy
 from pilot.simulation.network import Loopback, run

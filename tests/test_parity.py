@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pilot.app.flags import BaselineConfig
+from pilot.app.base_train_flags import BaselineConfig
 from pilot.simulation.network import run
 from pilot.training.gradient import compute
 from pilot.training.learner import Learner

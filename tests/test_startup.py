@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from pilot.app import cli
-from pilot.app.flags import BaselineConfig, MinerConfig, ValidatorConfig
+from pilot.app.base_train_flags import BaselineConfig
+from pilot.app.miner_flags import MinerConfig
+from pilot.app.validator_flags import ValidatorConfig
 from pilot.simulation.flags import SimulateConfig
 
 ROOT = Path(__file__).resolve().parent.parent

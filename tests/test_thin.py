@@ -12,7 +12,7 @@ import torch
 
 from pilot.aggregation import load_aggregator
 from pilot.app.build_validator import link_watch
-from pilot.app.flags import CodecConfig, RoundConfig
+from pilot.app.training_flags import CodecConfig, RoundConfig
 from pilot.codec import bits, load_codec
 from pilot.interfaces import RoundRecord
 from pilot.market.round import Market

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pilot.app import cli
-from pilot.app.flags import ValidatorConfig
+from pilot.app.validator_flags import ValidatorConfig
 from protocol import Health, Hotkey
 
 if TYPE_CHECKING:
     import torch
 
-    from pilot.app.flags import RoundConfig
+    from pilot.app.training_flags import RoundConfig
     from pilot.display.console import Console
     from pilot.interfaces import MinerState
     from pilot.market.link_budget import LinkWatch

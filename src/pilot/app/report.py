@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pilot.app.flags import RoundConfig, ValidatorConfig
+from pilot.app.training_flags import RoundConfig
+from pilot.app.validator_flags import ValidatorConfig
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pilot.app import cli
-from pilot.app.flags import ValidatorConfig
+from pilot.app.validator_flags import ValidatorConfig
 
 if TYPE_CHECKING:
     from pilot.storage.run_store import RunStore

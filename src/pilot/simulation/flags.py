@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pilot.app.flags import RoundConfig
+from pilot.app.training_flags import RoundConfig
 from pilot.simulation.costs import CostConfig
 from pilot.simulation.link_model import LinkSpec
 from pilot.simulation.traces import Ending

@@ -18,7 +18,7 @@ from pilot.storage.checker import RULES, check_run
 from pilot.storage.run_reader import Violation
 
 if TYPE_CHECKING:
-    from pilot.app.flags import ValidatorConfig
+    from pilot.app.validator_flags import ValidatorConfig
     from pilot.storage.run_store import RunStore
     from tasks import Task
 
@@ -54,7 +54,7 @@ def config_of(run: Path) -> ValidatorConfig:
     """The flags that it was started with."""
     from pilot.app import cli
     from pilot.app import run_folder as runs
-    from pilot.app.flags import ValidatorConfig
+    from pilot.app.validator_flags import ValidatorConfig
 
     if not (run / runs.LEDGER).is_file():
         raise ValueError(f"{run}: there is no run in it; name a folder with a {runs.LEDGER}, such as runs/demo")

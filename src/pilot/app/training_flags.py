@@ -1,4 +1,4 @@
-"""The flags of validator.py, miner.py and base_train.py: their fields, defaults and help live here and nowhere else.
+"""Flags of the wallet, logs, task, optimizer and rounds: what the programs share.
 
 Torch-free, so that --help answers at once.
 """
@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pilot.common.limits import Limits
 from protocol import MAX_RANGES
 from tasks.config import AdamWConfig, GPT2Config, NanochatConfig, QuadraticConfig
 
@@ -253,145 +252,3 @@ class RoundConfig(TrainingConfig):
             self.rounds,
             asdict(self.optimizer_flags),
         )
-
-
-@dataclass(frozen=True)
-class ServeConfig:
-    port: int | None = None
-    """TCP port for GET /v1/status and, with --admit, for miners that announce themselves or pull their orders; 0 takes
-    a free one, None serves nothing."""
-    ip: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for every interface."""
-    tls_cert: Path | None = None
-    """PEM file with the validator's certificate: serve by TLS. Miners then need --tls-ca."""
-    tls_key: Path | None = None
-    """PEM file with the certificate's key."""
-
-
-@dataclass(frozen=True)
-class ValidatorConfig(RoundConfig):
-    """Owns the model and its optimizer; orders gradients from miners, checks, aggregates, steps, scores and pays."""
-
-    wallet: WalletConfig = field(default_factory=WalletConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    serve: ServeConfig = field(default_factory=ServeConfig)
-    limits: Limits = field(default_factory=Limits)
-    axons: tuple[str, ...] = ()
-    """Miners: a port on this machine, or host:port@ss58 elsewhere (the ss58 address of the miner's hotkey)."""
-    axons_file: Path | None = None
-    """File with a miner a line, as --axons takes them; # begins a comment. Read again when it changes."""
-    admit: str = ""
-    """Miners that announce themselves at --serve.port: everyone, or a file with an ss58 address a line, read again when
-    it changes. Empty admits nobody."""
-    tls_ca: Path | None = None
-    """PEM file with the certificates that sign those of the miners: every miner of --axons is then reached by TLS."""
-    local: int = 0
-    """Start so many miners on this machine, as processes on free ports, for the length of the run."""
-    run: str = ""
-    """Name of the run, and of its folder; empty: the task and the time, or with --resume the newest."""
-    runs: Path = Path("runs")
-    """Folder of the runs."""
-    resume: bool = False
-    """Continue the run where its ledger ends; its flags are the defaults."""
-    snapshot_every: int = 50
-    """Rounds between snapshots of the model and the optimizer. A restart replays the rounds after the newest."""
-    snapshot_keep: int = 2
-    """Snapshots kept, at least 2. Payloads are kept back to the second-newest."""
-    patience: int = 10
-    """Rounds in a row without one good reply, after which the validator gives up."""
-    connect_timeout: float = 20.0
-    """Seconds at the start to wait for all the miners named; it goes on with those that are there."""
-    ranking: str = "accepted_work"
-    """accepted_work (share of accepted work), or your own package.module:Class."""
-    baseline: bool = False
-    """Afterwards train the plain baseline on the same batches, and show both."""
-    config: Path | None = None
-    """JSON file of flags, for example experiments/demo.json; flags given here override it."""
-
-
-@dataclass(frozen=True)
-class BaselineConfig(TrainingConfig):
-    """The same task, optimizer, schedule and data without a marketplace. Under torchrun each rank takes its part.
-
-    nanochat's own names do as well: --depth 4 --max-seq-len 512 --num-iterations 20 --device-batch-size 4 and so on.
-    """
-
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    run: str = ""
-    """Name of the run in W&B, and of its folder in base_checkpoints; empty: d4 for a nanochat of depth 4."""
-    batches: int = 8
-    """Micro-batches in a step (gradient accumulation): a marketplace's --batches times its miners."""
-    total_batch_size: int = 0
-    """Units (tokens) in a step, instead of --batches; -1: nanochat's rule for its depth. 0: as --batches says."""
-    target_param_data_ratio: float = 0.0
-    """nanochat: so many tokens for each parameter of matrices and head, instead of --rounds. 0: as --rounds says."""
-    compile: bool = False
-    """Compile the model with torch.compile: faster after a first step that takes a minute more."""
-    checkpoints: Path | None = None
-    """Folder for checkpoints and metrics.jsonl. None: nanochat's base_checkpoints/RUN in NANOCHAT_BASE_DIR, which
-    --task nanochat writes at the end; no other task writes any."""
-    save_every: int = 0
-    """Steps between checkpoints; 0 for only the last. Ctrl-C saves one too."""
-    save_keep: int = 2
-    """Checkpoints kept, the newest ones."""
-    resume: bool = False
-    """Go on from the newest checkpoint, exactly."""
-    out: Path | None = None
-    """File for the final parameters, as safetensors."""
-    log: Path | None = None
-    """File for the steps' figures, a JSON line a step."""
-    config: Path | None = None
-    """JSON file of flags; flags given here override it."""
-
-
-@dataclass(frozen=True)
-class AxonConfig:
-    port: int = 8091
-    """TCP port to listen on; 0 takes a free one."""
-    ip: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for every interface, which requires --allow."""
-    external_ip: str = ""
-    """Address under which the validator reaches this miner, if it is another (NAT, a container)."""
-    tls_cert: Path | None = None
-    """PEM file with this miner's certificate: serve by TLS. Validators then need --tls-ca."""
-    tls_key: Path | None = None
-    """PEM file with the certificate's key."""
-
-
-@dataclass(frozen=True)
-class MinerConfig:
-    """Computes gradients on the data that a validator's orders assign. Holds no optimizer."""
-
-    wallet: WalletConfig = field(default_factory=WalletConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    axon: AxonConfig = field(default_factory=AxonConfig)
-    limits: Limits = field(default_factory=Limits)
-    device: str = "auto"
-    """auto (CUDA where there is one), cpu, cuda, cuda:1, mps."""
-    threads: int = 0
-    """CPU threads that torch uses; 0 leaves it to torch."""
-    compile: bool = False
-    """Compile the model with torch.compile: faster after a first round that takes a minute more."""
-    validator: str = ""
-    """HOST:PORT@SS58 of a validator with --serve.port and --admit: announce this miner to it."""
-    pull: bool = False
-    """Open no port: fetch orders from --validator and upload the work (behind NAT)."""
-    tls_ca: Path | None = None
-    """PEM file with the certificates that sign the validator's: --validator is then reached by TLS."""
-    grace: float = 10.0
-    """Seconds, when told to end (Ctrl-C, SIGTERM), to finish the micro-batch and hand over what was done."""
-    allow: tuple[str, ...] = ()
-    """Hotkeys (ss58) of the validators to work for. On loopback, without it, the first one to call is pinned."""
-    unpin: bool = False
-    """Forget the pinned validator."""
-    tasks: tuple[str, ...] = ("gpt2", "nanochat", "quadratic")
-    """Tasks that this miner is willing to do."""
-    data: Path | None = None
-    """Local copy of a data set that is too large to be handed over: a token file, or the text it was made from."""
-    cache: Path = Path("~/.cache/pilot/miner")
-    """Folder for data received, receipts and the pinned validator; in it each hotkey has its own."""
-    parent: int = 0
-    """Process id to end with; 0 for none. The validator's --local sets it."""
-    config: Path | None = None
-    """JSON file of flags; flags given here override it."""
