@@ -23,6 +23,7 @@ from bench import Figure
 from pilot.app.build_validator import link_watch
 from pilot.app.training_flags import RoundConfig
 from pilot.codec import load_codec
+from pilot.common.units import fp32_megabytes
 from pilot.market.link_budget import Rate
 from pilot.simulation.costs import CodecCost, CostConfig, codec_phases, measure_codec
 from pilot.simulation.link_model import LinkSpec
@@ -99,7 +100,7 @@ def main() -> None:
     measured: dict[str, tuple[CodecCost, int]] = {}
     for name in sorted({name for config in MODES.values() for name in config.codecs}):
         each, length = measured[name] = measure_codec(name, tensors), size(name, tensors)
-        cost = CodecCost(*(4e-6 * count(tensors) * seconds for seconds in each))
+        cost = CodecCost(*(fp32_megabytes(t.shape for t in tensors.values()) * seconds for seconds in each))
         took = f"encode {cost.encode:.3f} s, check {cost.check:.3f} s, add {cost.add:.3f} s"
         say(f"{name}: {length / 1e6:.2f} MB; {took}")
     parameters = count(tensors)

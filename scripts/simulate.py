@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from pilot.app import cli
+from pilot.common.units import fp32_megabytes
 from pilot.simulation.flags import STATE_MB, SimulateConfig
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def conditions_of(config: SimulateConfig, task: Task) -> Conditions:
     from pilot.simulation.world import Conditions
 
     parameters = task.trainable(task.build_model("cpu", initial=False)).values()
-    megabytes = 4e-6 * sum(p.numel() for p in parameters)
+    megabytes = fp32_megabytes(p.shape for p in parameters)
     wanted = config.state_mb or (STATE_MB if config.task == "quadratic" else megabytes)
     return Conditions(
         config.costs,

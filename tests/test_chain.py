@@ -185,15 +185,15 @@ def test_a_state_in_another_codec_is_not_for_who_knows_only_fp32() -> None:
 
 
 def test_files_are_found_again_and_only_whole(tmp_path: Path) -> None:
-    kept = FileBlobStore(tmp_path / "chain")
+    kept = FileBlobStore(tmp_path / "versions")
     found = VersionHistory(kept, True, "fp32", state(0))
     for number in range(1, 30):
         found.extend("2bit", delta(number, 60))
         if found.wants_snapshot:
             found.add_snapshot(state(number))
     kept.sync()
-    assert {path.name for path in (tmp_path / "chain").iterdir()} == found.blobs.keys()
-    again = VersionHistory(FileBlobStore(tmp_path / "chain"), True, "fp32", state(7777))
+    assert {path.name for path in (tmp_path / "versions").iterdir()} == found.blobs.keys()
+    again = VersionHistory(FileBlobStore(tmp_path / "versions"), True, "fp32", state(7777))
     again.restore(Update.model_validate_json(found.update.model_dump_json()))
     assert again.update == found.update
     named = {ref.digest for ref in found.update.refs}
@@ -202,7 +202,7 @@ def test_files_are_found_again_and_only_whole(tmp_path: Path) -> None:
         other.extend("2bit", delta(30, 60))
     assert again.update == found.update
 
-    torn, gone, *_ = [tmp_path / "chain" / step.digest for step in found.update.steps]
+    torn, gone, *_ = [tmp_path / "versions" / step.digest for step in found.update.steps]
     torn.write_bytes(torn.read_bytes()[:-1] + b"\1")
     gone.unlink()
     again.restore(found.update)

@@ -194,7 +194,7 @@ def test_death_at_any_durable_step_leaves_the_same_chain(tmp_path: Path, task: G
             learner = market.learner
             named = {ref.digest for ref in learner.update.refs}
             assert named <= learner.blobs.keys()
-            assert named <= {path.name for path in (folder / "run" / "chain").iterdir()}
+            assert named <= {path.name for path in (folder / "run" / "versions").iterdir()}
             return learner.version, learner.update, learner.state_digest(), market.store.left
         finally:
             store.close()

@@ -135,7 +135,7 @@ def test_outer_step_is_nesterovs(momentum: float) -> None:
 @pytest.mark.parametrize("steps", [0, 3, 23])
 def test_a_restart_makes_the_same_chain_bit_for_bit(tmp_path: Path, steps: int) -> None:
     """From a snapshot, with the chain's files; what has come since is made again, and the same."""
-    learner = make_learner("ternary", keep=FileBlobStore(tmp_path / "chain"))
+    learner = make_learner("ternary", keep=FileBlobStore(tmp_path / "versions"))
     settings = [{"lr": 1e-2}, {"outer_lr": 0.3, "outer_momentum": 0.6}]
 
     def go_on(other: Learner, codec: str) -> None:
@@ -152,7 +152,7 @@ def test_a_restart_makes_the_same_chain_bit_for_bit(tmp_path: Path, steps: int) 
     kept = {name: t.clone() for name, t in tensors.items()}
     go_on(learner, "int4")
     updates, exact, replica = learner.update, bits(exact_of(learner)), bits(replica_of(learner))
-    again = make_learner("ternary", keep=FileBlobStore(tmp_path / "chain"))
+    again = make_learner("ternary", keep=FileBlobStore(tmp_path / "versions"))
     train(again, 2, seed=7)  # it has a past of its own
     again.load_state(header, kept)
     assert again.update == Update.model_validate_json(header["chain"])

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Buffer
 
 from pilot.codec import Codec
+from pilot.common.units import fp32_megabytes
 from pilot.interfaces import Faulted, Network, ReceivedReply, Store
 from pilot.market.notifications import Notifier
 from pilot.market.receipts import AssignmentKey, Outcome, VerifiedReply
@@ -199,7 +200,7 @@ class Dispatcher:
                 else:
                     self._seal(opened, received)
             sent.arrived = True
-            megabytes = 4e-6 * sum(math.prod(shape) for shape in self.specs.values())
+            megabytes = fp32_megabytes(self.specs.values())
             contribution = await self.executor.run("verify", megabytes, self.verify, order, received)
             logger.debug(
                 "round %d: %s sent %d bytes after %.3f s, norm %.4g",

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from pilot.aggregation import Aggregator
 from pilot.codec import Codec, bits
+from pilot.common.units import fp32_megabytes
 from pilot.interfaces import Faulted, Network, RoundRecord, Store
 from pilot.market import receipts
 from pilot.market.dispatch import Assignment, Dispatcher, OpenRound
@@ -87,7 +88,7 @@ class Market:
         learner.history.keep_before |= policy.overlap > 0  # orders that a restart sends again may name it
         self.watch: LinkWatch | None = None  # measures what communication costs, and may choose the codecs
         self._codecs: dict[int, tuple[str, str]] = {}  # up and down, of the rounds in flight
-        self._megabytes = 4e-6 * sum(p.numel() for p in learner.parameters.values())
+        self._megabytes = fp32_megabytes(p.shape for p in learner.parameters.values())
         self.round = 0  # the oldest that is not committed
         self.empty_rounds = 0
         self.cursor = Cursor()

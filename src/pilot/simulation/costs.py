@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from pilot.common.units import fp32_megabytes
 from pilot.training.executor import Charge
 from protocol import digest
 
@@ -161,7 +162,8 @@ def measure_codec(name: str, tensors: Mapping[str, torch.Tensor]) -> CodecCost:
         lambda: codec.check(payload, specs),
         lambda: codec.add(payload, into),
     )
-    return CodecCost(*(_best(phase, clock=time.process_time) / _megabytes(tensors) for phase in executor))
+    megabytes = fp32_megabytes(t.shape for t in tensors.values())
+    return CodecCost(*(_best(phase, clock=time.process_time) / megabytes for phase in executor))
 
 
 def measure(task: Task, optimizer: Any, codec_up: str, codec_down: str) -> dict[str, float]:
@@ -180,14 +182,10 @@ def measure(task: Task, optimizer: Any, codec_up: str, codec_down: str) -> dict[
     return {
         "batch": batch,
         **codec_phases(measure_codec(codec_up, gradient), measure_codec(codec_down, gradient)),
-        "step": step / _megabytes(gradient),
+        "step": step / fp32_megabytes(g.shape for g in gradient.values()),
         "digest": measure_codec("fp32", gradient).encode,
         "evaluate": _best(lambda: task.evaluate(learner.model), 1),
     }
-
-
-def _megabytes(tensors: Mapping[str, torch.Tensor]) -> float:
-    return 4e-6 * sum(t.numel() for t in tensors.values())
 
 
 def _best(function: Callable[[], object], times: int = 3, clock: Callable[[], float] = time.perf_counter) -> float:

@@ -21,6 +21,7 @@ from bittensor.sp_core import Keypair
 
 from pilot.aggregation import load_aggregator
 from pilot.codec import load_codec
+from pilot.common.units import fp32_megabytes
 from pilot.market.round import Market
 from pilot.market.scheduling import RoundPolicy
 from pilot.ranking import load_ranker
@@ -137,7 +138,7 @@ class World:
         self.network = Loopback(validator, {}, keypairs, seed=conditions.seed, scale=wire)
         learner = Learner(task, optimizer, device, policy.broadcast, policy.codec_down)
         self.costs = conditions.costs.settled(policy.codec_up, policy.codec_down)
-        self.state_mb = 4e-6 * sum(p.numel() for p in learner.parameters.values())
+        self.state_mb = fp32_megabytes(p.shape for p in learner.parameters.values())
         self.validator_s: dict[str, float] = defaultdict(float)  # the validator's own seconds, by phase
         self.market = Market(
             policy,

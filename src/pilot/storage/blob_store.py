@@ -1,6 +1,6 @@
 """The bytes of the chain of versions, a file each: what a restart finds need not be made, or sent to anybody, again.
 
-    chain/<digest>     a delta, or the whole state of a snapshot, as miners get it
+    versions/<digest>    a delta, or the whole state of a snapshot, as miners get it
 
 Files appear whole. They are not durable by themselves: what comes after a snapshot of the validator a replay makes
 again, so `sync` before one is all that a power cut leaves to be done.

@@ -1,6 +1,7 @@
 """A run's folder: the ledger, the spool and the snapshots behind one door, open to one validator at a time.
 
     runs/<name>/ledger.sqlite   what was ordered, accepted, paid; a round is done when its transaction here is
+                versions/       states and deltas by digest, as miners get them
                 spool/          payloads as they arrived, back to the second-newest snapshot
                 snapshots/      the validator's state every so many rounds
                 lock            held by the validator that uses the folder
@@ -70,7 +71,7 @@ class RunStore:
             with self._room:
                 self._snapshots = Snapshots(folder / "snapshots", keep)
                 self._spool = Spool(folder / "spool")
-                self.updates = FileBlobStore(folder / "chain")
+                self.updates = FileBlobStore(folder / "versions")
                 self._ledger = Ledger(folder / _LEDGER)
         except (ValueError, DiskFull):
             self._lock.release()

@@ -20,6 +20,7 @@ import torch
 from typing_extensions import Buffer
 
 from pilot.codec import bits, known_codecs, load_codec
+from pilot.common.units import fp32_megabytes
 from pilot.interfaces import BlobWriter, MinerStore, Refused
 from pilot.training.executor import Charge, TimedExecutor
 from pilot.training.gradient import GradientAccumulator
@@ -367,7 +368,7 @@ class Worker:
             raise Refused(409, f"{why} before the first micro-batch was done", Fault.LATE)
         computed = self.clock()
         codec = load_codec(order.codec_up)
-        megabytes = 4e-6 * sum(p.numel() for p in computation.parameters.values())
+        megabytes = fp32_megabytes(p.shape for p in computation.parameters.values())
         await self.feedback.ready(job, computation.parameters, self._executor, self._handing_over_s)
         began_encoding = self.clock()
         await self._executor.run(
