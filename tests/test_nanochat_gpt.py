@@ -236,6 +236,44 @@ SHAPES = {
 }
 
 
+DRAWS = 6
+
+
+class OtherRounding(TorchDispatchMode):
+    """Moves each bf16 result, of the forward and of the backward pass, at random by up to its rounding error.
+
+    So do kernels that sum in another order or precision; which of them run, the processor decides.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **kwargs or {})
+        outs = found if isinstance(found, (tuple, list)) else (found,)
+        for out, declared in zip(outs, func._schema.returns, strict=False):
+            made = declared.alias_info is None  # neither a view of an argument nor the argument itself
+            if made and isinstance(out, torch.Tensor) and out.dtype == torch.bfloat16:
+                off = 2 * torch.rand(out.shape, generator=self.generator) - 1
+                out.mul_(1 + off * torch.finfo(out.dtype).eps / 2)
+        return found
+
+
+def rounding_noise(
+    plain: ReferenceGPT, true: dict[str, torch.Tensor | None], idx: torch.Tensor, targets: torch.Tensor
+) -> dict[str, float]:
+    """How far bf16 takes the reference's gradients from the true ones: the root mean square of some roundings."""
+    squares = dict.fromkeys(true, 0.0)
+    for seed in range(DRAWS):
+        plain.zero_grad()
+        with OtherRounding(seed):
+            plain(idx, targets).backward()
+        for name, found in gradients(plain).items():
+            squares[name] += (found - true[name]).square().sum().item()  # type: ignore[operator]
+    return {name: math.sqrt(square / DRAWS) for name, square in squares.items()}
+
+
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_outputs_and_gradients_are_the_reference_s(config: GPTConfig, dtype: torch.dtype) -> None:
@@ -249,18 +287,21 @@ def test_outputs_and_gradients_are_the_reference_s(config: GPTConfig, dtype: tor
     loss, expected = ours(idx, targets), plain(idx, targets)
     torch.testing.assert_close(loss, expected, atol=0, rtol=1e-5 if dtype == torch.float32 else 2e-3)
     loss.backward()
-    expected.backward()
     exact = ReferenceGPT(config)
     exact.load_state_dict(ours.state_dict())
     exact(idx, targets).backward()
-    both = zip(gradients(ours).values(), gradients(plain).values(), strict=True)
-    for (name, true), (found, other) in zip(gradients(exact).items(), both, strict=True):
-        assert found is not None
-        assert other is not None
+    truths, found = gradients(exact), gradients(ours)
+    noise = rounding_noise(plain, truths, idx, targets) if dtype == torch.bfloat16 else {}
+    for name, true in truths.items():
+        mine = found[name]
+        assert mine is not None
         assert true is not None
-        error, plain_error = ((one - true).norm() / true.norm() for one in (found, other))
-        limit = 0.3 if true.dim() == 1 else 2 * plain_error.item()  # scalars' are sums of much that cancels
-        assert error < (1e-4 if dtype == torch.float32 else limit), name
+        size, scalars = true.norm().item(), true.dim() == 1
+        # A matrix's error hardly varies with the rounding. A few scalars' does; where their sums cancel it is large.
+        limit = noise[name] * (4 if scalars else 2) if noise else 1e-4 * size
+        if true.numel() > 100:
+            assert limit < 0.1 * size, f"{name}: a gradient that is 10 % too large would pass"
+        assert (mine - true).norm() < limit, name
 
 
 def test_losses_of_tokens_are_those_of_the_logits() -> None:
