@@ -51,19 +51,21 @@ BlobKind = Literal["state", "delta", "data", "vocabulary"]
 
 
 class Fault(StrEnum):
-    """What a peer did wrong: data, not an exception. A round goes on without that contribution."""
+    """Why an order came to nothing: data, not an exception. A round goes on without that contribution."""
 
-    SILENT = "SILENT"  # never answered, or went away
-    LATE = "LATE"  # took the order, no reply by the deadline on the validator's clock
+    SILENT = "SILENT"  # the miner never answered, or went away
+    LEAVING = "LEAVING"  # the miner said that it is shutting down
+    BUSY = "BUSY"  # the miner works for another validator, or has too many requests under way
+    LATE = "LATE"  # the miner took the order; no whole reply by the deadline, or before the round was closed
     MALFORMED = "MALFORMED"  # bytes that are not what the protocol, the digest or the codec says
     STALE = "STALE"  # not the version that the order names
     NONFINITE = "NONFINITE"  # NaN or infinity
-    OUTLIER = "OUTLIER"
-    DUPLICATE = "DUPLICATE"
-    FORGED = "FORGED"  # signed by another key than the one asked
     WRONG_DATA = "WRONG_DATA"  # other data than the order's, or ranges that were not ordered
-    UNVERIFIED = "UNVERIFIED"
-    BUSY = "BUSY"  # working for another validator
+    FORGED = "FORGED"  # not a valid signature of the expected key over a message of the expected kind
+    OUTLIER = "OUTLIER"  # for rankers and audits: far from the other contributions
+    DUPLICATE = "DUPLICATE"  # for rankers and audits: a copy of another miner's contribution
+    UNVERIFIED = "UNVERIFIED"  # for audits: the work was checked, and could not be reproduced
+    VALIDATOR_FAILED = "VALIDATOR_FAILED"  # the validator could not take the work; not the miner's fault
 
 
 def one_line(text: str) -> str:

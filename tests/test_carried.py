@@ -339,7 +339,7 @@ def test_a_resume_that_needs_the_round_for_gradients_gives_the_work_back(tmp_pat
         place = three(tmp_path, task, diloco=replace(PLAN, warmup_rounds=4), batches=4)
         await place.market.replay(0)
         await play(place.market, 5)
-        assert receipts(place.store, 2)[B].verdict == Fault.UNVERIFIED
+        assert receipts(place.store, 2)[B].verdict == Fault.VALIDATOR_FAILED
         assert receipts(place.store, 3)[B].verdict == "ACCEPTED"
         prove(place)
 

@@ -72,7 +72,7 @@ def test_a_version_that_a_restarted_validator_lacks_is_not_the_miner_s_fault(pul
             return caught.value
 
     faulted = asyncio.run(main())
-    assert faulted.fault is Fault.UNVERIFIED
+    assert faulted.fault is Fault.VALIDATOR_FAILED
     assert faulted.reason == "the validator was restarted and no longer has that version"
 
 

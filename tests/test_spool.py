@@ -110,7 +110,7 @@ def test_room_is_counted_while_payloads_arrive(tmp_path: Path) -> None:
     here.write_bytes(b"on its way")
     with pytest.raises(Faulted, match=r"--limits.spool-bytes; raise it") as faulted:
         spool.make_room(there, 600, limits)
-    assert faulted.value.fault is Fault.UNVERIFIED
+    assert faulted.value.fault is Fault.VALIDATOR_FAILED
     here.unlink()  # it was of no use
     spool.make_room(there, 600, limits)
     there.write_bytes(bytes(600))

@@ -265,7 +265,7 @@ def test_a_disk_that_fills_up_costs_the_reply_and_is_said(tmp_path: Path) -> Non
             order = make_order()
             with pytest.raises(Faulted, match="disk is full") as faulted:
                 await network.exchange(order, network.sign(order), blobs_of(order), tmp_path / "full")
-            assert faulted.value.fault is Fault.UNVERIFIED
+            assert faulted.value.fault is Fault.VALIDATOR_FAILED
             assert not (tmp_path / "full").is_symlink()  # what came of it is cleared away
             await network.exchange(order, network.sign(order), blobs_of(order), tmp_path / "p")
 

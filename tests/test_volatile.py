@@ -243,8 +243,8 @@ def test_a_leaving_miner_refuses_and_one_without_work_leaves_at_once(tmp_path: P
         assert worker.status().state == "leaving"
         await play(place.market, 1)
         refused = receipts(place.store, 0)[A]
-        assert refused.verdict == Fault.SILENT
-        assert "this miner is ending" in refused.reason
+        assert refused.verdict == Fault.LEAVING
+        assert "this miner is shutting down" in refused.reason
 
     run(main())
 

@@ -59,7 +59,7 @@ async def spool_is_full(small: Path) -> None:
         assert await network.wait_for_peer(20)
         with pytest.raises(Faulted) as caught:
             await network.exchange(order, network.sign(order), blobs_of(order, BIG), small / "p")
-        assert caught.value.fault is Fault.UNVERIFIED
+        assert caught.value.fault is Fault.VALIDATOR_FAILED
         assert "the validator's disk is full; delete old runs or other files" in caught.value.reason
         assert not list(small.iterdir())  # what came of it is gone: there is room for the next
         order = make_order(round=1)
@@ -134,7 +134,7 @@ def test_a_run_folder_that_fills_up(tmp_path: Path) -> None:
     with start_miner(tmp_path, "M1", port) as m1, Process(command, tmp_path / "validator.log") as process:
         assert process.wait() == 1
         said = process.said()
-        m1.wait_for("UNVERIFIED, no room for .* free on the validator's disk")
+        m1.wait_for("VALIDATOR_FAILED, no room for .* free on the validator's disk")
     assert "Traceback" not in said
     assert m1.hotkey in said
     assert said.count("is not taken: no room for") == 3

@@ -169,7 +169,9 @@ class Dispatcher:
         """Order out, reply and payload in. `first` must be at the miner before. Raises Faulted."""
         order = sent.order
         if order.inner is not None and not self.policy.inner(opened.round):  # since a resume with other --rounds
-            raise Faulted(Fault.UNVERIFIED, f"round {opened.round} takes gradients, and this would be inner steps")
+            raise Faulted(
+                Fault.VALIDATOR_FAILED, f"round {opened.round} takes gradients, and this would be inner steps"
+            )
         if sent.found is not None:
             return sent.found
         if first is not None:

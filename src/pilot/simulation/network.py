@@ -298,7 +298,7 @@ class Loopback:
                 return bytes_down
             for ref in missing:
                 if ref.kind in ("state", "delta") and ref.digest not in blobs and ref.digest in signed.body:
-                    raise Faulted(Fault.UNVERIFIED, "the validator was restarted and no longer has that version")
+                    raise Faulted(Fault.VALIDATOR_FAILED, "the validator was restarted and no longer has that version")
                 if times[ref.digest] == TIMES or ref.digest not in blobs:
                     raise Faulted(Fault.MALFORMED, f"asks for a {ref.kind} that is not of this order, or asks again")
                 times[ref.digest] += 1

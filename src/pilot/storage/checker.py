@@ -241,7 +241,11 @@ def _dropped(run: RunRecords) -> Iterator[Violation]:
     """A reply to another order is one to an order that a restart replaced."""
     for place, received in run.spooled.items():
         receipt = run.receipts.get(place)
-        if receipt and received.reply.order == receipt.order and receipt.verdict in (Fault.SILENT, Fault.LATE):
+        if (
+            receipt
+            and received.reply.order == receipt.order
+            and receipt.verdict in (Fault.SILENT, Fault.LEAVING, Fault.LATE)
+        ):
             yield Violation(
                 "dropped", *place, f"its whole reply is in the spool, and its receipt says {receipt.verdict}"
             )

@@ -83,10 +83,14 @@ class Spool:
         free += size - missing
         if limits.spool_bytes and spooled + size > limits.spool_bytes:
             keeps = f"the spool keeps {spooled >> 20} MB of the {limits.spool_bytes >> 20} MB of --limits.spool-bytes"
-            raise Faulted(Fault.UNVERIFIED, f"no room for {size >> 20} MB: {keeps}; raise it, or save snapshots sooner")
+            raise Faulted(
+                Fault.VALIDATOR_FAILED, f"no room for {size >> 20} MB: {keeps}; raise it, or save snapshots sooner"
+            )
         if free - size < limits.reserve_bytes:
             left = f"{free >> 20} MB are free on the validator's disk, {limits.reserve_bytes >> 20} MB are kept free"
-            raise Faulted(Fault.UNVERIFIED, f"no room for {size >> 20} MB: {left}; delete old runs or other files")
+            raise Faulted(
+                Fault.VALIDATOR_FAILED, f"no room for {size >> 20} MB: {left}; delete old runs or other files"
+            )
         with self._lock:
             self._expected[path] = size
 

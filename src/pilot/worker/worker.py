@@ -188,7 +188,7 @@ class Worker:
         if busy:
             raise Refused(409, f"working for {busy[0].owner[:8]} on round {busy[0].order.round}", Fault.BUSY)
         if self.leaving:
-            raise Refused(409, "this miner is ending", Fault.SILENT)
+            raise Refused(409, "this miner is shutting down", Fault.LEAVING)
         if order_digest in self.stopped:
             raise Refused(409, "stopped before it came", Fault.LATE)
         self._check(order)
@@ -320,7 +320,7 @@ class Worker:
         except ProtocolError as error:
             job.refusal = Refused(409, str(error), error.fault)
         except asyncio.CancelledError:
-            job.refusal = Refused(409, "this miner has ended", Fault.SILENT)
+            job.refusal = Refused(409, "this miner has shut down", Fault.LEAVING)
             raise
         finally:
             job.finished.set()

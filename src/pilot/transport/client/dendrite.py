@@ -240,7 +240,7 @@ class Dendrite:
         except Faulted as error:
             faulted = error
         path.unlink(missing_ok=True)  # a fault's payload is of no use; one that a stopped process left goes on later
-        if faulted.fault is Fault.UNVERIFIED:
+        if faulted.fault is Fault.VALIDATOR_FAILED:
             self._say(f"round {order.round}: the reply of {order.hotkey} is not taken: {faulted.reason}")
         logger.debug("round %d: %s: %s", order.round, order.hotkey, faulted)
         raise faulted

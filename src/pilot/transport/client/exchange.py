@@ -98,7 +98,9 @@ class Exchange(ABC):
         except OSError as error:
             if error.errno not in NO_DISK:
                 raise
-            raise Faulted(Fault.UNVERIFIED, "the validator's disk is full; delete old runs or other files") from error
+            raise Faulted(
+                Fault.VALIDATOR_FAILED, "the validator's disk is full; delete old runs or other files"
+            ) from error
         finally:
             if self.progress.doing != "done":
                 self.progress.doing = "idle"
@@ -136,7 +138,7 @@ class Exchange(ABC):
         """What is left of a blob, to be sent. Raises Faulted for one that the order does not name, or too often."""
         blob = self.blobs.get(ref_digest)
         if blob is None and (ref_digest, size) in {(ref.digest, ref.bytes) for ref in self.order.update.refs}:
-            raise Faulted(Fault.UNVERIFIED, "the validator was restarted and no longer has that version")
+            raise Faulted(Fault.VALIDATOR_FAILED, "the validator was restarted and no longer has that version")
         if blob is None or memoryview(blob).nbytes != size:
             raise Faulted(Fault.MALFORMED, f"asks for a {kind} that is not of this order")
         if offset > size:
