@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import os
 import signal
 import sys
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from pilot.app import cli
 from pilot.app.miner_flags import MinerConfig
+from pilot.common.addresses import is_loopback
 from protocol import DataSpec, Hotkey
 
 if TYPE_CHECKING:
@@ -87,13 +87,6 @@ def check(config: MinerConfig) -> None:
         )
     if config.data is not None and not config.data.expanduser().exists():
         raise ValueError(f"--data {config.data}: no such file or folder")
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def find_validator(config: MinerConfig) -> Endpoint | None:

@@ -192,11 +192,11 @@ def test_a_terminal_is_left_in_order(run: Run) -> None:
 SCRIPT = """
 import asyncio, sys
 from protocol import Fault, Receipt
-from pilot.interfaces import Link
+from pilot.interfaces import MinerState
 from pilot.display.console import Console
 
 def hotkey(i): return "5" + f"{i:03}".replace("0", "z") + "G" * 44
-def link(i): return Link(f"10.0.0.1:{8000 + i}", hotkey(i), "working" if i == 150 else "idle", 1, 2, 0.012, 3456, 78,
+def link(i): return MinerState(f"10.0.0.1:{8000 + i}", hotkey(i), "working" if i == 150 else "idle", 1, 2, 0.012, 3456, 78,
                        *((20e6, 1234e6) if i == 160 else ()))
 def receipt(i, verdict):
     return Receipt(run="r", round=0, hotkey=hotkey(i), order="0" * 64, verdict=verdict, reason="late\\x1b[2J\\x1b[31m",
@@ -207,7 +207,7 @@ def broken(): raise RuntimeError("no links\\x1b[2J")
 TABLE = "miners", ["hotkey", "accepted", "faults"], [[hotkey(1), 2, "1 LATE, 3 SILENT"]]
 
 async def main(many, rounds):
-    stranger = Link("[2001:db8:0:1:1:1:1:1]:8091\\x1b[2J", None, "away", 0, 0, 0.0, 0, 0)
+    stranger = MinerState("[2001:db8:0:1:1:1:1:1]:8091\\x1b[2J", None, "away", 0, 0, 0.0, 0, 0)
     links = [link(i) for i in range(many)] + [stranger]
     with Console(rounds, debug=False) as console:
         async with console.watching(broken if not many else lambda: tuple(links)):
@@ -242,7 +242,7 @@ def test_two_hundred_miners_in_a_small_terminal(tmp_path: Path) -> None:
             BAR + FIGURES + "  " + ETA,
             EPOCH_3 + LATE + r"  shards █▂▁·" + LINKS,
             "miner +state +batches +util +latency +Mbit/s +up +down +verdict +weight why",
-            r"516zGGGG +idle +1/2 +12 ms +20/1234 +3.46 kB +78 B LATE +0\.250 late\ufffd\[2J\ufffd\[31m",
+            r"516zGGGG +idle +1/2 +12 ms +20/1,234 +3.46 kB +78 B LATE +0\.250 late\ufffd\[2J\ufffd\[31m",
             r"515zGGGG +working .* ACCEPTED +0\.250",
             r"…:1:1:1:1:1\]:8091\ufffd\[2J +away +0 B +0 B",
             r"5zzzGGGG +idle .*",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -65,11 +66,16 @@ def test_a_disk_that_fails_does_not_end_the_run(tmp_path: Path, caplog: pytest.L
     assert caplog.text.count("metrics are not written") == 2
 
 
-def test_rows_that_cannot_be_rewritten_are_the_users_to_know(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path, "disabled", "pilot", "demo")
-    (tmp_path / "metrics.jsonl.tmp").symlink_to("/dev/full")
+def test_rewriting_names_the_file_and_the_remedy_if_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(ValueError, match=r"metrics.jsonl: No space left on device; .*free some space"):
-        metrics.rewrite(ROWS)
+        Metrics(tmp_path, "disabled", "pilot", "demo").rewrite(ROWS)
+    assert not list(tmp_path.iterdir())
 
 
 def run_python(script: str, *arguments: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat.config import GPTConfig
+from pilot.common.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -78,17 +79,6 @@ def base_dir() -> Path:
     """The folder for data, tokenizer and checkpoints: $NANOCHAT_BASE_DIR, or ~/.cache/nanochat. Not made here."""
     chosen = os.environ.get("NANOCHAT_BASE_DIR")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "nanochat"
-
-
-def human_bytes(count: float) -> str:
-    """In decimal units: 45.1 GB."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 999.95:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1000:.1f} TB"
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -168,7 +158,7 @@ def check_memory(
     if there is None or need <= there:
         return
     line = (
-        f"--nanochat.depth {shape.n_layer}: needs {human_bytes(need)} ({human_bytes(4 * _weights(shape))} of weights)"
+        f"--nanochat.depth {shape.n_layer}: needs {format_bytes(need)} ({format_bytes(4 * _weights(shape))} of weights)"
     )
     fixed = need_of(shape, 0)
     per_row = need_of(shape, 1) - fixed
@@ -177,7 +167,7 @@ def check_memory(
         fix = f"train on {rows} sequences of {shape.sequence_len} tokens at once instead of {batch}"
     else:
         fix = f"choose a smaller depth{_that_fits(shape, there, need_of)}, or a larger device"
-    raise ValueError(f"{line}, {device} has {human_bytes(there)} left; {fix}")
+    raise ValueError(f"{line}, {device} has {format_bytes(there)} left; {fix}")
 
 
 def _weights(shape: GPTConfig) -> int:

@@ -50,7 +50,7 @@ def watched_files(config: ValidatorConfig, console: Console) -> tuple[AxonsFile 
 
 def signing_key(config: ValidatorConfig, endpoints: Sequence[Endpoint], console: Console) -> Keypair:
     """The wallet's hotkey, made where it is missing and every miner is on this machine."""
-    from pilot.transport.client.peer import is_loopback
+    from pilot.common.addresses import is_loopback
     from pilot.transport.wallets import load_keypair
 
     loopback = all(endpoint.is_loopback for endpoint in endpoints)

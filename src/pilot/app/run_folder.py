@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pilot.app import cli
 from pilot.app.validator_flags import ValidatorConfig
+from pilot.storage import LEDGER
 
 if TYPE_CHECKING:
     from pilot.storage.run_store import RunStore
@@ -26,7 +27,6 @@ FIXED = (
 # What a schedule made of these is in each round's record.
 FREE = tuple(f"nanochat.optimizer.{flag}" for flag in ("warmup_steps", "warmdown_ratio", "final_lr_frac"))
 FLEETING = ("resume", "config", "run", "runs")  # of one command, not of the run
-LEDGER = "ledger.sqlite"
 DATA = "data_digest"
 
 

@@ -1,23 +1,25 @@
-"""Files that outlive a SIGKILL and a power cut: whole under their name, or not there at all."""
+"""Write files atomically, sync them to the disk, and lock them."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from pilot.common.hashing import Hasher
 
-TEMPORARY = ".tmp"
+TEMPORARY = ".tmp"  # the suffix of a file that is being written
 CHUNK_BYTES = 1 << 20
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, or the process's file size limit
 
 
 def sync_file(path: Path) -> None:
-    """Bring a file's bytes, or a folder's entries, to the disk."""
+    """Write a file's bytes, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -26,7 +28,7 @@ def sync_file(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> Path:
-    """Create `folder` and its parents where they are missing, each entry durable."""
+    """Create `folder` and its missing parents durably, and return it."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -34,29 +36,58 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full, or as full as this process may make it
-
-
 @contextmanager
 def replacing(path: Path, sync_folder: bool = True, sync: bool = True) -> Iterator[BinaryIO]:
-    """A file to write under a temporary name; at the end of the block it is durable and takes the name `path` at once.
+    """Write a file under a temporary name; when the block ends, rename it to `path` atomically and durably.
 
-    Where the block raises, what lay under `path` stays and the temporary file goes. Without `sync_folder` it is the
-    caller who makes the name durable, by `sync_file(path.parent)`; without `sync` it is whole, and nothing durable.
+    If the block raises, `path` stays as it was and the temporary file is deleted. What a killed process left is deleted
+    by the next call for the same `path`, or by `delete_leftovers`. Without `sync_folder` the caller makes the new name
+    durable with `sync_file(path.parent)`; without `sync` neither bytes nor name are durable.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        with open(temporary, "wb") as file:
+    delete_leftovers(path.parent, path.name)
+    file = open_temporary(path)
+    with file:
+        try:
             yield file
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
     if sync and sync_folder:
         sync_file(path.parent)
+
+
+def open_temporary(path: Path) -> BinaryIO:
+    """Create a file beside `path` with a name that no other writer has, locked for as long as it is open."""
+    while True:
+        temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+        file = open(temporary, "xb")  # noqa: SIM115 - the caller closes it
+        with suppress(OSError):  # a file system without locks, where leftovers stay
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # deleted as a leftover before it was locked
+
+
+def delete_leftovers(folder: Path, name: str = "") -> None:
+    """Delete the temporary files that killed processes left in a folder, those of all files or of the file `name`."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name.endswith(TEMPORARY)]
+    for path in (folder / leftover for leftover in names if not name or leftover.startswith(f"{name}.")):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:  # gone, or no file of ours
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+        except OSError:  # its writer is alive
+            continue
+        finally:
+            os.close(descriptor)
 
 
 def hash_rest(file: BinaryIO, hasher: Hasher) -> None:
@@ -67,10 +98,10 @@ def hash_rest(file: BinaryIO, hasher: Hasher) -> None:
 
 
 class FileLock:
-    """Held by one process at a time; the kernel lets go of it when that process ends, however it ends."""
+    """A lock that one process holds at a time; the kernel releases it when that process ends."""
 
     def __init__(self, path: Path) -> None:
-        """Raises BlockingIOError, whose text is the holder's pid, where another holds it."""
+        """Take the lock. Raises BlockingIOError, whose text is the holder's pid, if another process holds it."""
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -26,6 +26,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pilot.common.units import format_bytes, format_mbps
 from pilot.interfaces import MinerState
 from protocol import Hotkey, Receipt
 
@@ -281,9 +282,11 @@ def _cells(link: MinerState, receipt: Receipt | None, used: float | None) -> dic
         _BATCHES: _text(f"{min(link.batches_done, link.batches)}/{link.batches}" if link.batches else ""),
         _USED: _text("" if used is None else f"{used:.0%}"),
         _LATENCY: _text(_seconds(link.latency_s)),
-        _LINK: _text(f"{_rate(link.up_bps)}/{_rate(link.down_bps)}" if link.up_bps or link.down_bps else ""),
-        _UP: _text(_size(link.bytes_up)),
-        _DOWN: _text(_size(link.bytes_down)),
+        _LINK: _text(
+            f"{format_mbps(link.up_bps)}/{format_mbps(link.down_bps)}" if link.up_bps or link.down_bps else ""
+        ),
+        _UP: _text(format_bytes(link.bytes_up)),
+        _DOWN: _text(format_bytes(link.bytes_down)),
         _VERDICT: _text(receipt.verdict if receipt else "", "green" if good else "red"),
         _WEIGHT: _text(f"{receipt.weight:.3f}" if receipt else ""),
         _WHY: _text("" if good or not receipt else receipt.reason),
@@ -394,8 +397,8 @@ def _communication(row: Mapping[str, float | int | str]) -> list[str]:
     """What a miner sent and got in a round, and what of the round that takes on the median link."""
     if "communication" not in row:
         return []
-    up, down = (_rate(1e6 * float(row[f"link_{way}_mbps"])) for way in ("up", "down"))
-    sent, got = (_size(float(row[f"bytes_{way}"]) / max(1, int(row["miners"]))) for way in ("up", "down"))
+    up, down = (format_mbps(1e6 * float(row[f"link_{way}_mbps"])) for way in ("up", "down"))
+    sent, got = (format_bytes(float(row[f"bytes_{way}"]) / max(1, int(row["miners"]))) for way in ("up", "down"))
     return [f"{sent} up, {got} down a miner: {float(row['communication']):.0%} of a round at {up}/{down} Mbit/s"]
 
 
@@ -418,21 +421,6 @@ def _figures(row: Mapping[str, float | int | str]) -> list[str]:
 
 def _seconds(seconds: float) -> str:
     return "" if not seconds else f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-
-
-def _rate(bps: float) -> str:
-    """Megabits a second, in at most four characters up to 9,999; "?" where they are not known."""
-    mbps = bps / 1e6
-    return "?" if not bps else f"{mbps:.0f}" if mbps >= 99.5 else f"{mbps:.2g}"
-
-
-def _size(count: float) -> str:
-    """Bytes, in at most eight characters."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.0f} TB"
 
 
 def _text(line: str, style: str = "") -> Text:

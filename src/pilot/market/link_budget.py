@@ -16,6 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from pilot.codec import bits
+from pilot.common.units import format_bytes, format_mbps
 from pilot.interfaces import MinerState
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Rate:
     latency_s: float = 0.0
 
     def __str__(self) -> str:
-        return f"{_mbps(self.up_bps)} Mbit/s up, {_mbps(self.down_bps)} down"
+        return f"{format_mbps(self.up_bps)} Mbit/s up, {format_mbps(self.down_bps)} down"
 
 
 TYPICAL = Rate(TYPICAL_BPS, TYPICAL_BPS)
@@ -110,9 +111,8 @@ class LinkBudget:
     def line(self, rate: Rate, link: str) -> str:
         """All of it, for display. `link`: whose it is."""
         share, used = self.share(rate), self.utilisation(rate)
-        text = (
-            f"{size(self.bytes_up)} up ({self.up}) and {size(self.bytes_down)} down ({self.down}) a round and miner: "
-        )
+        text = f"{format_bytes(self.bytes_up)} up ({self.up}) and {format_bytes(self.bytes_down)} down ({self.down})"
+        text += " a round and miner: "
         text += f"{self.communication_s(rate):.3g} s on {link} of {rate}"
         return text if share is None else f"{text}, {share:.0%} of it; computing has {used:.0%}"
 
@@ -264,16 +264,3 @@ def _before(ladder: tuple[str, ...], name: str) -> str:
     """One step less of compression; the same where there is none."""
     more = [other for other in ladder if bits(other) > bits(name)]
     return more[-1] if more else name
-
-
-def _mbps(bps: float) -> str:
-    return f"{bps / 1e6:,.0f}" if bps >= 1e8 else f"{bps / 1e6:.3g}"
-
-
-def size(count: float) -> str:
-    """Bytes, in three digits."""
-    for unit in ("B", "kB", "MB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

@@ -20,12 +20,12 @@ from typing import Any, Protocol, TypeVar
 
 from pilot.common.files import FileLock
 from pilot.interfaces import ReceivedReply
+from pilot.storage import LEDGER
 from pilot.storage.ledger import Ledger
 from pilot.storage.snapshots import Snapshots
 from pilot.storage.spool import Spool
 from protocol import Digest, Hotkey, Message, Order, ProtocolError, Range, Receipt, Reply, Signed, Update
 
-LEDGER = "ledger.sqlite"
 M = TypeVar("M", bound=Message)
 Place = tuple[int, Hotkey]  # round and miner
 

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer
 
-from pilot.common.files import NO_DISK, FileLock, make_folder
+from pilot.common.files import NO_SPACE, FileLock, make_folder
 from pilot.common.limits import Limits
 from pilot.interfaces import ReceivedReply, RoundRecord
+from pilot.storage import LEDGER
 from pilot.storage.blob_store import FileBlobStore
 from pilot.storage.ledger import Accounting, Late, Ledger, Total
 from pilot.storage.snapshots import Snapshot, Snapshots
@@ -32,8 +33,6 @@ from protocol import Hotkey, Signed
 
 if TYPE_CHECKING:
     import torch
-
-_LEDGER = "ledger.sqlite"
 
 
 class DiskFull(Exception):
@@ -52,7 +51,7 @@ class DiskFullGuard:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         by_ledger = isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL
-        if by_ledger or (isinstance(error, OSError) and error.errno in NO_DISK):
+        if by_ledger or (isinstance(error, OSError) and error.errno in NO_SPACE):
             raise DiskFull(
                 f"{self._folder}: the disk is full; what was committed is whole: free some space, then --resume"
             ) from error
@@ -72,7 +71,7 @@ class RunStore:
                 self._snapshots = Snapshots(folder / "snapshots", keep)
                 self._spool = Spool(folder / "spool")
                 self.updates = FileBlobStore(folder / "versions")
-                self._ledger = Ledger(folder / _LEDGER)
+                self._ledger = Ledger(folder / LEDGER)
         except (ValueError, DiskFull):
             self._lock.release()
             raise
@@ -91,7 +90,7 @@ class RunStore:
     def open(cls, folder: Path, keep: int) -> RunStore:
         """The run that `create` made. Raises ValueError where there is none, or another validator uses it."""
         missing = ValueError(f"--run {folder.name}: there is no such run in {folder.parent}; start it without --resume")
-        if not (folder / _LEDGER).is_file():
+        if not (folder / LEDGER).is_file():
             raise missing
         store = cls(folder, keep)
         if not store.meta():

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pilot.common.files import TEMPORARY, hash_rest, make_folder, replacing
+from pilot.common.files import delete_leftovers, hash_rest, make_folder, replacing
 from protocol import Hasher
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ class Snapshots:
             raise ValueError(f"{keep} snapshots kept: at least 2, so that a damaged one has one before it")
         self._folder = make_folder(folder)
         self._keep = keep
-        for leftover in folder.glob("*" + TEMPORARY):  # a killed process was writing it
-            leftover.unlink()
+        delete_leftovers(folder)
 
     def save(self, round: int, header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Path:
         """Write the state with `round` rounds applied, then delete the snapshots that are no longer kept.

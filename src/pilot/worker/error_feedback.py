@@ -22,7 +22,7 @@ import torch
 from typing_extensions import Buffer
 
 from pilot.codec import Codec, load_codec
-from pilot.common.files import NO_DISK
+from pilot.common.files import NO_SPACE
 from pilot.interfaces import ResidualStore
 from protocol import Digest, Hasher, Hotkey, Order, ProtocolError, Receipt, Reply, Signed, digest
 
@@ -192,7 +192,7 @@ class ErrorFeedback:
             self._residuals.save(header, tensors)
             self._unkept = False
         except OSError as error:
-            if error.errno not in NO_DISK:
+            if error.errno not in NO_SPACE:
                 raise
             if not self._unkept:
                 self._say("error feedback is not kept, the disk is full: after a restart it begins anew")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pilot.simulation.chaos.proxy import Line, line_to
 from pilot.simulation.chaos.schedule import VALIDATOR, Event
+from pilot.storage import LEDGER
 
 ROOT = Path(__file__).resolve().parents[4]
 CLOCK = Path(__file__).with_name("clock.py")
@@ -323,11 +324,11 @@ class Place:
 
 def committed(run: Path) -> int:
     """Rounds, from a ledger that a validator writes at the same time."""
-    if not (run / "ledger.sqlite").exists():
+    if not (run / LEDGER).exists():
         return 0
     with (
         contextlib.suppress(sqlite3.OperationalError),  # it is being made, or its disk is full
-        closing(sqlite3.connect(f"file:{run}/ledger.sqlite?mode=ro", uri=True)) as db,
+        closing(sqlite3.connect(f"file:{run / LEDGER}?mode=ro", uri=True)) as db,
     ):
         return int(db.execute("SELECT count(*) FROM rounds").fetchone()[0])
     return 0

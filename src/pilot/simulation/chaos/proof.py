@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pilot.simulation.chaos.processes import ROOT
+from pilot.storage import LEDGER
 from pilot.storage.checker import RULES, check_run
 from pilot.storage.run_reader import Violation
 
@@ -56,8 +57,8 @@ def config_of(run: Path) -> ValidatorConfig:
     from pilot.app import run_folder as runs
     from pilot.app.validator_flags import ValidatorConfig
 
-    if not (run / runs.LEDGER).is_file():
-        raise ValueError(f"{run}: there is no run in it; name a folder with a {runs.LEDGER}, such as runs/demo")
+    if not (run / LEDGER).is_file():
+        raise ValueError(f"{run}: there is no run in it; name a folder with a {LEDGER}, such as runs/demo")
     flags = ["--runs", str(run.parent), "--run", run.name, "--resume"]
     return cli.parse(ValidatorConfig, "chaos.py", flags, runs.resume_flags(flags))
 
@@ -116,13 +117,13 @@ async def _restore(run: Path, config: ValidatorConfig, task: Task, store: RunSto
 def loss(run: Path) -> float:
     """Of the last evaluation."""
     query = "SELECT value FROM evaluations WHERE name = 'val_loss' ORDER BY round DESC LIMIT 1"
-    with closing(sqlite3.connect(run / "ledger.sqlite")) as db:
+    with closing(sqlite3.connect(run / LEDGER)) as db:
         return float(db.execute(query).fetchone()[0])
 
 
 def faults(run: Path) -> dict[str, int]:
     """Receipts by verdict, work that came too late, and rounds in which nothing was accepted."""
-    with closing(sqlite3.connect(run / "ledger.sqlite")) as db:
+    with closing(sqlite3.connect(run / LEDGER)) as db:
         found = dict(db.execute("SELECT coalesce(fault, 'ACCEPTED'), count(*) FROM receipts GROUP BY 1").fetchall())
         late = db.execute("SELECT count(*) FROM late").fetchone()[0]
         empty = "SELECT count(*) FROM rounds WHERE round NOT IN (SELECT round FROM receipts WHERE fault IS NULL)"

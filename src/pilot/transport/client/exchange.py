@@ -21,7 +21,7 @@ from typing import TypeVar
 import aiohttp
 from typing_extensions import Buffer
 
-from pilot.common.files import NO_DISK
+from pilot.common.files import NO_SPACE
 from pilot.common.limits import Limits
 from pilot.interfaces import Blobs, Faulted, ReceivedReply, Refused
 from pilot.transport.auth import open_reply, verify_message
@@ -96,7 +96,7 @@ class Exchange(ABC):
                 await asyncio.sleep(pause(restarts))  # it was restarted, or lacks more than it knew: the order again
                 restarts += 1
         except OSError as error:
-            if error.errno not in NO_DISK:
+            if error.errno not in NO_SPACE:
                 raise
             raise Faulted(
                 Fault.VALIDATOR_FAILED, "the validator's disk is full; delete old runs or other files"

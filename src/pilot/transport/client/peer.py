@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import random
 import re
 import ssl
@@ -16,6 +15,7 @@ import aiohttp
 from typing_extensions import Buffer
 from yarl import URL
 
+from pilot.common.addresses import is_loopback
 from pilot.common.limits import Limits
 from pilot.interfaces import Refused
 from pilot.transport.auth import Keypair, is_bittensor_address, open_reply, sign_request
@@ -55,14 +55,6 @@ class Endpoint:
     @property
     def is_loopback(self) -> bool:
         return is_loopback(self.host.strip("[]"))
-
-
-def is_loopback(host: str) -> bool:
-    """Of an address without brackets, or localhost; any other name may be anywhere."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def parse_endpoint(text: str, tls: bool = False, flag: str = "axons", whose: str = "miner") -> Endpoint:

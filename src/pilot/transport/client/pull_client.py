@@ -15,7 +15,7 @@ from typing import TypeVar
 import aiohttp
 from typing_extensions import Buffer
 
-from pilot.common.files import NO_DISK
+from pilot.common.files import NO_SPACE
 from pilot.common.limits import Limits
 from pilot.interfaces import MinerService, Refused
 from pilot.transport.auth import Keypair, sign_message, verify_message
@@ -224,7 +224,7 @@ class PullClient:
         except (aiohttp.ClientError, ConnectionError) as error:
             raise Lost(f"{self._validator.endpoint}: {str(error) or type(error).__name__}") from error
         except OSError as error:
-            if error.errno not in NO_DISK:
+            if error.errno not in NO_SPACE:
                 raise
             self._complain("this miner's disk is full; delete old files, in its --cache for example")
             raise Refused(507, "this miner's disk is full") from None

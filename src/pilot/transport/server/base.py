@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 
 from aiohttp import web
 
-from pilot.common.files import NO_DISK
+from pilot.common.files import NO_SPACE
 from pilot.common.limits import Limits
 from pilot.interfaces import Refused
 from pilot.transport.auth import Keypair, Verifier, sign_message, verify_message
@@ -100,7 +100,7 @@ class Server:
         try:
             return await handler(request)
         except OSError as error:
-            if error.errno not in NO_DISK:
+            if error.errno not in NO_SPACE:
                 raise
             logger.warning("%s: %s", request.path, self.DISK_FULL)
             raise Refused(507, self.DISK_FULL) from None
