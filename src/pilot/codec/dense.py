@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from typing_extensions import Buffer
 
+from pilot.common.safetensors_header import dtype_name, safetensors_header
 from protocol import Fault, ProtocolError
 
 if TYPE_CHECKING:
     from pilot.codec import Specs, Tensors
 
 CHUNK = 1 << 15  # values at a time: torch takes one thread for so few, and they stay in cache
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 class Dense:
@@ -87,18 +87,7 @@ class Dense:
         return tensors
 
     def _header(self, specs: Specs) -> bytes:
-        entries, offset = {}, 0
-        for name in sorted(specs):
-            end = offset + math.prod(specs[name]) * self.dtype.itemsize
-            entries[name] = {
-                "dtype": _NAMES[self.dtype],
-                "shape": list(specs[name]),
-                "data_offsets": [offset, end],
-            }
-            offset = end
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)  # the data is aligned to 8 bytes
-        return len(text).to_bytes(8, "little") + text
+        return safetensors_header((name, self.dtype, specs[name]) for name in sorted(specs))
 
     def _difference(self, data: memoryview, specs: Specs) -> str:
         """One line on why the header is not the expected one. The header is only looked at when already refused."""
@@ -118,8 +107,8 @@ class Dense:
             return f"tensor {extra[0][:200]} was not asked for ({len(extra)} in all)"
         for name in sorted(specs):
             entry = found[name] if isinstance(found[name], dict) else {}
-            if entry.get("dtype") != _NAMES[self.dtype]:
-                return f"tensor {name}: dtype {str(entry.get('dtype'))[:20]}, expected {_NAMES[self.dtype]}"
+            if entry.get("dtype") != dtype_name(self.dtype):
+                return f"tensor {name}: dtype {str(entry.get('dtype'))[:20]}, expected {dtype_name(self.dtype)}"
             if entry.get("shape") != list(specs[name]):
                 return f"tensor {name}: shape {str(entry.get('shape'))[:80]}, expected {list(specs[name])}"
         return "the tensors are not laid out in the order of their names without gaps"
