@@ -21,6 +21,7 @@ from typing import Annotated, ClassVar, Final, Literal, NamedTuple, Self, TypeVa
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from pilot.common.hashing import CONTEXT as CONTEXT
 from pilot.common.hashing import PROTOCOL as PROTOCOL
 from pilot.common.hashing import Digest as Digest
 from pilot.common.hashing import Hasher as Hasher
@@ -142,7 +143,7 @@ class Message(Part):
 
     kind: ClassVar[str]
 
-    protocol: Literal["pilot/1"] = PROTOCOL
+    protocol: Literal["pilot/2"] = PROTOCOL
 
     def text(self) -> str:
         """The body that is signed, sent and kept."""
@@ -323,13 +324,13 @@ class Order(Message):
     codec_up: Name
     codec_down: Name
     budget_s: Seconds = 0.0  # until the reply shall be there, if the ranges are not done before; 0: only the deadline
-    inner: InnerSteps | None = None  # DiLoCo; None: the payload is the mean gradient
+    inner_steps: InnerSteps | None = None  # DiLoCo; None: the payload is the mean gradient
     feedback: Annotated[float, Field(ge=0, le=1)] = 0.0  # decay of the miner's error feedback; 0: none
 
 
 class Reply(Message):
     """What was done. The payload is the sum of the gradients over `done`, divided by the examples or tokens in it; or,
-    in an order with `inner`, the pseudo-gradient after inner steps over `done`."""
+    in an order with `inner_steps`, the pseudo-gradient after inner steps over `done`."""
 
     kind: ClassVar[str] = "reply"
 
@@ -422,7 +423,7 @@ class Status(Message):
 class Health(Part):
     """What anyone may ask of a miner or a validator, unsigned: GET /v1/status; HTTP 503 where it is not healthy."""
 
-    protocol: Literal["pilot/1"] = PROTOCOL
+    protocol: Literal["pilot/2"] = PROTOCOL
     release: Text = RELEASE
     role: Literal["miner", "validator"]
     hotkey: Hotkey

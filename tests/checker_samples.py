@@ -121,7 +121,7 @@ def carried() -> Draft:
     """Four rounds of inner steps and an open one: B's work comes a round late, then not at all, then may still come."""
 
     def inner(round: int, hotkey: str, ranges: tuple[Range, ...], version: Version, base: Version | None) -> Order:
-        return order(round, hotkey, ranges, version, base).model_copy(update={"inner": INNER})
+        return order(round, hotkey, ranges, version, base).model_copy(update={"inner_steps": INNER})
 
     return Draft(
         orders={

@@ -121,7 +121,7 @@ def no_version_of_it(run: Draft) -> None:
     for place, ordered in run.orders.items():
         if place[0] in bases:
             made = order(*place, ordered.ranges, *bases[place[0]])
-            run.orders[place] = made.model_copy(update={"inner": ordered.inner})
+            run.orders[place] = made.model_copy(update={"inner_steps": ordered.inner_steps})
     run.cursors[1:] = [(6, span(4, 6)), (10, span(4, 6, 8, 10)), (14, span(4, 6, 8, 10, 12, 14))]
 
 
@@ -148,7 +148,7 @@ def more_than_its_indices_hold(run: Draft) -> None:
 @breaks("stale")
 def on_a_version_from_before_its_round(run: Draft) -> None:
     made = order(2, B, span(8, 10), V0, None)
-    run.orders[2, B] = made.model_copy(update={"inner": run.orders[2, B].inner})
+    run.orders[2, B] = made.model_copy(update={"inner_steps": run.orders[2, B].inner_steps})
 
 
 @pytest.mark.parametrize(("rule", "how", "edit", "damage"), BREAKS, ids=[how for _, how, _, _ in BREAKS])

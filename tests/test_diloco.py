@@ -359,7 +359,7 @@ def test_orders_of_the_other_mode_are_planned_anew(tmp_path: Path, task: GPT2) -
         await place.market.replay(0)
         await play(place.market, 1)
         orders = [Order.parse(s.body) for s in place.store.orders(0)]
-        assert [order.inner for order in orders] == [replace(PLAN, warmup_rounds=0).ordered(0)] * 2
+        assert [order.inner_steps for order in orders] == [replace(PLAN, warmup_rounds=0).ordered(0)] * 2
         assert sorted(i for order in orders for i in indices(order.ranges)) == list(range(12))
         assert {r.verdict for r in receipts(place.store, 0).values()} == {"ACCEPTED"}
 

@@ -315,7 +315,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_residual_alone(tmp_path: Path)
 
 
 CHANGES: Sequence[tuple[str, dict[str, Any]]] = (
-    ("mode", {"inner": InnerSteps(batches=1, first_step=0, steps=10, keep=False, optimizer={})}),
+    ("mode", {"inner_steps": InnerSteps(batches=1, first_step=0, steps=10, keep=False, optimizer={})}),
     ("codec", {"codec_up": "2bit"}),
     ("decay", {"feedback": 0.5}),
     ("run", {"run": "another"}),

@@ -149,7 +149,7 @@ def order_of(task: Task, inner: InnerSteps | None, run: str = "tiny") -> Order:
     return Order(
         run=run, round=3, hotkey=MINERS[0].ss58_address, version=update.version, update=update, state_digest=None,
         task=task.spec(), data=task.data_spec, ranges=(Range(0, 4),), deadline_s=60.0, staleness=0, codec_up="fp32",
-        codec_down="fp32", inner=inner,
+        codec_down="fp32", inner_steps=inner,
     )  # fmt: skip
 
 

@@ -202,7 +202,7 @@ INNER = InnerSteps(batches=1, first_step=0, steps=9, keep=False, optimizer={})
 
 def inner(round: int, hotkey: str, ranges: tuple[Range, ...] = ()) -> Signed:
     what = Order.parse(order(round, hotkey, ranges=ranges).body)
-    return signed(what.model_copy(update={"inner": INNER}))
+    return signed(what.model_copy(update={"inner_steps": INNER}))
 
 
 def settled(of: Signed, round: int, fault: Fault | None = None, done: tuple[Range, ...] = ()) -> Signed:

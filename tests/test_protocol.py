@@ -87,7 +87,7 @@ ORDER = Order(
     codec_up="bf16",
     codec_down="2bit",
     budget_s=60.0,
-    inner=InnerSteps(batches=4, first_step=1500, steps=20_000, keep=False, optimizer={"lr": 6e-4, "warmup": 100}),
+    inner_steps=InnerSteps(batches=4, first_step=1500, steps=20_000, keep=False, optimizer={"lr": 6e-4, "warmup": 100}),
     feedback=0.9,
 )
 REPLY = Reply(
@@ -335,7 +335,7 @@ BAD_ORDERS: dict[str, tuple[Change, str]] = {
     "unknown field": (put("priority", 1), "priority"),
     "unknown field inside": (put("task.code", "import os"), "task.code"),
     "a field's name of several lines": (put("a\nb\x1b[31m\u202e", 1), "a?b?[31m?"),
-    "unknown protocol": (put("protocol", "pilot/2"), "protocol"),
+    "unknown protocol": (put("protocol", "pilot/1"), "protocol"),
     "no protocol": (drop("protocol"), "protocol"),
     "missing field": (drop("deadline_s"), "deadline_s"),
     "string for a number": (put("round", "7"), "round"),
@@ -367,7 +367,7 @@ BAD_ORDERS: dict[str, tuple[Change, str]] = {
     ),
     "a snapshot that is a delta": (put_in_snapshot("kind", "delta"), "update.snapshots.0"),
     "a snapshot beyond the way": (lambda order: order["update"]["snapshots"][0].update(steps=3), "update: "),
-    "inner steps of nothing": (put("inner.batches", 0), "inner.batches"),
+    "inner steps of nothing": (put("inner_steps.batches", 0), "inner_steps.batches"),
     "feedback that grows": (put("feedback", 1.01), "feedback"),
     "a task that is a path": (put("task.name", "../../evil"), "task.name"),
     "a parameter that is a list": (put("task.parameters", {"n": [1]}), "task.parameters"),

@@ -208,6 +208,17 @@ def test_create_needs_a_new_name_and_open_an_old_one(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_run_of_another_protocol_is_not_resumed(tmp_path: Path) -> None:
+    store = RunStore.create(tmp_path / "demo", META, 2)
+    store.open_round(0, orders(0))
+    store.close()
+    with sqlite3.connect(tmp_path / "demo" / "ledger.sqlite") as ledger:
+        ledger.execute("UPDATE orders SET body = replace(body, 'pilot/2', 'pilot/1')")
+    for _ in range(2):  # and the folder is free again
+        with pytest.raises(ValueError, match="--run demo: its messages are of pilot/1, this release speaks pilot/2"):
+            RunStore.open(tmp_path / "demo", 2)
+
+
 def test_a_ledger_that_cannot_be_read_lets_go_of_the_lock(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "ledger.sqlite").write_bytes(b"?" * 5000)

@@ -144,7 +144,7 @@ def test_diloco_in_the_emulated_world(tmp_path: Path) -> None:
     flags = replace(FLAGS, mode="diloco", tau=100, batches=1, warmup_sync=0.0, rounds=10)
     moments, records, _ = play(tmp_path, flags, 600.0)
     assert {r.metrics["codec_up"] for r in records} == {"2bit"}
-    assert all(order.inner is not None for order in orders(tmp_path, 3))
+    assert all(order.inner_steps is not None for order in orders(tmp_path, 3))
     assert not moments[-1].faults
     assert moments[-1].accepted > 100
     assert moments[-2].utilisation(moments[1]) > 0.8

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from blake3 import blake3
 
 from nanochat.dataset import ShardError, read_shard
-from protocol import PROTOCOL, DatasetRef
+from protocol import CONTEXT, DatasetRef
 
 PIECE = 1 << 20  # characters of a file read at a time
 FEW = 100  # fewer documents than these are all cut, rather than dealt out whole
@@ -221,7 +221,7 @@ def whole(documents: Iterable[Document], validation: bool) -> Iterator[Piece]:
 
 
 def _drawn(index: int, fraction: float) -> bool:
-    key = blake3(index.to_bytes(8, "little"), derive_key_context=f"{PROTOCOL} validation split")
+    key = blake3(index.to_bytes(8, "little"), derive_key_context=f"{CONTEXT} validation split")
     return int.from_bytes(key.digest(length=6), "little") < fraction * 2**48
 
 

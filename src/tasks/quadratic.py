@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import nn
 
 from pilot.interfaces import Blobs
-from protocol import MAX_INDEX, PROTOCOL, DataSpec, Digest, ProtocolError, TaskSpec
+from protocol import CONTEXT, MAX_INDEX, DataSpec, Digest, ProtocolError, TaskSpec
 from tasks.config import AdamWConfig, QuadraticConfig
 from tasks.language import Dimension, EpochOrders, Shape, check_tokens, served_blobs
 from tasks.optimizer import Settings, adamw, adamw_settings
@@ -199,7 +199,7 @@ class Quadratic:
 
 def _stream(use: str, seed: int, size: int) -> bytes:
     """blake3's output stream: the same on every machine and for ever."""
-    return blake3(struct.pack("<Q", seed), derive_key_context=f"{PROTOCOL} quadratic {use}").digest(length=size)
+    return blake3(struct.pack("<Q", seed), derive_key_context=f"{CONTEXT} quadratic {use}").digest(length=size)
 
 
 def _optimum(seed: int, dimension: int) -> NDArray[np.float32]:

@@ -24,7 +24,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from protocol import PROTOCOL, BlobRef, Digest, Hasher, ProtocolError
+from protocol import CONTEXT, BlobRef, Digest, Hasher, ProtocolError
 
 Array = NDArray[Any]  # of unsigned integers
 
@@ -109,6 +109,6 @@ def window_order(seed: int, epoch: int, windows: int) -> NDArray[np.int64]:
     The stable rank of 64-bit keys from blake3's output stream. No random number generator of a library is in it, so
     it is the same on every machine and for ever.
     """
-    stream = blake3(struct.pack("<QQ", seed, epoch), derive_key_context=f"{PROTOCOL} window order")
+    stream = blake3(struct.pack("<QQ", seed, epoch), derive_key_context=f"{CONTEXT} window order")
     keys = np.frombuffer(stream.digest(length=8 * windows), dtype="<u8")
     return np.argsort(keys, kind="stable").astype(np.int64, copy=False)

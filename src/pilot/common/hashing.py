@@ -8,7 +8,8 @@ from blake3 import blake3
 from pydantic import StringConstraints
 from typing_extensions import Buffer
 
-PROTOCOL: Final = "pilot/1"
+PROTOCOL: Final = "pilot/2"  # of the messages
+CONTEXT: Final = "pilot/1"  # of every digest and random stream; another would rename all files and reorder all data
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]  # blake3-256, in hex
 Version = Digest
@@ -18,7 +19,7 @@ class Hasher:
     """blake3-256 under a domain: equal bytes of different kinds never share a digest."""
 
     def __init__(self, domain: str) -> None:
-        self._state = blake3(derive_key_context=f"{PROTOCOL} {domain}")
+        self._state = blake3(derive_key_context=f"{CONTEXT} {domain}")
 
     def update(self, chunk: Buffer) -> None:
         self._state.update(chunk)
@@ -31,7 +32,7 @@ def digest(domain: str, data: Buffer) -> Digest:
     """The digest of `data` under `domain` (message kinds, `payload`, and the blob kinds)."""
     size = memoryview(data).nbytes
     threads = blake3.AUTO if size >= 1 << 20 else 1
-    return blake3(data, derive_key_context=f"{PROTOCOL} {domain}", max_threads=threads).hexdigest()
+    return blake3(data, derive_key_context=f"{CONTEXT} {domain}", max_threads=threads).hexdigest()
 
 
 def next_version(base: Version | None, update: Digest) -> Version:

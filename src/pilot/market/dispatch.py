@@ -168,7 +168,7 @@ class Dispatcher:
     async def _receive(self, opened: OpenRound, sent: Assignment, first: Assignment | None) -> ReceivedReply:
         """Order out, reply and payload in. `first` must be at the miner before. Raises Faulted."""
         order = sent.order
-        if order.inner is not None and not self.policy.inner(opened.round):  # since a resume with other --rounds
+        if order.inner_steps is not None and not self.policy.inner(opened.round):  # since a resume with other --rounds
             raise Faulted(
                 Fault.VALIDATOR_FAILED, f"round {opened.round} takes gradients, and this would be inner steps"
             )
@@ -289,7 +289,7 @@ class Dispatcher:
     def _may_be_carried(self, opened: OpenRound, sent: Assignment) -> bool:
         """Inner steps that its miner is at, and that are not a round late already."""
         at_work = sent.taken.is_set() and sent.outcome is not None and not sent.outcome.done()
-        return at_work and sent.order.inner is not None and sent.order.round == opened.round
+        return at_work and sent.order.inner_steps is not None and sent.order.round == opened.round
 
     async def sealed(self, opened: OpenRound) -> None:
         """Everything that was received is durable."""

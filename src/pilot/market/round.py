@@ -191,7 +191,7 @@ class Market:
         fitting = {self.learner.version, self.learner.base if self.policy.overlap else None}
         if any(order.version not in fitting for order, _ in standing):
             return []
-        if any((order.inner is not None) != self.policy.inner(round) for order, _ in standing):
+        if any((order.inner_steps is not None) != self.policy.inner(round) for order, _ in standing):
             return []  # with other --rounds other rounds are DiLoCo's
         self.cursor = self.cursor.without(chain.from_iterable(order.ranges for order, _ in standing))
         if standing:
@@ -272,7 +272,7 @@ class Market:
             codec_up=up,
             codec_down=down,
             budget_s=budget_s,
-            inner=self.policy.diloco.ordered(round) if self.policy.diloco else None,
+            inner_steps=self.policy.diloco.ordered(round) if self.policy.diloco else None,
             feedback=0.0 if up == "fp32" else self.policy.feedback,
         )
         logger.debug("round %d: %s gets %s on %s", round, hotkey[:8], list(ranges), order.version[:12])

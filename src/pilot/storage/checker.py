@@ -196,7 +196,7 @@ def _rounds(run: RunRecords) -> Iterator[Violation]:
 def _carried(run: RunRecords) -> Iterator[Violation]:
     for place, receipt in run.receipts.items():
         order = run.orders.get(place)
-        latest = place[0] + (order is not None and order.inner is not None)
+        latest = place[0] + (order is not None and order.inner_steps is not None)
         if not place[0] <= receipt.round <= latest:
             yield Violation("carried", *place, f"its receipt is of round {receipt.round}")
 

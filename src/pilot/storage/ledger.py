@@ -145,6 +145,11 @@ class Ledger:
         """What the run is: its flags; empty before its creation."""
         return dict(self._rows("SELECT key, value FROM meta ORDER BY key"))
 
+    def protocol(self) -> str | None:
+        """Return the protocol of the newest order; None before the first."""
+        rows = self._rows("SELECT json_extract(body, '$.protocol') FROM orders ORDER BY round DESC LIMIT 1")
+        return rows[0][0] if rows else None
+
     def set_meta(self, values: Mapping[str, str]) -> None:
         """At the run's creation, and when it is resumed with other flags."""
         with self._transaction() as db:
@@ -201,7 +206,7 @@ class Ledger:
             )
             for order in (*_unsettled(db, record.round - 1), *_unsettled(db, record.round)):
                 what = Order.parse(order.body)
-                if what.round < record.round or what.inner is None:
+                if what.round < record.round or what.inner_steps is None:
                     raise RuntimeError(f"round {what.round}: the order of {what.hotkey} has no receipt")
 
     def unsettled(self) -> tuple[Signed, ...]:

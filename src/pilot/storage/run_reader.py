@@ -105,7 +105,7 @@ class RunRecords:
         """An order without a receipt, which may wait for that of the next round: inner steps of the last one."""
         order = self.orders.get(place)
         last = bool(self.rounds) and place[0] == self.rounds[-1].round
-        return last and place not in self.receipts and order is not None and order.inner is not None
+        return last and place not in self.receipts and order is not None and order.inner_steps is not None
 
     def settled(self, place: Place) -> int:
         """The round in which an order got its receipt, or will get it."""

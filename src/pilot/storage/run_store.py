@@ -29,7 +29,7 @@ from pilot.storage.blob_store import FileBlobStore
 from pilot.storage.ledger import Accounting, Late, Ledger, Total
 from pilot.storage.snapshots import Snapshot, Snapshots
 from pilot.storage.spool import Spool
-from protocol import Hotkey, Signed
+from protocol import PROTOCOL, Hotkey, Signed
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +96,12 @@ class RunStore:
         if not store.meta():
             store.close()
             raise missing
+        if (protocol := store._ledger.protocol()) not in (None, PROTOCOL):
+            store.close()
+            raise ValueError(
+                f"--run {folder.name}: its messages are of {protocol}, this release speaks {PROTOCOL}; "
+                "finish it with the release that it was started with, or start another --run"
+            )
         return store
 
     def close(self) -> None:

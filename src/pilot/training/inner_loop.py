@@ -94,7 +94,7 @@ class WorkStarter:
 
         Raises ProtocolError as `InnerLoop` does.
         """
-        inner = order.inner
+        inner = order.inner_steps
         if inner is None:
             return GradientAccumulator(task, model)
         use = (order.run, dict(inner.optimizer)) if inner.keep else None

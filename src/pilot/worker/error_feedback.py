@@ -215,7 +215,7 @@ def _key(order: Order, validator: Hotkey, shapes: Mapping[str, tuple[int, ...]])
         "run": order.run,
         "task": digest("task", order.task.model_dump_json().encode()),
         "model": digest("shapes", json.dumps(sorted(shapes.items())).encode()),
-        "mode": "diloco" if order.inner else "gradient",
+        "mode": "diloco" if order.inner_steps else "gradient",
         "codec": order.codec_up,
         "decay": order.feedback,
     }
