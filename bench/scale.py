@@ -141,7 +141,7 @@ async def over_sockets(folder: Path, ports: Sequence[int], rounds: int, dimensio
         closing(RunStore.create(folder / "run", {"task": "quadratic"}, keep=2)) as store,
         ThreadPoolExecutor(1, "tensors") as worker,
     ):
-        room = partial(store.make_room, limits=limits)
+        room = partial(store.spool.reserve, limits=limits)
         network = Dendrite(VALIDATOR, endpoints, {}, lambda _: None, "quadratic", print, limits, room)
         market = make_market(folder, network, store, dimension, decoding, worker)
         await network.start()

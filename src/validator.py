@@ -42,7 +42,7 @@ async def train(config: ValidatorConfig, market: Market, store: RunStore, metric
     """The marketplace, one round after the other, from wherever the ledger ends."""
     while True:
         # Once in a while, with the miners at work on the next round already: evaluate, save a snapshot.
-        if due(market.round, config.eval_every, config.rounds) and market.round not in store.evaluations():
+        if due(market.round, config.eval_every, config.rounds) and market.round not in store.ledger.evaluations():
             logger.debug("%d rounds done: evaluating", market.round)
             store.add_evaluation(market.round, await market.evaluate())
         if due(market.round, config.snapshot_every, config.rounds) or market.out_of_patience:
@@ -66,7 +66,7 @@ def report_round(done: int, store: RunStore, metrics: Metrics, console: Console)
     """The newest round for the display and for metrics.jsonl: what its commit says, and an evaluation after it."""
     head = store.head()
     if head is not None and head.round == done - 1:
-        row = {**head.metrics, **store.evaluations().get(done, {}), "late_batches": store.late_batches()}
+        row = {**head.metrics, **store.ledger.evaluations().get(done, {}), "late_batches": store.ledger.late_batches()}
         receipts = [Receipt.parse(signed.body) for signed in head.receipts]
         verdicts = ", ".join(f"{r.hotkey[:8]} {r.verdict}" for r in receipts)
         logger.debug("round %d: committed, version %s, %s", head.round, head.version[:12], verdicts or "no orders")
@@ -76,7 +76,7 @@ def report_round(done: int, store: RunStore, metrics: Metrics, console: Console)
 
 def rewrite_metrics(store: RunStore, metrics: Metrics) -> None:
     """After a restart metrics.jsonl says what the ledger says, up to the newest round, which comes anew."""
-    looks = store.evaluations()
+    looks = store.ledger.evaluations()
     metrics.rewrite([{**r.metrics, **looks.get(r.round + 1, {})} for r in store.committed(0)[:-1]])
 
 
@@ -86,7 +86,7 @@ async def run(config: ValidatorConfig) -> None:
     from pilot.app.local_miners import LocalMiners
     from pilot.display.console import Console
     from pilot.display.metrics import Metrics
-    from pilot.storage.run_store import DiskFullGuard
+    from pilot.storage.run_store import detecting_full_disk
     from pilot.transport.client.dendrite import parse_endpoint
 
     with ExitStack() as stack:
@@ -99,7 +99,7 @@ async def run(config: ValidatorConfig) -> None:
             console = stack.enter_context(Console(config.rounds, config.logging.debug))
             listed, admission = wiring.watched_files(config, console)
             keypair = wiring.signing_key(config, [*endpoints, *(listed.endpoints if listed else ())], console)
-            stack.enter_context(DiskFullGuard(folder))
+            stack.enter_context(detecting_full_disk(folder))
             store = stack.enter_context(closing(runs.open_store(config, folder)))
             local = stack.enter_context(  # they import while we do
                 LocalMiners(config.local, folder / "miners", config.task, config.device, config.threads)

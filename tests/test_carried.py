@@ -66,11 +66,11 @@ async def with_a_late_one(place: Place, rounds: int, slow: int = 1, seconds: flo
 
 def prove(place: Place) -> None:
     """Nothing was accepted twice, nothing lost, and every account is balanced. Closes the store."""
-    books = place.store.accounting()
+    books = place.store.ledger.accounting()
     assert books.ordered == books.outstanding + books.accepted + books.undone + books.lost
     returned = size(Cursor.loads(place.store.head().cursor).returned)  # with what is out
     assert books.undone + books.lost - books.reassigned == returned - books.outstanding
-    assert sum(total.lost for total in place.store.totals()) == books.lost
+    assert sum(total.lost for total in place.store.ledger.totals()) == books.lost
     place.store.close()
     folder = place.store.folder
     caches = [folder.parent / "miners" / k.ss58_address for k in MINERS[:3]]
@@ -141,7 +141,7 @@ def test_it_is_late_where_the_next_round_is_closed_without_it_too(tmp_path: Path
         assert late.reason.endswith("carried from round 1")
         assert set(indices(order.ranges)) <= {i for o in orders(place.store, 3).values() for i in indices(o.ranges)}
         await asyncio.sleep(100.0)
-        assert (1, B) in [(note.round, note.hotkey) for note in place.store.late()]
+        assert (1, B) in [(note.round, note.hotkey) for note in place.store.ledger.late()]
         prove(place)
 
     run(main())
@@ -153,7 +153,7 @@ def test_the_last_round_carries_nothing(tmp_path: Path, task: Quadratic) -> None
         await with_a_late_one(place, 2)
         assert receipts(place.store, 1)[B].verdict == Fault.LATE
         assert Cursor.loads(place.store.head().cursor).returned == orders(place.store, 1)[B].ranges
-        assert place.store.accounting().outstanding == 0
+        assert place.store.ledger.accounting().outstanding == 0
         prove(place)
 
     run(main())
@@ -214,7 +214,7 @@ def test_a_round_that_is_stopped_carries_nothing(tmp_path: Path, task: Quadratic
         await play(place.market, 9)
         assert receipts(place.store, 1)[B].verdict == Fault.LATE
         assert place.store.head().round == 1
-        assert place.store.accounting().outstanding == 0
+        assert place.store.ledger.accounting().outstanding == 0
         prove(place)
 
     run(main())
@@ -238,7 +238,7 @@ def test_a_stop_that_comes_after_settles_what_was_carried(
         assert place.store.head().round == 2
         assert orders(place.store, 2) == {}
         assert {hotkey: r.verdict for hotkey, r in receipts(place.store, 2).items()} == {B: verdict}
-        assert place.store.accounting().outstanding == 0
+        assert place.store.ledger.accounting().outstanding == 0
         prove(place)
 
     run(main())
@@ -316,7 +316,7 @@ def test_death_at_every_durable_step_loses_nothing(tmp_path: Path, task: Quadrat
         await place.market.replay(0)
         await play(place.market, rounds)
         assert place.store.head().round == rounds - 1
-        assert place.store.accounting().outstanding == 0
+        assert place.store.ledger.accounting().outstanding == 0
         prove(place)
 
     for at in range(1, run(dies(tmp_path / "calm", 1000)) + 1):
@@ -366,7 +366,7 @@ def test_a_replay_finds_what_was_carried_into_its_first_round(tmp_path: Path, ta
     async def again() -> dict[str, torch.Tensor]:
         (tmp_path / "run" / "snapshots" / "00000004.safetensors").unlink()
         place = three(tmp_path, task)
-        snapshot = place.store.newest_snapshot(print)
+        snapshot = place.store.snapshots.newest(print)
         assert snapshot is not None
         assert snapshot.round == 2
         place.market.learner.load_state(snapshot.header, snapshot.tensors)

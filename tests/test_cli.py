@@ -335,7 +335,7 @@ def test_a_corrupt_snapshot_costs_nothing_but_the_one_before_is_used(run: Path, 
     damage(run / "snapshots" / "00000004.safetensors")
     validator.main(["--resume", "--runs", str(run.parent), "--axons", worker.endpoint, "--rounds", "5"])
     said = capfd.readouterr().out
-    assert re.search(r"00000004.safetensors is damaged: 00000002.safetensors is used instead", said), said
+    assert re.search(r"00000004.safetensors is damaged: using 00000002.safetensors instead", said), said
     after = versions(run)
     assert (after[:4], len(after)) == (before, 5)
 

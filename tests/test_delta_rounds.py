@@ -180,7 +180,7 @@ def test_death_at_any_durable_step_leaves_the_same_chain(tmp_path: Path, task: G
         place = make_place(folder, task, store=Dying(store, at, after=True), overlap=1, miners=MINERS[:1], **policy)  # type: ignore[arg-type]
         try:
             market = place.market
-            snapshot = store.newest_snapshot(lambda line: None)
+            snapshot = store.snapshots.newest(lambda line: None)
             if snapshot:
                 market.learner.load_state(snapshot.header, snapshot.tensors)
             await market.replay(snapshot.round if snapshot else 0)

@@ -202,7 +202,7 @@ def test_every_fault_counts_in_the_totals(tmp_path: Path, task: GPT2) -> None:
         place = make_place(tmp_path, task, wrap=lambda w: Liar(w, **lies) if w.hotkey == LIAR else w)
         Liar.specs = place.market.dispatcher.specs
         await play(place.market, 2)
-        totals = {t.hotkey: t for t in place.store.totals()}
+        totals = {t.hotkey: t for t in place.store.ledger.totals()}
         assert totals[LIAR].faults == {"NONFINITE": 1}
         assert (totals[LIAR].accepted, totals[HONEST].accepted) == (1, 2)
 

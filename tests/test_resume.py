@@ -32,7 +32,7 @@ def miners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Miner]]:
 
 def history(folder: Path, run: str) -> tuple[list[RoundRecord], dict[int, dict[str, float]]]:
     with closing(RunStore.open(folder / "runs" / run, keep=2)) as store:
-        return store.committed(0), store.evaluations()
+        return store.committed(0), store.ledger.evaluations()
 
 
 def flags(miners: list[Miner], run: str, rounds: int) -> list[str]:

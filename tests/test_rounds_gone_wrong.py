@@ -92,7 +92,7 @@ def test_a_restart_right_after_a_snapshot_blames_no_miner(tmp_path: Path, task: 
 
     async def second() -> None:
         place = make_place(tmp_path, task, batch_s=(1.0, 1.0), overlap=1)
-        snapshot = place.store.newest_snapshot(print)
+        snapshot = place.store.snapshots.newest(print)
         assert snapshot is not None
         place.market.learner.load_state(snapshot.header, snapshot.tensors)
         await place.market.replay(snapshot.round)
@@ -156,7 +156,7 @@ def test_who_is_cut_off_leaves_no_file(tmp_path: Path, task: GPT2) -> None:
         slow = place.workers[MINERS[2].ss58_address]
         slow._executor._charge = batch_takes(60.0)
         path = place.store.payload_path(2, slow.hotkey)
-        place.store.make_room(path, 1000, Limits())
+        place.store.spool.reserve(path, 1000, Limits())
         path.write_bytes(b"x" * 1000)  # made ready for what will not come
         await play(place.market, 3)
         assert receipts(place.store, 2)[slow.hotkey].verdict == Fault.LATE

@@ -149,7 +149,7 @@ def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path: Path, damage: 
     snapshot = snapshots.newest(lines.append)
     assert snapshot is not None
     assert (snapshot.round, snapshot.tensors["step"].item()) == (5, 5.0)
-    assert lines == [f"snapshot {newest} is damaged: 00000005.safetensors is used instead"]
+    assert lines == [f"snapshot {newest} is damaged: using 00000005.safetensors instead"]
     assert snapshots.rounds() == [5]  # so the spool is kept back to a whole one
     snapshots.save(10, {}, {"step": torch.tensor(10.0)})
     again = snapshots.newest(no_warning)
@@ -164,7 +164,7 @@ def test_all_damaged(tmp_path: Path) -> None:
     lines: list[str] = []
     assert snapshots.newest(lines.append) is None
     assert len(lines) == 2
-    assert "there is none before it" in lines[1]
+    assert "there is no older one" in lines[1]
 
 
 @pytest.mark.skipif(not PEAK_RESET.exists(), reason="the peak of resident memory is Linux's to tell")

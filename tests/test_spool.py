@@ -106,16 +106,16 @@ def test_room_is_counted_while_payloads_arrive(tmp_path: Path) -> None:
     before = sum(path.stat().st_size for path in (tmp_path / "00000000").iterdir())
     limits = replace(Limits(), spool_bytes=before + 1000, reserve_bytes=0)
     here, there = spool.payload_path(1, A), spool.payload_path(1, B)
-    spool.make_room(here, 600, limits)
+    spool.reserve(here, 600, limits)
     here.write_bytes(b"on its way")
     with pytest.raises(Faulted, match=r"--limits.spool-bytes; raise it") as faulted:
-        spool.make_room(there, 600, limits)
+        spool.reserve(there, 600, limits)
     assert faulted.value.fault is Fault.VALIDATOR_FAILED
     here.unlink()  # it was of no use
-    spool.make_room(there, 600, limits)
+    spool.reserve(there, 600, limits)
     there.write_bytes(bytes(600))
     spool.prune(1)
-    spool.make_room(here, 400 + before, limits)
+    spool.reserve(here, 400 + before, limits)
 
 
 def test_room_is_counted_over_all_the_rounds_that_are_open(tmp_path: Path) -> None:
@@ -123,37 +123,37 @@ def test_room_is_counted_over_all_the_rounds_that_are_open(tmp_path: Path) -> No
     limits = replace(Limits(), spool_bytes=10_000, reserve_bytes=0)
     for round in range(3):  # 3 of 3,000 bytes are on their way at once
         path = spool.payload_path(round, A)
-        spool.make_room(path, 3000, limits)
+        spool.reserve(path, 3000, limits)
         path.touch()
     for round in range(3):
         with pytest.raises(Faulted, match=r"--limits\.spool-bytes"):
-            spool.make_room(spool.payload_path(round, B), 3000, limits)
+            spool.reserve(spool.payload_path(round, B), 3000, limits)
     deliver(spool, 0, A)
     again = Spool(tmp_path)
-    again.make_room(again.payload_path(1, A), 3000, limits)  # goes on from its beginning
+    again.reserve(again.payload_path(1, A), 3000, limits)  # goes on from its beginning
     for books in (spool, again):
         with pytest.raises(Faulted):
-            books.make_room(books.payload_path(1, B), 6000, limits)
+            books.reserve(books.payload_path(1, B), 6000, limits)
     spool.prune(3)
-    spool.make_room(spool.payload_path(3, A), 10_000, limits)
+    spool.reserve(spool.payload_path(3, A), 10_000, limits)
 
 
 def test_a_damaged_reply_takes_no_room(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     limits = replace(Limits(), spool_bytes=6000, reserve_bytes=0)
     path = spool.payload_path(0, A)
-    spool.make_room(path, 3000, limits)
+    spool.reserve(path, 3000, limits)
     deliver(spool, 0, A)
     flip(path)
     assert spool.received(0) == ()
-    spool.make_room(path, 6000, limits)
+    spool.reserve(path, 6000, limits)
 
 
 def test_the_reserve_on_the_disk_is_kept(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     limits = replace(Limits(), reserve_bytes=1 << 60)
     with pytest.raises(Faulted, match="delete old runs"):
-        spool.make_room(spool.payload_path(0, A), 1, limits)
+        spool.reserve(spool.payload_path(0, A), 1, limits)
 
 
 def test_an_empty_payload_is_bytes_too(tmp_path: Path) -> None:

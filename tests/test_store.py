@@ -141,14 +141,14 @@ def check(folder: Path, last: int) -> int:
     """The invariants; returns the number of committed rounds."""
     store = RunStore.open(folder, 2)
     rounds = store.committed(0)
-    assert store.meta() == META
+    assert store.ledger.meta() == META
     assert [r.round for r in rounds] == list(range(len(rounds)))
     assert len(rounds) > last  # what was acknowledged is there
 
     def no_warning(line: str) -> None:
         raise AssertionError(line)
 
-    snapshot = store.newest_snapshot(no_warning)
+    snapshot = store.snapshots.newest(no_warning)
     assert (snapshot is None) == (not list((folder / "snapshots").glob("*.safetensors")))
     assert not rounds or snapshot is not None
     if snapshot is not None:
@@ -204,7 +204,7 @@ def test_create_needs_a_new_name_and_open_an_old_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--run demo: .* exists; go on with --resume"):
         RunStore.create(tmp_path / "demo", {"task": "other"}, 2)
     store = RunStore.open(tmp_path / "demo", 2)
-    assert store.meta() == META
+    assert store.ledger.meta() == META
     store.close()
 
 
@@ -235,10 +235,24 @@ def test_a_reopened_store_says_the_same(tmp_path: Path) -> None:
     play_round(store, 0)
     store.add_evaluation(1, {"val_loss": 2.5})
     store.open_round(1, orders(1))
-    before = (store.head(), store.committed(0), store.orders(1), store.received(0), store.totals(), store.evaluations())
+    before = (
+        store.head(),
+        store.committed(0),
+        store.orders(1),
+        store.received(0),
+        store.ledger.totals(),
+        store.ledger.evaluations(),
+    )
     store.close()
     store = RunStore.open(tmp_path / "demo", 2)
-    after = (store.head(), store.committed(0), store.orders(1), store.received(0), store.totals(), store.evaluations())
+    after = (
+        store.head(),
+        store.committed(0),
+        store.orders(1),
+        store.received(0),
+        store.ledger.totals(),
+        store.ledger.evaluations(),
+    )
     assert after == before
     store.close()
 
@@ -263,7 +277,7 @@ def test_a_damaged_snapshot_costs_a_longer_replay_and_nothing_else(tmp_path: Pat
         play_round(store, round)
     newest.write_bytes(newest.read_bytes()[:-100])
     lines: list[str] = []
-    snapshot = store.newest_snapshot(lines.append)
+    snapshot = store.snapshots.newest(lines.append)
     assert snapshot is not None
     assert snapshot.round == 2
     assert len(lines) == 1

@@ -159,7 +159,7 @@ def test_who_does_not_stop_in_time_is_late_and_its_work_is_noted(tmp_path: Path,
         first = receipts(place.store, 2)[C]
         assert (first.verdict, first.done, first.work) == (Fault.LATE, (), 0)
         await asyncio.sleep(200.0)
-        [noted] = [late for late in place.store.late() if late.round == 2]
+        [noted] = [late for late in place.store.ledger.late() if late.round == 2]
         reply, receipt = Reply.parse(noted.reply.body), Receipt.parse(noted.receipt.body)
         assert (reply.hotkey, size(reply.done)) == (C, 1)
         assert receipt.verdict == Fault.LATE

@@ -140,7 +140,7 @@ def make_place(
     keys = {k.ss58_address: k for k in miners}
     loopback = Loopback(VALIDATOR, services, keys, latency_s=0.01, bandwidth_bps=bits_per_s)
     asked = replace(TERMS, **policy)
-    keep = store.updates if asked.broadcast == "delta" else None
+    keep = store.versions if asked.broadcast == "delta" else None
     market = Market(
         asked,
         task,

@@ -130,7 +130,7 @@ async def connect(
         config.task,
         console.say,
         config.limits,
-        lambda path, size: store.make_room(path, size, config.limits),
+        lambda path, size: store.spool.reserve(path, size, config.limits),
         client_context(config.tls_ca.expanduser()) if config.tls_ca else None,
     )
     await network.start()
@@ -181,7 +181,7 @@ async def restored_market(
     from pilot.training.learner import Learner
 
     device, policy = cli.pick_device(config.device), config.policy(folder.name, config.patience)
-    keep = store.updates if policy.broadcast == "delta" else None
+    keep = store.versions if policy.broadcast == "delta" else None
     learner = Learner(task, config.optimizer_flags, device, policy.broadcast, policy.codec_down, keep)
     market = Market(
         policy,
@@ -197,7 +197,7 @@ async def restored_market(
     )
     market.watch = link_watch(config, learner, network.miner_states, console.say)
     market.watch.introduce()
-    snapshot = store.newest_snapshot(console.say)
+    snapshot = store.snapshots.newest(console.say)
     try:
         if snapshot is not None:
             learner.load_state(snapshot.header, snapshot.tensors)

@@ -46,7 +46,7 @@ def finish(
     from protocol import ProtocolError
 
     rounds = store.committed(0)
-    looks = sorted(store.evaluations().items())
+    looks = sorted(store.ledger.evaluations().items())
     curve: Curve = [(done, values["val_loss"]) for done, values in looks]
     replica: Curve = [(done, values["replica_val_loss"]) for done, values in looks if "replica_val_loss" in values]
     summary = summarised(task, store, rounds, curve, seconds)
@@ -59,7 +59,7 @@ def finish(
             summary["baseline_val_loss"] = lines["plain baseline"][-1][1]
         except ProtocolError as error:  # no room for another model
             console.say(f"no baseline: {error}")
-    totals = store.totals()
+    totals = store.ledger.totals()
     metrics.summary({**summary, "weights": {t.hotkey: t.weight for t in totals}})
     loss_plot(folder / "loss.png", lines, f"{folder.name}: {config.task}", "round", "validation loss (nats per token)")
     values = [(label(name), shown(value)) for name, value in summary.items()]
@@ -81,11 +81,11 @@ def summarised(
         f"{task.unit}": int(work),
         f"{task.unit}_per_s": work / busy_s if busy_s else 0.0,
         "val_loss_before": curve[0][1],
-        **store.evaluations()[int(curve[-1][0])],
+        **store.ledger.evaluations()[int(curve[-1][0])],
         "bytes_up": int(total(rounds, "bytes_up")),
         "bytes_down": int(total(rounds, "bytes_down")),
-        **{f"batches_{name}": count for name, count in asdict(store.accounting()).items()},
-        "batches_late": store.late_batches(),
+        **{f"batches_{name}": count for name, count in asdict(store.ledger.accounting()).items()},
+        "batches_late": store.ledger.late_batches(),
     }
     last = rounds[-1].metrics if rounds else {}
     if "epoch" in last:

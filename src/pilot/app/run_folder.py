@@ -74,7 +74,7 @@ def open_store(config: ValidatorConfig, folder: Path) -> RunStore:
         return RunStore.create(folder, {}, config.snapshot_keep)  # `begin` says what it is
     store = RunStore.open(folder, config.snapshot_keep)
     flags = _texts(config)
-    for key, began_with in store.meta().items():
+    for key, began_with in store.ledger.meta().items():
         if key.startswith(FIXED) and key not in FREE and flags.get(key) != began_with:
             store.close()
             raise ValueError(
@@ -89,7 +89,7 @@ def begin(config: ValidatorConfig, store: RunStore, data: Digest) -> None:
 
     Raises ValueError where a resumed run would go on with other data.
     """
-    began_with = store.meta().get(DATA, data)
+    began_with = store.ledger.meta().get(DATA, data)
     if began_with != data:
         raise ValueError(
             f"--run {store.folder.name}: its data were {began_with[:12]}, are now {data[:12]}: the text has changed; "

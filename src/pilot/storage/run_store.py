@@ -1,33 +1,29 @@
-"""A run's folder: the ledger, the spool and the snapshots behind one door, open to one validator at a time.
+"""Keep everything in a run's folder, which one validator at a time may use.
 
-    runs/<name>/ledger.sqlite   what was ordered, accepted, paid; a round is done when its transaction here is
-                versions/       states and deltas by digest, as miners get them
+    runs/<name>/ledger.sqlite   what was ordered, accepted and paid; its transaction is what commits a round
                 spool/          payloads as they arrived, back to the second-newest snapshot
                 snapshots/      the validator's state every so many rounds
+                versions/       the states and deltas that lead to the newest version
                 lock            held by the validator that uses the folder
 
-A restart loads the newest whole snapshot and applies the committed rounds after it from the spool. What a ledger
-transaction names is durable before it, so this works from whatever a SIGKILL leaves. A disk that is full raises
-`DiskFull`: what was to be written is not there, and all that was committed is.
+A restart loads the newest undamaged snapshot and replays the committed rounds after it from the spool. Everything that
+a ledger transaction refers to is durable before it, so a restart works from any state that a SIGKILL leaves behind.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from typing_extensions import Buffer
-
 from pilot.common.files import NO_SPACE, FileLock, make_folder
-from pilot.common.limits import Limits
 from pilot.interfaces import ReceivedReply, RoundRecord
 from pilot.storage import LEDGER
 from pilot.storage.blob_store import FileBlobStore
-from pilot.storage.ledger import Accounting, Late, Ledger, Total
-from pilot.storage.snapshots import Snapshot, Snapshots
+from pilot.storage.ledger import Ledger
+from pilot.storage.snapshots import Snapshots
 from pilot.storage.spool import Spool
 from protocol import PROTOCOL, Hotkey, Signed
 
@@ -36,51 +32,62 @@ if TYPE_CHECKING:
 
 
 class DiskFull(Exception):
-    """There is no room for what was to be written. Its text says in one line what the user does."""
+    """A write to the run's folder failed for lack of space. The text tells the user in one line what to do."""
 
 
-class DiskFullGuard:
-    """Around what writes into a run's folder: where it raises because the disk is full, `DiskFull` is raised."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        by_ledger = isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL
-        if by_ledger or (isinstance(error, OSError) and error.errno in NO_SPACE):
-            raise DiskFull(
-                f"{self._folder}: the disk is full; what was committed is whole: free some space, then --resume"
-            ) from error
+@contextmanager
+def detecting_full_disk(folder: Path) -> Iterator[None]:
+    """Raise DiskFull if the block, which writes into a run's folder, fails because the disk is full."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        full = error.errno in NO_SPACE if isinstance(error, OSError) else error.sqlite_errorcode == sqlite3.SQLITE_FULL
+        if not full:
+            raise
+        raise DiskFull(
+            f"{folder}: the disk is full; all committed rounds are safe: free some space, then --resume"
+        ) from error
 
 
 class RunStore:
-    """Made by `create` or `open`. Methods may be called from any thread; each is durable when it returns."""
+    """The `Store` of a run. Make it with `create` or `open`.
+
+    Any thread may call its methods; their effect is durable on return. They raise DiskFull without having written
+    anything. The parts are public, for readers that need more than a round does.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self._room = folder, DiskFullGuard(folder)
+        self.folder = folder
         try:
             self._lock = FileLock(folder / "lock")
         except BlockingIOError as holder:
             raise ValueError(f"--run {folder.name}: another validator (pid {holder}) is using it") from None
         try:
-            with self._room:
-                self._snapshots = Snapshots(folder / "snapshots", keep)
-                self._spool = Spool(folder / "spool")
-                self.updates = FileBlobStore(folder / "versions")
-                self._ledger = Ledger(folder / LEDGER)
+            with detecting_full_disk(folder):
+                self.snapshots = Snapshots(folder / "snapshots", keep)
+                self.spool = Spool(folder / "spool")
+                self.versions = FileBlobStore(folder / "versions")
+                self.ledger = Ledger(folder / LEDGER)
         except (ValueError, DiskFull):
             self._lock.release()
             raise
+        # The part of `Store` that writes nothing.
+        self.orders = self.ledger.orders
+        self.committed = self.ledger.committed
+        self.head = self.ledger.head
+        self.unsettled = self.ledger.unsettled
+        self.payload = self.spool.payload
+        self.received = self.spool.received
+        self.discard = self.spool.discard
 
     @classmethod
     def create(cls, folder: Path, meta: Mapping[str, str], keep: int) -> RunStore:
-        """A new run. `meta`, which says what the run is, comes last: a folder without it is not created yet."""
+        """Create a run described by `meta`, keeping `keep` snapshots. Raises ValueError if it exists.
+
+        `meta` is written last: a folder without it counts as not created.
+        """
         store = cls(make_folder(folder), keep)
-        if store.meta():
+        if store.ledger.meta():
             store.close()
             raise ValueError(f"--run {folder.name}: {folder} exists; go on with --resume, or choose another name")
         store.set_meta(meta)
@@ -88,12 +95,12 @@ class RunStore:
 
     @classmethod
     def open(cls, folder: Path, keep: int) -> RunStore:
-        """The run that `create` made. Raises ValueError where there is none, or another validator uses it."""
+        """Open the run that `create` made. Raises ValueError if there is none, or another validator uses it."""
         missing = ValueError(f"--run {folder.name}: there is no such run in {folder.parent}; start it without --resume")
         if not (folder / LEDGER).is_file():
             raise missing
         store = cls(folder, keep)
-        if not store.meta():
+        if not store.ledger.meta():
             store.close()
             raise missing
         if (protocol := store._ledger.protocol()) not in (None, PROTOCOL):
@@ -105,113 +112,65 @@ class RunStore:
         return store
 
     def close(self) -> None:
-        self._ledger.close()
+        self.ledger.close()
         self._lock.release()
 
-    def meta(self) -> dict[str, str]:
-        return self._ledger.meta()
-
     def set_meta(self, values: Mapping[str, str]) -> None:
-        with self._room:
-            self._ledger.set_meta(values)
+        """Describe the run: its flags, by name, as JSON."""
+        with detecting_full_disk(self.folder):
+            self.ledger.set_meta(values)
 
-    # --- a round, in the order of its life ------------------------------------------------------------------------
+    # --- a round, in the order of its steps -----------------------------------------------------------------------
 
     def open_round(self, round: int, orders: Sequence[Signed]) -> None:
-        """Before any of the orders is sent. Takes the place of every uncommitted round from `round` on."""
-        with self._room:
-            self._ledger.open_round(round, orders)
+        """Record a round's orders before any is sent, in place of all uncommitted rounds from `round` on."""
+        with detecting_full_disk(self.folder):
+            self.ledger.open_round(round, orders)
 
     def add_orders(self, round: int, orders: Sequence[Signed]) -> None:
-        """More orders of an open round, of miners that came after it was opened; before any of them is sent."""
-        with self._room:
-            self._ledger.add_orders(round, orders)
-
-    def orders(self, round: int) -> tuple[Signed, ...]:
-        return self._ledger.orders(round)
+        """Record more orders of an open round, for miners that joined later, before any of them is sent."""
+        with detecting_full_disk(self.folder):
+            self.ledger.add_orders(round, orders)
 
     def payload_path(self, round: int, hotkey: Hotkey) -> Path:
-        """Where a reply's payload is to be written."""
-        with self._room:
-            return self._spool.payload_path(round, hotkey)
-
-    def make_room(self, path: Path, size: int, limits: Limits) -> None:
-        """Before a payload of `size` bytes is written to its `payload_path`. Raises Faulted where it does not fit."""
-        self._spool.make_room(path, size, limits)
-
-    def discard(self, round: int, hotkey: Hotkey) -> None:
-        """What has come of a payload that will not be finished."""
-        self._spool.discard(round, hotkey)
-
-    def payload(self, round: int, hotkey: Hotkey) -> Buffer:
-        """The payload in its `payload_path`, mapped."""
-        return self._spool.payload(round, hotkey)
+        """Return the file that the payload of a reply is to be written to; its folder exists."""
+        with detecting_full_disk(self.folder):
+            return self.spool.payload_path(round, hotkey)
 
     def make_durable(self, *received: ReceivedReply) -> None:
-        """Payloads lie whole in their `payload_path`: make them and their replies durable, then count as received."""
-        with self._room:
-            self._spool.make_durable(*received)
-
-    def received(self, round: int) -> tuple[ReceivedReply, ...]:
-        """What a restart finds of a round, in the order of the hotkeys; what is not whole is deleted."""
-        return self._spool.received(round)
+        """Make replies, and their payloads in their `payload_path`, durable. From then on they count as received."""
+        with detecting_full_disk(self.folder):
+            self.spool.make_durable(*received)
 
     def commit(self, record: RoundRecord) -> None:
-        with self._room:
-            self._ledger.commit(record)
+        with detecting_full_disk(self.folder):
+            self.ledger.commit(record)
 
-    def committed(self, since: int) -> list[RoundRecord]:
-        return self._ledger.committed(since)
-
-    def head(self) -> RoundRecord | None:
-        return self._ledger.head()
-
-    def unsettled(self) -> tuple[Signed, ...]:
-        """The orders that the last committed round carried into the next."""
-        return self._ledger.unsettled()
+    def note_late(self, round: int, reply: Signed, receipt: Signed) -> None:
+        """Record a reply that came after its round was closed, and its receipt; the first one per order is kept."""
+        with detecting_full_disk(self.folder):
+            self.ledger.note_late(round, reply, receipt)
 
     # --- once in a while ------------------------------------------------------------------------------------------
 
     def add_evaluation(self, round: int, values: Mapping[str, float]) -> None:
-        with self._room:
-            self._ledger.add_evaluation(round, values)
-
-    def evaluations(self) -> dict[int, dict[str, float]]:
-        return self._ledger.evaluations()
-
-    def note_late(self, round: int, reply: Signed, receipt: Signed) -> None:
-        """A reply that came after its round was closed, and the receipt that tells its miner so; the first stays."""
-        with self._room:
-            self._ledger.note_late(round, reply, receipt)
-
-    def late(self) -> list[Late]:
-        return self._ledger.late()
-
-    def late_batches(self) -> int:
-        return self._ledger.late_batches()
-
-    def totals(self) -> list[Total]:
-        return self._ledger.totals()
-
-    def accounting(self) -> Accounting:
-        return self._ledger.accounting()
+        """Record what the model scored after `round` rounds."""
+        with detecting_full_disk(self.folder):
+            self.ledger.add_evaluation(round, values)
 
     def save_snapshot(self, round: int, header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Path:
-        """The state with the rounds before `round` applied. Then deletes what of the spool no snapshot needs.
+        """Save the state after `round` rounds, then delete the payloads that no snapshot needs any more.
 
-        The chain's bytes are durable before it: a replay makes those that come after it.
+        The versions' bytes are made durable first: a replay makes those that come after the snapshot again.
         """
-        with self._room:
-            self.updates.sync()
-            path = self._snapshots.save(round, header, tensors)
+        with detecting_full_disk(self.folder):
+            self.versions.sync()
+            path = self.snapshots.save(round, header, tensors)
         self.prune()
         return path
 
-    def newest_snapshot(self, warn: Callable[[str], None]) -> Snapshot | None:
-        return self._snapshots.newest(warn)
-
     def prune(self) -> None:
-        """Delete the payloads that neither of the two newest snapshots needs to go on from."""
-        rounds = self._snapshots.rounds()
+        """Delete the payloads that a restart from either of the two newest snapshots does not need."""
+        rounds = self.snapshots.rounds()
         if len(rounds) >= 2:
-            self._spool.prune(before=self._ledger.oldest_needed(rounds[-2]))
+            self.spool.prune(before=self.ledger.oldest_needed(rounds[-2]))

@@ -1,14 +1,13 @@
-"""Snapshots of the validator's state, each one safetensors file that proves itself whole.
+"""Save the validator's state, each snapshot as one safetensors file that carries its own digest.
 
-    snapshots/00000040.safetensors     the state with rounds 0 to 39 applied
+    snapshots/00000040.safetensors     the state after rounds 0 to 39
 
-The file's own digest lies at a fixed place in its header (computed with zeros there), so a snapshot is one file,
-appears by one rename, and any safetensors reader opens it.
+The digest lies at a fixed place in the header, and is computed with zeros there. So a snapshot is a single file that
+any safetensors reader opens.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pilot.common.files import delete_leftovers, hash_rest, make_folder, replacing
+from pilot.common.safetensors_header import safetensors_header
 from protocol import Hasher
 
 if TYPE_CHECKING:
@@ -27,23 +27,11 @@ _DIGEST_AT = 8 + len(_BEFORE_DIGEST)
 _BLANK = "0" * 64
 _DAMAGED = ".damaged"
 _NAME = re.compile(r"(\d{8,})\.safetensors(\.damaged)?")
-_DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state with `round` committed rounds applied. Tensors are on the CPU, private to the caller."""
+    """The state after `round` committed rounds. Tensors are on the CPU, private to the caller."""
 
     round: int
     header: dict[str, str]
@@ -51,24 +39,26 @@ class Snapshot:
 
 
 class Snapshots:
-    """The last `keep` snapshots of a run."""
+    """The newest `keep` snapshots of a run."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         if keep < 2:
-            raise ValueError(f"{keep} snapshots kept: at least 2, so that a damaged one has one before it")
+            raise ValueError(f"{keep} snapshots kept: keep at least 2, in case the newest is damaged")
         self._folder = make_folder(folder)
         self._keep = keep
         delete_leftovers(folder)
 
     def save(self, round: int, header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> Path:
-        """Write the state with `round` rounds applied, then delete the snapshots that are no longer kept.
+        """Write the state after `round` rounds, then delete the oldest snapshots.
 
-        Tensors are of any shape and device, and must not change until this returns. Beyond them it takes the memory of
-        one tensor, where that is not contiguous on the CPU. `header` must not use the key `blake3`.
+        Tensors may have any shape and device, and must not change until this returns. It needs extra memory for one
+        tensor at a time, if that is not contiguous on the CPU. `header` must not contain the key `blake3`.
         """
         path = self._path(round)
         ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # keeps each tensor aligned
-        head = _header(header, ordered)
+        assert "blake3" not in header
+        layout = ((name, tensor.dtype, tensor.shape) for name, tensor in ordered)
+        head = safetensors_header(layout, {"blake3": _BLANK, **header})
         hasher = Hasher("snapshot")
         hasher.update(head)
         with replacing(path) as file:
@@ -83,19 +73,19 @@ class Snapshots:
         return path
 
     def newest(self, warn: Callable[[str], None]) -> Snapshot | None:
-        """The newest whole snapshot. A damaged one is set aside, and `warn` gets one line that names it."""
+        """Return the newest intact snapshot, or None. Rename each damaged one, and call `warn` with a line on it."""
         rounds = self.rounds()
         for index in reversed(range(len(rounds))):
             path = self._path(rounds[index])
-            if _is_whole(path):
+            if _is_intact(path):
                 return _load(rounds[index], path)
-            instead = f"{self._path(rounds[index - 1]).name} is used instead" if index else "there is none before it"
+            instead = f"using {self._path(rounds[index - 1]).name} instead" if index else "there is no older one"
             warn(f"snapshot {path} is damaged: {instead}")
             os.replace(path, path.with_name(path.name + _DAMAGED))
         return None
 
     def rounds(self) -> list[int]:
-        """The rounds that there is a snapshot of, ascending."""
+        """Return the rounds that have a snapshot, ascending."""
         names = (_NAME.fullmatch(path.name) for path in self._folder.iterdir())
         return sorted(int(name[1]) for name in names if name and not name[2])
 
@@ -110,28 +100,14 @@ class Snapshots:
                 path.unlink()
 
 
-def _header(header: Mapping[str, str], tensors: list[tuple[str, torch.Tensor]]) -> bytes:
-    """safetensors' length and JSON, with zeros for the digest."""
-    assert "blake3" not in header
-    fields: dict[str, object] = {"__metadata__": {"blake3": _BLANK, **header}}
-    offset = 0
-    for name, tensor in tensors:
-        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        fields[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    """Its little-endian buffer; without a copy where it is contiguous on the CPU."""
+    """Return a tensor's little-endian bytes, without a copy if it is contiguous on the CPU."""
     import torch
 
     return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     with open(path, "rb") as file:
         head = file.read(_DIGEST_AT + len(_BLANK))
         hasher = Hasher("snapshot")

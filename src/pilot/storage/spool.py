@@ -1,9 +1,9 @@
-"""Payloads on disk, from the moment they arrive until no restart can need them.
+"""Keep payloads on disk from their arrival until no restart can need them.
 
-    spool/00000012/<hotkey>.payload        streamed here by the transport; counts for nothing by itself
-    spool/00000012/<hotkey>.reply.json     its appearance, after both are durable, is what makes the reply received
+    spool/00000012/<hotkey>.payload        streamed here by the transport; not received yet
+    spool/00000012/<hotkey>.reply.json     appears once both are durable: now the reply is received
 
-A restart finds here what was received of the open round, and what the rounds after its snapshot were made from.
+A restart reads what the open round had received, and what the rounds after its snapshot were made of.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 _HOTKEY: TypeAdapter[str] = TypeAdapter(Hotkey)
 _REPLY = ".reply.json"
 _PAYLOAD = ".payload"
-_POPULATE_READ = 22  # maps all pages at once: 500 MB in 0.03 s, one by one in 0.2
+_POPULATE_READ = 22  # MADV_POPULATE_READ maps all pages at once: 500 MB in 0.03 s instead of 0.2 s
 
 
-class _Seal(Part):
-    """The reply's file."""
+class _ReplyFile(Part):
+    """The contents of a `.reply.json`."""
 
     signed: Signed
     bytes_up: Count
@@ -43,43 +43,39 @@ class _Seal(Part):
     seconds: Seconds = 0.0  # as in `ReceivedReply`; earlier releases left it out
 
 
-def _seal(r: ReceivedReply) -> _Seal:
-    return _Seal(signed=r.signed, bytes_up=r.bytes_up, bytes_down=r.bytes_down, seconds=r.seconds)
-
-
 class Spool:
-    """One folder a round. Hotkeys become file names only after they matched the protocol's pattern."""
+    """One folder per round. A hotkey is used as a file name only if it matches the protocol's pattern."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = make_folder(folder)
         self._lock = threading.Lock()
-        self._sealed: dict[Path, int] | None = None  # bytes of the received replies, by their round's folder
-        self._expected: dict[Path, int] = {}  # bytes that each payload will have which is not one of them yet
+        self._received: dict[Path, int] | None = None  # bytes by round folder; None: not measured yet
+        self._expected: dict[Path, int] = {}  # final bytes of each payload that is not received yet
 
     def payload_path(self, round: int, hotkey: Hotkey) -> Path:
-        """Where the payload of this miner's reply goes; its folder exists."""
+        """Return the file for the payload of this miner's reply; its folder exists."""
         return make_folder(self._round(round)) / (_HOTKEY.validate_python(hotkey) + _PAYLOAD)
 
     def discard(self, round: int, hotkey: Hotkey) -> None:
-        """What has come of a payload that will not be finished."""
+        """Delete what has arrived of a payload that will not be completed."""
         path = self.payload_path(round, hotkey)
         path.unlink(missing_ok=True)
         with self._lock:
             self._expected.pop(path, None)
 
-    def make_room(self, path: Path, size: int, limits: Limits) -> None:
-        """Before a payload of `size` bytes is written to its `payload_path`. Raises Faulted where it does not fit."""
-        if self._sealed is None:
-            self._look()
-            assert self._sealed is not None
+    def reserve(self, path: Path, size: int, limits: Limits) -> None:
+        """Reserve space for a payload of `size` bytes at its `payload_path`. Raises Faulted if it does not fit."""
+        if self._received is None:
+            self._measure()
+            assert self._received is not None
         with self._lock:
             expected = {**self._expected, path: size}
-            sealed = sum(self._sealed.values())
-        coming = missing = sum(expected.values())  # at most: to look at each file costs as much as all else here
+            received = sum(self._received.values())
+        coming = missing = sum(expected.values())  # an upper bound: measuring each file doubles the cost of this
         free = shutil.disk_usage(path.parent).free
-        if free - missing < limits.reserve_bytes or 0 < limits.spool_bytes < sealed + coming:
-            coming, missing = _look_closely(expected, path)
-        spooled = sealed + coming - size
+        if free - missing < limits.reserve_bytes or 0 < limits.spool_bytes < received + coming:
+            coming, missing = _measure_expected(expected, path)
+        spooled = received + coming - size
         free += size - missing
         if limits.spool_bytes and spooled + size > limits.spool_bytes:
             keeps = f"the spool keeps {spooled >> 20} MB of the {limits.spool_bytes >> 20} MB of --limits.spool-bytes"
@@ -94,9 +90,9 @@ class Spool:
         with self._lock:
             self._expected[path] = size
 
-    def _look(self) -> None:
-        """What lies here from before. The books are kept from then on, for all the rounds that are open at once."""
-        self._sealed = {}
+    def _measure(self) -> None:
+        """Measure what an earlier process left; from here on the bytes are counted as they come and go."""
+        self._received = {}
         for path in self._folder.glob("*/*"):
             if path.suffix != _PAYLOAD or path.with_name(path.stem + _REPLY).exists():
                 self._count(path.parent, _size(path) or 0)
@@ -104,15 +100,15 @@ class Spool:
                 self._expected[path] = _size(path) or 0
 
     def _count(self, folder: Path, more: int) -> None:
-        """Bytes that came, or went. Before the first look they are not counted."""
+        """Add to a round's received bytes, once they have been measured."""
         with self._lock:
-            if self._sealed is not None:
-                self._sealed[folder] = self._sealed.get(folder, 0) + more
+            if self._received is not None:
+                self._received[folder] = self._received.get(folder, 0) + more
 
     def payload(self, round: int, hotkey: Hotkey) -> Buffer:
-        """A payload as it lies in its file: a private map, so that views of it cost no memory and outlive the file."""
+        """Map a payload's file privately: views of it cost no memory and outlive the file."""
         with open(self.payload_path(round, hotkey), "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:  # which no map can be
+            if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
                 return b""
             view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if sys.platform == "linux":
@@ -121,11 +117,12 @@ class Spool:
         return view
 
     def make_durable(self, *received: ReceivedReply) -> None:
-        """Make replies durable, and their payloads, which lie whole in their `payload_path`. Now they are received."""
+        """Make replies durable, and their payloads in their `payload_path`. From then on they count as received."""
         folders: set[Path] = set()
         for r in received:
             payload = self.payload_path(r.reply.round, r.reply.hotkey)
-            text = _seal(r).model_dump_json().encode()
+            contents = _ReplyFile(signed=r.signed, bytes_up=r.bytes_up, bytes_down=r.bytes_down, seconds=r.seconds)
+            text = contents.model_dump_json().encode()
             sync_file(payload)
             with replacing(payload.with_name(r.reply.hotkey + _REPLY), sync_folder=False) as file:
                 file.write(text)
@@ -137,26 +134,26 @@ class Spool:
             sync_file(folder)
 
     def received(self, round: int) -> tuple[ReceivedReply, ...]:
-        """The received replies of a round whose payloads are whole, in the order of the hotkeys.
+        """Return the received replies of a round whose payloads are intact, sorted by hotkey.
 
-        For a restart, while nothing arrives: what is damaged is deleted, and has to be sent again. A payload without
-        its reply may be the beginning of one: it stays, for the transport to go on from.
+        Call it at a restart, before anything arrives: damaged files are deleted, and have to be sent again. A payload
+        without a reply stays: it may be incomplete, and the transport resumes it.
         """
         folder = self._round(round)
-        whole: dict[str, ReceivedReply] = {}
+        intact: dict[str, ReceivedReply] = {}
         for path in sorted(folder.glob("*" + _REPLY)):
             hotkey = path.name.removesuffix(_REPLY)
             try:
-                whole[hotkey] = _open(round, hotkey, path)
+                intact[hotkey] = _open(round, hotkey, path)
             except ValueError as error:
-                logger.warning("round %d: the reply of %s is dropped: %s", round, hotkey, str(error).splitlines()[0])
+                logger.warning("round %d: dropped the reply of %s: %s", round, hotkey, str(error).splitlines()[0])
         for path in sorted(folder.glob("*")):
-            beginning = path.suffix == _PAYLOAD and not path.with_name(path.stem + _REPLY).exists()
-            if path.name.split(".")[0] not in whole and not beginning:
-                logger.warning("round %d: %s is deleted: not part of a whole reply", round, path.name)
+            incomplete = path.suffix == _PAYLOAD and not path.with_name(path.stem + _REPLY).exists()
+            if path.name.split(".")[0] not in intact and not incomplete:
+                logger.warning("round %d: deleted %s, which belongs to no intact reply", round, path.name)
                 self._count(folder, -(_size(path) or 0))
                 path.unlink()
-        return tuple(whole[hotkey] for hotkey in sorted(whole))
+        return tuple(intact[hotkey] for hotkey in sorted(intact))
 
     def prune(self, before: int) -> None:
         """Delete the rounds before `before`."""
@@ -164,26 +161,26 @@ class Spool:
             if folder.name.isdecimal() and int(folder.name) < before:
                 shutil.rmtree(folder)
                 with self._lock:
-                    (self._sealed or {}).pop(folder, None)
+                    (self._received or {}).pop(folder, None)
                     self._expected = {path: size for path, size in self._expected.items() if path.parent != folder}
 
     def _round(self, round: int) -> Path:
         return self._folder / f"{round:08d}"
 
 
-def _look_closely(expected: Mapping[Path, int], path: Path) -> tuple[int, int]:
-    """Bytes that the files will have, the one at `path` among them, and how many of those are not there yet."""
+def _measure_expected(expected: Mapping[Path, int], path: Path) -> tuple[int, int]:
+    """Return the final bytes of the files, including the one at `path`, and how many of those are missing yet."""
     coming = missing = 0
     for other, total in expected.items():
         there = _size(other)
-        if there is not None or other == path:  # else it was of no use, and is gone
+        if there is not None or other == path:  # else it was discarded
             coming += max(there or 0, total)
             missing += max(0, total - (there or 0))
     return coming, missing
 
 
 def _size(path: Path) -> int | None:
-    """Bytes of a file; None where it is gone."""
+    """Return the bytes of a file; None if it is gone."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -191,9 +188,9 @@ def _size(path: Path) -> int | None:
 
 
 def _open(round: int, hotkey: str, path: Path) -> ReceivedReply:
-    """Raises ValueError unless the files are what `seal` left."""
-    seal = _Seal.model_validate_json(path.read_bytes())
-    reply = Reply.parse(seal.signed.body)
+    """Read a reply whose files are as `make_durable` left them. Raises ValueError for others."""
+    contents = _ReplyFile.model_validate_json(path.read_bytes())
+    reply = Reply.parse(contents.signed.body)
     if (reply.round, reply.hotkey) != (round, hotkey):
         raise ValueError(f"it is the reply of {reply.hotkey} to round {reply.round}")
     payload = path.with_name(hotkey + _PAYLOAD)
@@ -203,7 +200,11 @@ def _open(round: int, hotkey: str, path: Path) -> ReceivedReply:
     with open(payload, "rb") as file:
         hash_rest(file, hasher)
     if hasher.hexdigest() != reply.payload_digest:
-        raise ValueError("its payload does not have its digest")
+        raise ValueError("its payload has another digest")
     return ReceivedReply(
-        reply=reply, signed=seal.signed, bytes_up=seal.bytes_up, bytes_down=seal.bytes_down, seconds=seal.seconds
+        reply=reply,
+        signed=contents.signed,
+        bytes_up=contents.bytes_up,
+        bytes_down=contents.bytes_down,
+        seconds=contents.seconds,
     )
