@@ -103,7 +103,7 @@ class RunStore:
         if not store.ledger.meta():
             store.close()
             raise missing
-        if (protocol := store._ledger.protocol()) not in (None, PROTOCOL):
+        if (protocol := store.ledger.protocol()) not in (None, PROTOCOL):
             store.close()
             raise ValueError(
                 f"--run {folder.name}: its messages are of {protocol}, this release speaks {PROTOCOL}; "
