@@ -11,7 +11,6 @@ Where there is a GPU, `….encode_cuda_s` and `….decode_cuda_s` are of the wal
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -21,17 +20,13 @@ import torch
 
 from bench import Figure
 from bench.transport import forget_peak, memory
-from pilot.codec import CHUNK, Codec, load_codec
-from pilot.codec.topk import TopK
+from pilot.codec import load_codec
+from pilot.codec.topk import CHUNK, KEPT
 
 TURNS = 3
 Tensors = dict[str, torch.Tensor]
 
-NAMES = (
-    *("int8", "int4", "2bit", "ternary", "ternary-rc", "1bit", "topk64"),
-    *("2bit+entropy", "ternary+entropy", "ternary-rc+entropy", "topk64+entropy"),
-)
-KEPT = 64
+NAMES = ("int8", "int4", "2bit", "ternary-rc", "1bit", "topk64")
 
 
 def gpt2_shapes() -> dict[str, tuple[int, ...]]:
@@ -174,18 +169,18 @@ def seconds(play: Callable[[], object], warm: bool = False) -> float:
 
 
 def measure(name: str, tensors: Tensors, into: Tensors) -> None:
-    codec, plain = load_codec(name), name.partition("+")[0]
+    codec = load_codec(name)
     payload = codec.encode(tensors)
     plays: dict[str, Callable[[], object]]
-    if plain.startswith("topk"):
+    if name == "topk64":
         theirs = plain_top_encode(tensors)
         plays = {"encode": lambda: plain_top_encode(tensors), "decode": lambda: plain_top_add(theirs, into)}
-    elif plain == "ternary-rc":
+    elif name == "ternary-rc":
         factored = plain_rc_encode(tensors)
         plays = {"encode": lambda: plain_rc_encode(tensors), "decode": lambda: plain_rc_add(factored, into)}
     else:
-        blocks = plain_encode(plain, tensors)
-        plays = {"encode": lambda: plain_encode(plain, tensors), "decode": lambda: plain_add(plain, blocks, into)}
+        blocks = plain_encode(name, tensors)
+        plays = {"encode": lambda: plain_encode(name, tensors), "decode": lambda: plain_add(name, blocks, into)}
     ours: dict[str, Callable[[], object]] = {
         "encode": lambda: codec.encode(tensors),
         "decode": lambda: codec.add(payload, into),
@@ -196,31 +191,7 @@ def measure(name: str, tensors: Tensors, into: Tensors) -> None:
         Figure(f"codec.{name}.{what}_s", mine, "s", "plain torch", peer, peer / mine)
     count = sum(t.numel() for t in tensors.values())
     bits = 8 * len(memoryview(payload)) / count
-    if name == "ternary+entropy":
-        entropy = entropy_of(codec, payload, tensors)
-        Figure(
-            f"codec.{name}.bits_per_param",
-            bits,
-            "bits",
-            "entropy of the codes and 16 bits a block",
-            entropy,
-            bits / entropy,
-        )
-    else:
-        Figure(f"codec.{name}.bits_per_param", bits, "bits", "fp32", 32.0, 32 / bits)
-    if isinstance(codec, TopK) and codec.entropy:
-        layout = codec.layout({key: t.shape for key, t in tensors.items()})
-        rest = 4 * layout.blocks.number + codec.bits * layout.total / 8
-        index = 8 * (len(codec.body(tensors)) - rest) / layout.total
-        Figure(f"codec.{name}.index_bits", index, "bits", "packed", 12.0, 12 / index)
-
-
-def entropy_of(codec: Codec, payload: object, tensors: Tensors) -> float:
-    """Bits a parameter: of ternary codes by their frequencies in the whole payload, and of the scales as they are."""
-    assert isinstance(payload, memoryview)
-    decoded = codec.decode(payload, {key: t.shape for key, t in tensors.items()})
-    counts = [sum(int((torch.sign(t) == sign).sum()) for t in decoded.values()) for sign in (-1, 0, 1)]
-    return sum(-n / sum(counts) * math.log2(n / sum(counts)) for n in counts) + 16 / 128
+    Figure(f"codec.{name}.bits_per_param", bits, "bits", "fp32", 32.0, 32 / bits)
 
 
 def extra_mb(play: Callable[[], object]) -> float:

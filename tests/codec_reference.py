@@ -1,15 +1,14 @@
-"""The layouts of the compressing codecs, read a value at a time, as their docstrings draw them: slow and plain."""
+"""Read the layouts of the compressing codecs a value at a time, as their docstrings draw them."""
 
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from pilot.codec import CHUNK
+from pilot.codec.topk import CHUNK, KEPT
 
 # base, digits of a byte, the level of each digit
 CODES = {
@@ -23,10 +22,9 @@ Values = dict[str, np.ndarray]
 
 
 def unpacked(name: str, payload: bytes) -> bytes:
-    """The body: after a header of 32 bytes, perhaps deflated."""
-    assert payload[:31] == b"pilot/q1" + name.encode().ljust(23, b"\0")
-    assert payload[31] in (0, 1)
-    return zlib.decompress(payload[32:], -15) if payload[31] else payload[32:]
+    """Return the body, which follows a header of 32 bytes."""
+    assert payload[:32] == b"pilot/q1" + name.encode().ljust(24, b"\0")
+    return payload[32:]
 
 
 def bf16(high: int, low: int) -> np.float32:
@@ -44,13 +42,10 @@ def blocks_of(specs: Mapping[str, torch.Size], width: int) -> list[tuple[str, in
 
 def read(name: str, payload: bytes, specs: Mapping[str, torch.Size]) -> Values:
     """Flat fp32 values of each tensor."""
-    plain = name.removesuffix("+entropy")
     body = unpacked(name, payload)
-    if plain == "ternary-rc":
+    if name == "ternary-rc":
         return read_rows_and_columns(body, specs)
-    if plain in CODES:
-        return read_quantised(plain, body, specs)
-    return read_topk(plain, body, specs, rice=plain != name)
+    return read_quantised(name, body, specs) if name in CODES else read_topk(body, specs)
 
 
 def read_quantised(name: str, body: bytes, specs: Mapping[str, torch.Size]) -> Values:
@@ -106,38 +101,25 @@ def planes(data: bytes, count: int, bits: int) -> list[int]:
     return [sum(row[i] << bit for bit, row in enumerate(rows)) for i in range(count)]
 
 
-def read_topk(name: str, body: bytes, specs: Mapping[str, torch.Size], rice: bool) -> Values:
-    kept, _, four = name.removeprefix("topk").partition("-")
-    bits = 4 if four else 2
+def read_topk(body: bytes, specs: Mapping[str, torch.Size]) -> Values:
     chunks = blocks_of(specs, CHUNK)
     number = len(chunks)
-    counts = [math.ceil(int(kept) * size / CHUNK) for _, _, size in chunks]
+    counts = [math.ceil(KEPT * size / CHUNK) for _, _, size in chunks]
     total, plane = sum(counts), -(-sum(counts) // 8)
     scales = [bf16(body[i], body[number + i]) for i in range(number)]
     steps = [bf16(body[i], body[number + i]) for i in range(2 * number, 3 * number)]
-    codes = planes(body[4 * number :], total, bits)
-    body = body[4 * number + bits * plane :]
-    low = int(math.log2(math.log(2) * (CHUNK - int(kept)) / int(kept))) if rice else 12
-    remainders = planes(body, total, low)
-    unary = iter(bits_of(body[low * plane :]))
+    codes = planes(body[4 * number :], total, 2)
+    indices = planes(body[4 * number + 2 * plane :], total, 12)
     values = {name: np.zeros(math.prod(shape), np.float32) for name, shape in specs.items()}
-    entries = iter(zip(remainders, codes, strict=True))
+    entries = iter(zip(indices, codes, strict=True))
     for (tensor, start, _), count, scale, step in zip(chunks, counts, scales, steps, strict=True):
-        index = -1
         for _ in range(count):
-            remainder, code = next(entries)
-            index = index + 1 + (zeros(unary) << low) + remainder if rice else remainder
-            magnitude = scale + step * np.float32(code & (1 << bits - 1) - 1)
-            values[tensor][start + index] = -magnitude if code >> bits - 1 else magnitude
-    assert next(unary, None) is None or not any(unary)
+            index, code = next(entries)
+            magnitude = scale + step * np.float32(code & 1)
+            values[tensor][start + index] = -magnitude if code >> 1 else magnitude
     return values
 
 
-def zeros(bits: Iterator[int]) -> int:
-    """How many before the next one."""
-    return next(i for i, bit in enumerate(bits) if bit)
-
-
 def largest(values: Sequence[float], kept: int) -> list[int]:
-    """Ascending places of the `kept` largest magnitudes; of equal ones the first."""
+    """Return the ascending places of the `kept` largest magnitudes; of equal ones the first."""
     return sorted(sorted(range(len(values)), key=lambda i: (-abs(values[i]), i))[:kept])

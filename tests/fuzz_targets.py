@@ -143,7 +143,7 @@ REPLIED = REPLY.model_copy(update={"hotkey": MINER.ss58_address, "order": A}).te
 ENVELOPES = tuple(sign_message(VALIDATOR, m).model_dump_json().encode() for m in (ORDER, SAMPLES["stop"]))
 ENDPOINTS = (b"8091", b"localhost:1", b"[::1]:65535", b"miner.example.org:8091@" + MINER.ss58_address.encode())
 
-PACKED = (*(name for name in CODECS if name not in DENSE), "ternary+entropy", "topk64", "topk64-4bit", "topk64+entropy")
+PACKED = tuple(name for name in CODECS if name not in DENSE)
 
 TARGETS: dict[str, Target] = {
     **{

@@ -1,4 +1,4 @@
-"""Weighted means against a naive fp64 reference, and what one liar can do to them."""
+"""Contribution means against a naive fp64 reference, and what one liar can do to them."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class Sent:
 
 
 @pytest.mark.parametrize("aggregate", [mean, median_norm_mean])
-@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "2bit", "ternary+entropy", "topk64", "topk64-4bit+entropy"])
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "2bit", "ternary-rc", "topk64", "1bit"])
 def test_payloads_are_summed_as_their_tensors_are(aggregate: Callable[..., Tensors], codec: str) -> None:
     sent, dense = [], []
     for seed in range(3):

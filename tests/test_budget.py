@@ -135,7 +135,7 @@ def test_what_nothing_mends_is_said_too() -> None:
     lost = Rate(1e5, 1e5)
     assert "longer rounds less" in (GPT2.warning(lost) or "")
     best = GPT2.fitting(lost)
-    assert (best.up, best.down) == ("ternary-rc", "2bit+entropy")
+    assert (best.up, best.down) == ("ternary-rc", "2bit")
     assert (best.warning(lost) or "").endswith("; longer rounds would make it less")
 
 
@@ -174,7 +174,7 @@ def test_the_slower_direction_is_compressed_more() -> None:
 def test_only_what_is_auto_changes() -> None:
     assert GPT2.fitting(HUNDRED, up=False).up == "fp32"
     assert GPT2.fitting(HUNDRED, down=False).down == "fp32"
-    assert replace(GPT2, mode="diloco").fitting(Rate(5e6, 5e6)).up == "2bit+entropy"
+    assert replace(GPT2, mode="diloco").fitting(Rate(5e6, 5e6)).up == "2bit"
 
 
 class Watched:
@@ -286,7 +286,7 @@ def test_auto_is_warned_only_of_what_it_cannot_mend() -> None:
     choice, warning = w.said
     assert "; longer rounds would make it less" in warning
     assert "(ternary-rc) and " in choice
-    assert "(2bit+entropy)" in choice
+    assert "(2bit)" in choice
 
 
 def test_metrics_say_what_was_measured() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from pilot.codec import load_codec
 from pilot.codec.packed import scale_bytes
-from pilot.codec.ternary_rc import RowColumn
+from pilot.codec.ternary_rc import TernaryRowColumn
 from protocol import Fault, ProtocolError
 
 torch.set_num_threads(1)
@@ -27,7 +27,7 @@ def through(name: str, x: torch.Tensor) -> torch.Tensor:
 # --- top-k: a mean below all that it is of ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["topk64", "topk256+entropy", "topk1024"])
+@pytest.mark.parametrize("name", ["topk64"])
 @pytest.mark.parametrize("size", [1, 100, 500, 4095, 4096, 4097, 9000])
 @pytest.mark.parametrize("magnitude", [1e-3, 0.1, 0.3, 1e-30])
 def test_top_k_of_equal_magnitudes(name: str, size: int, magnitude: float) -> None:
@@ -59,18 +59,18 @@ def test_rows_of_nothing_are_not_of_the_columns() -> None:
     """As in an embedding's gradient, where a batch has few of the tokens."""
     x = torch.zeros(2000, 256)
     x[::50] = randn(40, 256)
-    assert cosine(x, through("ternary-rc", x)) > cosine(x, through("ternary", x)) - 0.01
+    assert cosine(x, through("ternary-rc", x)) > 0.8
     assert not through("ternary-rc", torch.zeros(2000, 256)).any()
 
 
 def test_a_norm_is_that_of_the_products() -> None:
     """A column's scale whose square fp32 cannot hold, under a row's that makes it large."""
     codec, shape = load_codec("ternary-rc"), torch.Size([128, 128])
-    assert isinstance(codec, RowColumn)
+    assert isinstance(codec, TernaryRowColumn)
     body = torch.full((4 * 128 + 128 * 26,), (3**5 - 1), dtype=torch.uint8).numpy()  # all digits 2, codes +1
     scales = torch.cat([torch.full((128,), 2.0**60), torch.full((128,), 2.0**-75)]).bfloat16()
     body[: 4 * 128] = scale_bytes(scales)
-    payload = codec._header(False) + body.tobytes()
+    payload = codec._header + body.tobytes()
     assert codec.check(payload, {"x": shape}) == pytest.approx(2.0**-15 * 128, rel=1e-12)
     assert codec.decode(payload, {"x": shape})["x"].eq(2.0**-15).all()
 
@@ -78,7 +78,7 @@ def test_a_norm_is_that_of_the_products() -> None:
 # --- beyond the largest norm ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["2bit", "ternary", "ternary-rc"])
+@pytest.mark.parametrize("name", ["2bit", "ternary-rc"])
 @pytest.mark.parametrize("shape", [(700,), (130, 256)])
 def test_a_finite_block_whose_norm_is_not_is_refused(name: str, shape: tuple[int, ...]) -> None:
     x = randn(*shape)

@@ -257,7 +257,7 @@ def test_model_learns_and_a_restart_makes_the_same_version(tmp_path: Path, task:
     assert run(main(8))[0] == version  # from the ledger alone: the outer momentum too
 
 
-@pytest.mark.parametrize("codec", ["2bit", "2bit+entropy"])
+@pytest.mark.parametrize("codec", ["2bit", "int4"])
 def test_deltas_and_quantised_pseudo_gradients_learn_too(tmp_path: Path, task: GPT2, codec: str) -> None:
     plan = replace(PLAN, tau=5, rounds=8, optimizer=asdict(AdamWConfig(lr=3e-3, warmup=2)))
 
@@ -383,7 +383,7 @@ def terms_of(**flags: Any) -> RoundPolicy:
         ({"mode": "diloco"}, "2bit", "2bit"),
         ({"broadcast": "full"}, "ternary-rc", "fp32"),
         ({"codec": CodecConfig(up="auto", down="auto")}, "ternary-rc", "2bit"),
-        ({"codec": CodecConfig(up="topk64+entropy", down="int8")}, "topk64+entropy", "int8"),
+        ({"codec": CodecConfig(up="topk64", down="int8")}, "topk64", "int8"),
         ({"broadcast": "full", "mode": "diloco", "codec": CodecConfig(down="bf16")}, "2bit", "bf16"),
     ],
 )

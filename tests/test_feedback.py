@@ -98,7 +98,7 @@ class Done:
 class Miner:
     """What a miner does with its gradients, round by round."""
 
-    def __init__(self, folder: Path, codec: str = "ternary", decay: float = 1.0) -> None:
+    def __init__(self, folder: Path, codec: str = "ternary-rc", decay: float = 1.0) -> None:
         self.folder, self.codec, self.decay = folder, codec, decay
         self.said: list[str] = []
         self.restart()
@@ -131,7 +131,7 @@ class Miner:
 class Textbook:
     """The rule as it is written, with a dense copy of everything."""
 
-    def __init__(self, codec: str = "ternary", decay: float = 1.0) -> None:
+    def __init__(self, codec: str = "ternary-rc", decay: float = 1.0) -> None:
         self.codec, self.decay, self.e = load_codec(codec), decay, zeros()
 
     def encode(self, gradient: Tensors) -> bytearray:
@@ -160,7 +160,7 @@ def make_verdict(reply: Reply, verdict: Any = "ACCEPTED") -> Receipt:
     )
 
 
-CODECS = ("ternary", "2bit", "1bit", "int8", "topk64+entropy", "bf16")
+CODECS = ("ternary-rc", "2bit", "1bit", "int8", "topk64", "bf16")
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -355,7 +355,7 @@ def test_without_error_feedback_an_order_leaves_it_alone(tmp_path: Path) -> None
     order = miner.order(1, feedback=0.0)
     job = Job(order, "1" * 64, CALLER, 0.0)
     asyncio.run(miner.feedback.ready(job, gradient(1), TimedExecutor(None, lambda: 0.0), 0.0))
-    job.encode(load_codec("ternary"), Done(order, gradient(1)), 1.0, miner.feedback)  # type: ignore[arg-type]
+    job.encode(load_codec("ternary-rc"), Done(order, gradient(1)), 1.0, miner.feedback)  # type: ignore[arg-type]
     assert job.reply is not None
     assert job.reply.residual_before is None
     assert miner.encode(miner.order(2), gradient(2)).residual_before == residual_digest(textbook.e)
@@ -379,7 +379,7 @@ def waited(
         if stops is not None:
             loop.call_later(stops, job.stopping.set)
         await miner.feedback.ready(job, gradient(1), TimedExecutor(None, loop.time), handing_over_s=0.5)
-        job.encode(load_codec("ternary"), Done(order, gradient(1)), 1.0, miner.feedback)  # type: ignore[arg-type]
+        job.encode(load_codec("ternary-rc"), Done(order, gradient(1)), 1.0, miner.feedback)  # type: ignore[arg-type]
         assert job.reply is not None
         return loop.time(), job.reply.residual_before
 

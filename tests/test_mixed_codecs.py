@@ -49,13 +49,13 @@ def replies(store: RunStore, round: int) -> dict[str, Reply]:
 @pytest.mark.parametrize(
     ("known", "up", "down"),
     [
-        (None, "ternary", "2bit"),  # not heard yet: as the others
-        (("ternary", "2bit"), "ternary", "2bit"),
+        (None, "ternary-rc", "2bit"),  # not heard yet: as the others
+        (("ternary-rc", "2bit"), "ternary-rc", "2bit"),
         (OLD, "bf16", "fp32"),
-        (("fp32", "ternary"), "ternary", "fp32"),
+        (("fp32", "ternary-rc"), "ternary-rc", "fp32"),
         (("fp32", "2bit"), "fp32", "2bit"),
         ((), "fp32", "fp32"),
-        (("junk", "ternary+entropy"), "fp32", "fp32"),
+        (("junk", "ternary"), "fp32", "fp32"),
     ],
 )
 def test_who_does_not_know_a_codec_gets_another(
@@ -63,9 +63,9 @@ def test_who_does_not_know_a_codec_gets_another(
 ) -> None:
     negotiation = Negotiation({ALL: known}.get)
     for _ in range(3):
-        assert negotiation.up(ALL, "ternary") == up
+        assert negotiation.up(ALL, "ternary-rc") == up
         assert negotiation.down(ALL, "2bit") == down
-    assert len(caplog.records) == (up != "ternary") + (down != "2bit")  # each said once
+    assert len(caplog.records) == (up != "ternary-rc") + (down != "2bit")  # each said once
 
 
 def test_a_whole_state_is_for_who_cannot_read_a_delta_on_the_way() -> None:
@@ -82,7 +82,7 @@ def test_a_whole_state_is_for_who_cannot_read_a_delta_on_the_way() -> None:
 
 
 def test_what_a_stranger_names_is_cut_short_when_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    Negotiation({ALL: ("x" * 60,) * 200}.get).up(ALL, "ternary")
+    Negotiation({ALL: ("x" * 60,) * 200}.get).up(ALL, "ternary-rc")
     [record] = caplog.records
     assert len(record.getMessage()) < 400
 
@@ -93,7 +93,11 @@ def test_what_a_stranger_names_is_cut_short_when_it_is_said(caplog: pytest.LogCa
 def check(store: RunStore, round: int) -> None:
     """Every miner was ordered what it can do, did it, and was paid."""
     ordered, came = orders(store, round), replies(store, round)
-    assert {hotkey: order.codec_up for hotkey, order in ordered.items()} == {ALL: "ternary", SOME: "bf16", NONE: "fp32"}
+    assert {hotkey: order.codec_up for hotkey, order in ordered.items()} == {
+        ALL: "ternary-rc",
+        SOME: "bf16",
+        NONE: "fp32",
+    }
     assert {hotkey: order.codec_down for hotkey, order in ordered.items()} == {ALL: "2bit", SOME: "fp32", NONE: "2bit"}
     assert {hotkey: reply.codec for hotkey, reply in came.items()} == {h: o.codec_up for h, o in ordered.items()}
     assert {r.verdict for r in receipts(store, round).values()} == {"ACCEPTED"}
@@ -109,7 +113,7 @@ def differ(workers: dict[str, Worker]) -> None:
 
 def place(folder: Path, task: GPT2, **policy: Any) -> Place:
     made = make_place(
-        folder, task, miners=MINERS[:3], codec_up="ternary", codec_down="2bit", broadcast="delta", **policy
+        folder, task, miners=MINERS[:3], codec_up="ternary-rc", codec_down="2bit", broadcast="delta", **policy
     )
     differ(made.workers)
     return made

@@ -21,7 +21,7 @@ from protocol import Update, VersionStep, digest
 from tests.test_learner import Norms, gradients, tensors_of
 from tests.tiny import CPU, OPTIMIZER
 
-CODECS = ["2bit", "ternary+entropy", "int8", "bf16", "topk64-4bit"]
+CODECS = ["2bit", "ternary-rc", "int8", "bf16", "topk64"]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -78,7 +78,7 @@ def test_replica_is_what_the_deltas_make(codec: str) -> None:
     assert learner.update.snapshots[-1].steps > 0
 
 
-@pytest.mark.parametrize("codec", ["2bit", "ternary", "int4"])
+@pytest.mark.parametrize("codec", ["2bit", "ternary-rc", "int4"])
 def test_what_a_delta_loses_comes_later(codec: str) -> None:
     """Once the exact parameters rest, the replica comes as near to them as one likes."""
     learner = make_learner(codec)
@@ -135,7 +135,7 @@ def test_outer_step_is_nesterovs(momentum: float) -> None:
 @pytest.mark.parametrize("steps", [0, 3, 23])
 def test_a_restart_makes_the_same_chain_bit_for_bit(tmp_path: Path, steps: int) -> None:
     """From a snapshot, with the chain's files; what has come since is made again, and the same."""
-    learner = make_learner("ternary", keep=FileBlobStore(tmp_path / "versions"))
+    learner = make_learner("ternary-rc", keep=FileBlobStore(tmp_path / "versions"))
     settings = [{"lr": 1e-2}, {"outer_lr": 0.3, "outer_momentum": 0.6}]
 
     def go_on(other: Learner, codec: str) -> None:
@@ -152,7 +152,7 @@ def test_a_restart_makes_the_same_chain_bit_for_bit(tmp_path: Path, steps: int) 
     kept = {name: t.clone() for name, t in tensors.items()}
     go_on(learner, "int4")
     updates, exact, replica = learner.update, bits(exact_of(learner)), bits(replica_of(learner))
-    again = make_learner("ternary", keep=FileBlobStore(tmp_path / "versions"))
+    again = make_learner("ternary-rc", keep=FileBlobStore(tmp_path / "versions"))
     train(again, 2, seed=7)  # it has a past of its own
     again.load_state(header, kept)
     assert again.update == Update.model_validate_json(header["chain"])
@@ -204,7 +204,7 @@ def on(device: str) -> Tensors:
     return {name: torch.empty(shape, device=device) for name, shape in SHAPES}
 
 
-@pytest.mark.parametrize("codec", ["2bit", "ternary+entropy"])
+@pytest.mark.parametrize("codec", ["2bit", "ternary-rc"])
 def test_threads_make_no_difference(codec: str) -> None:
     made = []
     for threads in (1, 2):

@@ -10,7 +10,6 @@ import tracemalloc
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 
 import pytest
 import torch
@@ -29,12 +28,8 @@ GRADIENT = {"b": torch.randn(3, generator=GENERATOR), "w": torch.randn(5, 1000, 
 SPECS = {name: t.shape for name, t in GRADIENT.items()}
 BLOCKS, CHUNKS = 41, 3  # of 128 and of 4,096 values
 PACKED = [name for name in known_codecs() if name not in DENSE]
-SOME = ["int8", "int4", "2bit", "ternary", "1bit", "topk64", "topk64-4bit"]
-SOME += [
-    "ternary-rc",
-    *(f"{name}+entropy" for name in ("int8", "ternary", "1bit", "topk16", "topk64", "topk1024-4bit")),
-]
-QUANTISED, TOPK = SOME[:5], ["topk64", "topk64-4bit"]  # with a scale for each block, for each chunk
+QUANTISED = ["int8", "int4", "2bit", "1bit"]  # with a scale for each block
+TOPK = ["topk64"]  # with two scales for each chunk
 
 
 def encoded(codec: str) -> bytearray:
@@ -89,21 +84,20 @@ def test_another_header(codec: str) -> None:
         *(b"", payload[:1], payload[:31], b"pilot/q2" + payload[8:], b"\0" * len(payload), b"\xff" + payload[1:]),
         *(b"\x80\x04cos\nsystem\n(S'true'\ntR." + payload[31:], b" " + payload, payload[1:], payload.upper()),
         payload[:31] + b"\x02" + payload[32:],
+        payload[:31] + b"\x01" + zlib.compress(payload[32:]),
         payload[:8] + b"\x1b[2J\r\n".ljust(23, b"\0") + payload[31:],
     ):
-        assert f"no {codec} payload" in str(refusal(codec, wrong))
-    if "entropy" not in codec:
-        assert f"no {codec} payload" in str(refusal(codec, payload[:31] + b"\x01" + zlib.compress(payload[32:])))
+        assert f"not a {codec} payload" in str(refusal(codec, wrong))
 
 
-@pytest.mark.parametrize("codec", SOME)
+@pytest.mark.parametrize("codec", PACKED)
 def test_one_codecs_payload_is_no_others(codec: str) -> None:
     for other in known_codecs():
         if other != codec:
             refusal(codec, encoded(other))
 
 
-@pytest.mark.parametrize("codec", SOME)
+@pytest.mark.parametrize("codec", PACKED)
 def test_other_tensors(codec: str) -> None:
     refusal(codec, bytes(load_codec(codec).encode({"w": GRADIENT["w"]})))
     refusal(codec, bytes(load_codec(codec).encode({**GRADIENT, "x": torch.ones(4097)})))
@@ -114,63 +108,6 @@ def test_other_lengths(codec: str) -> None:
     payload = encoded(codec)
     for wrong in (payload[:-1], payload[:HEADER], payload + b"\0", payload + bytes(ROOM), payload * 2, payload[:-130]):
         assert "bytes where these tensors take" in str(refusal(codec, wrong))
-
-
-# --- deflate ----------------------------------------------------------------------------------------------------------
-
-
-def deflated(codec: str, body: bytes) -> bytes:
-    stream = zlib.compressobj(9, zlib.DEFLATED, -15)
-    return bytes(encoded(codec)[:31]) + b"\x01" + stream.compress(body) + stream.flush()
-
-
-def inflated(codec: str) -> bytes:
-    payload = encoded(codec)
-    return zlib.decompress(payload[HEADER:], -15) if payload[31] else bytes(payload[HEADER:])
-
-
-ENTROPY = ["int8+entropy", "ternary+entropy", "1bit+entropy", "topk64+entropy"]
-
-
-@pytest.mark.parametrize("codec", ENTROPY)
-def test_any_deflate_stream_of_the_right_bytes_will_do(codec: str) -> None:
-    payload = deflated(codec, inflated(codec))
-    decoded, expected = (load_codec(codec).decode(p, SPECS) for p in (payload, encoded(codec)))
-    assert all(torch.equal(decoded[name], expected[name]) for name in SPECS)
-
-
-@cache
-def bomb() -> bytes:
-    """A gigabyte of zeros in a megabyte."""
-    stream, piece = zlib.compressobj(1, zlib.DEFLATED, -15), bytes(1 << 20)
-    return b"".join(stream.compress(piece) for _ in range(1 << 10)) + stream.flush()
-
-
-@pytest.mark.parametrize("codec", ENTROPY)
-def test_bombs(codec: str) -> None:
-    """A gigabyte where kilobytes belong; a little more than there is room for; a million bytes of empty blocks."""
-    body = inflated(codec)
-    assert "inflates beyond" in str(refusal(codec, bytes(encoded(codec)[:31]) + b"\x01" + bomb()))
-    assert "inflates beyond" in str(refusal(codec, deflated(codec, body + bytes(1 << 20))))
-    most = load_codec(codec).largest(SPECS) - HEADER
-    assert "inflates beyond" in str(refusal(codec, deflated(codec, bytes(most + 1))))
-    empty = b"\x00\x00\x00\xff\xff" * 200_000  # stored blocks of nothing
-    for tail in (b"", b"\x01\x00\x00\xff\xff"):
-        refusal(codec, bytes(encoded(codec)[:31]) + b"\x01" + empty + tail)
-
-
-@pytest.mark.parametrize("codec", ENTROPY)
-def test_broken_streams(codec: str) -> None:
-    payload, body = deflated(codec, inflated(codec)), inflated(codec)
-    for cut in (HEADER, HEADER + 1, len(payload) // 2, len(payload) - 1):
-        assert "does not end" in str(refusal(codec, payload[:cut]))
-    for tail in (b"\0", b"\x01", payload[HEADER:], bytes(ROOM)):
-        assert "after the end of the deflate stream" in str(refusal(codec, payload + tail))
-    assert "no deflate stream" in str(refusal(codec, payload[:HEADER] + b"\xff" * 100))
-    assert "no deflate stream" in str(refusal(codec, payload[:HEADER] + zlib.compress(body)))
-    refusal(codec, deflated(codec, body[: len(body) // 2]))
-    refusal(codec, deflated(codec, b""))
-    refusal(codec, bytes(payload[:31]) + b"\x00" + payload[HEADER:])
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------
@@ -214,7 +151,7 @@ def test_scales_at_the_ends(codec: str, bits: int) -> None:
         right_or_refused(codec, with_scale(codec, at, bits))
     if bits < 0x7B00:
         load_codec(codec).check(with_scale(codec, 1, bits), SPECS)
-    elif bits == 0x7F7F and codec not in ("ternary", "1bit"):
+    elif bits == 0x7F7F and codec != "1bit":
         assert refusal(codec, with_scale(codec, 1, bits)).fault is Fault.NONFINITE
 
 
@@ -245,13 +182,13 @@ def test_zero_scale_makes_zeros_of_any_codes() -> None:
 
 
 @pytest.mark.parametrize("byte", [243, 244, 255])
-def test_ternary_bytes_that_are_no_five_digits(byte: int) -> None:
+def test_ternary_bytes_that_are_not_five_digits(byte: int) -> None:
     for at in (HEADER + 2 * BLOCKS, -1):
-        payload = encoded("ternary")
+        payload = encoded("ternary-rc")
         payload[at] = byte
-        assert f"byte {byte} is no 5 digits of base 3" in str(refusal("ternary", payload))
+        assert f"byte {byte} is not 5 digits of base 3" in str(refusal("ternary-rc", payload))
     payload[-1] = 242
-    assert load_codec("ternary").check(payload, SPECS) > 0
+    assert load_codec("ternary-rc").check(payload, SPECS) > 0
 
 
 @pytest.mark.parametrize("codec", QUANTISED)
@@ -315,25 +252,10 @@ def test_an_index_beyond_a_short_chunk(beyond: int) -> None:
     load_codec("topk64").check(with_indices(lambda at: [2], 0, 1), SPECS)
 
 
-def test_rice_streams_that_are_none() -> None:
-    """All zeros never end an index; all ones end too many; a byte too many; bits after the last; a gap too wide."""
-    codec, body = "topk64+entropy", inflated("topk64+entropy")
-    unary = 4 * CHUNKS + 2 * 80 // 8 + 5 * 80 // 8
-    for stream in (
-        *(b"\0" * 10, b"\0" * (len(body) - unary), body[unary:-1], body[unary:] + b"\0", body[unary:] + b"\xff"),
-        *(b"\xff" * (len(body) - unary), b"\0" + body[unary:], b"\0" * 8 + body[unary + 8 :], body[unary:-1] + b"\xff"),
-    ):
-        right_or_refused(codec, deflated(codec, body[:unary] + stream))
-    for stream in (b"\0" * (len(body) - unary), b"\xff" * (len(body) - unary), body[unary:] + b"\0"):
-        refusal(codec, deflated(codec, body[:unary] + stream))
-    gap = b"\x01" + b"\xff" * 9  # seven zeros in `b`, which has three values
-    assert "beyond" in str(refusal(codec, deflated(codec, body[:unary] + gap)))
-
-
 # --- anything else ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", SOME)
+@pytest.mark.parametrize("codec", PACKED)
 @SETTINGS
 @given(st.data())
 def test_flipped_and_spliced_bytes(codec: str, data: st.DataObject) -> None:
@@ -347,20 +269,8 @@ def test_flipped_and_spliced_bytes(codec: str, data: st.DataObject) -> None:
     right_or_refused(codec, payload)
 
 
-@pytest.mark.parametrize("codec", [name for name in SOME if "entropy" in name])
-@SETTINGS
-@given(st.data())
-def test_other_bodies_well_deflated(codec: str, data: st.DataObject) -> None:
-    body = bytearray(inflated(codec))
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(0, len(body) - 1))
-        body[at : at + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
-    right_or_refused(codec, deflated(codec, bytes(body)))
-
-
-@pytest.mark.parametrize("codec", SOME)
+@pytest.mark.parametrize("codec", PACKED)
 @SETTINGS
 @given(st.binary(max_size=200))
 def test_random_bytes_after_a_right_header(codec: str, body: bytes) -> None:
-    for flag in b"\0\1":
-        right_or_refused(codec, bytes(encoded(codec)[:31]) + bytes([flag]) + body)
+    right_or_refused(codec, bytes(encoded(codec)[:HEADER]) + body)

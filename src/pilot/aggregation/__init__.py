@@ -1,39 +1,46 @@
-"""Contributions → one gradient. Plain functions without state; the literal dict is the list of them.
+"""Aggregate contributions to one gradient. An aggregator is a plain function without state.
 
-Each is called with the accepted contributions in the order of their hotkeys and sums in that order, so a round replayed
-from its record is bit-equal. Weights are the validator's own counts, normalised first: one miner weighs exactly 1.0.
+It gets the accepted contributions in the order of their hotkeys and sums in that order, so a round replayed from its
+record is bit-equal. Weights are the validator's own counts, normalised first: one miner weighs exactly 1.0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from pilot.common.registry import load
+
 if TYPE_CHECKING:
+    import torch
+
     from pilot.codec import Specs, Tensors
 
 
-class Weighted(Protocol):
-    """What an aggregator sees of a contribution."""
+class Contribution(Protocol):
+    """A verified gradient as an aggregator sees it: encoded, however many of them a round has."""
 
     @property
     def count(self) -> int:
-        """Examples or tokens, as the validator counts them."""
+        """Return the examples or tokens in it, by the validator's count."""
 
     @property
     def norm(self) -> float:
-        """Euclidean norm over all tensors."""
+        """Return the Euclidean norm over all tensors."""
 
     @property
     def specs(self) -> Specs:
-        """The shapes of its tensors: the same in every contribution of a round."""
+        """Return the shapes of its tensors, which are the same in every contribution of a round."""
 
-    @property
-    def add(self) -> Callable[[Tensors, float], None]:
-        """add(result, weight): adds weight times its tensors to those of `result`, without a dense copy of its own."""
+    def add(self, into: Tensors, weight: float) -> None:
+        """Add weight times its tensors to those of `into`, without a dense copy."""
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return coordinates [start, stop) of the flat gradient as a vector, fp32 on the CPU (codec.Codec.read)."""
 
 
-Aggregator = Callable[[Sequence[Weighted]], "Tensors"]
+Aggregator = Callable[[Sequence[Contribution]], "Tensors"]
 
 AGGREGATORS: dict[str, str] = {
     "mean": "pilot.aggregation.means:mean",
@@ -42,11 +49,13 @@ AGGREGATORS: dict[str, str] = {
 
 
 def load_aggregator(name: str) -> Aggregator:
-    """The aggregator of that name; ValueError where there is none."""
-    from importlib import import_module
-
-    if name not in AGGREGATORS:
-        raise ValueError(f"--aggregation {name}: unknown; known: {', '.join(AGGREGATORS)}")
-    module, attribute = AGGREGATORS[name].split(":")
-    aggregator: Aggregator = getattr(import_module(module), attribute)
+    """Return the aggregator of that name. Raises ValueError for an unknown one."""
+    aggregator: Aggregator = load("--aggregation", name, AGGREGATORS)
     return aggregator
+
+
+def blocks(specs: Specs, size: int) -> Iterator[tuple[int, int]]:
+    """Yield [start, stop) of consecutive blocks of at most `size` coordinates that cover the flat gradient."""
+    total = sum(math.prod(shape) for shape in specs.values())
+    for start in range(0, total, size):
+        yield start, min(start + size, total)

@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from pilot.aggregation import Weighted
+    from pilot.aggregation import Contribution
     from pilot.codec import Tensors
 
 
-def mean(contributions: Sequence[Weighted]) -> Tensors:
-    """sum_i w_i g_i with w_i = count_i / sum_j count_j."""
+def mean(contributions: Sequence[Contribution]) -> Tensors:
+    """Return sum_i w_i g_i with w_i = count_i / sum_j count_j."""
     return _weighted_sum(contributions, [1.0] * len(contributions))
 
 
-def median_norm_mean(contributions: Sequence[Weighted]) -> Tensors:
-    """The mean of contributions that are each scaled down to the median norm where theirs is larger.
+def median_norm_mean(contributions: Sequence[Contribution]) -> Tensors:
+    """Return the mean of contributions, each scaled down to the median norm if its own is larger.
 
     Bounds what one liar can add to (count share) x (median norm). The median of an even number is the mean of the
-    middle two, so of two contributions the larger is clipped to half-way between them.
+    middle two, so of two contributions the larger is scaled down to the mean of both norms.
     """
     limit = median(c.norm for c in contributions)
     return _weighted_sum(contributions, [1.0 if c.norm <= limit else limit / c.norm for c in contributions])
 
 
-def _weighted_sum(contributions: Sequence[Weighted], factors: Sequence[float]) -> Tensors:
-    """sum_i factor_i count_i / (sum_j count_j) g_i, in the order given. Raises ValueError for none at all."""
+def _weighted_sum(contributions: Sequence[Contribution], factors: Sequence[float]) -> Tensors:
+    """Return sum_i factor_i count_i / (sum_j count_j) g_i, in the order given. Raises ValueError if there are none."""
     if not contributions:
         raise ValueError("nothing to aggregate")
     total = sum(c.count for c in contributions)

@@ -1,4 +1,4 @@
-"""Every value, in fp32 or bf16, as safetensors in one canonical layout.
+"""Encode every value, in fp32 or bf16, as safetensors in one canonical layout.
 
 Canonical: tensors in the order of their names, no metadata, no gaps. The receiver knows names, shapes and dtype, so it
 knows the header's exact bytes: checking a payload is one comparison, and nothing in it is ever interpreted. The tensors
@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from typing_extensions import Buffer
 
+from pilot.codec.packed import pieces_of
 from pilot.common.safetensors_header import dtype_name, safetensors_header
 from protocol import Fault, ProtocolError
 
 if TYPE_CHECKING:
     from pilot.codec import Specs, Tensors
 
-CHUNK = 1 << 15  # values at a time: torch takes one thread for so few, and they stay in cache
+CHUNK = 1 << 15  # values at a time: few enough for one thread of torch, and for the cache
 
 
 class Dense:
@@ -66,8 +67,15 @@ class Dense:
                 values = found[start : start + step].to(flat.device, torch.float32)
                 flat[start : start + step].add_(values if weight == 1.0 else values * weight)
 
+    def read(self, payload: Buffer, specs: Specs, start: int, stop: int) -> torch.Tensor:
+        views, out = self._views(payload, specs), torch.empty(stop - start)
+        for piece in pieces_of(specs, start, stop):
+            size = piece.stop - piece.start
+            out[piece.at : piece.at + size] = views[piece.name].view(-1)[piece.start : piece.stop]
+        return out
+
     def _views(self, payload: Buffer, specs: Specs) -> Tensors:
-        """Of the payload, in the dtype that they travel in. ProtocolError unless exactly those of `specs`."""
+        """Return the tensors as views of the payload, in their own dtype. Raises ProtocolError unless exactly `specs`."""
         data = memoryview(payload).cast("B")
         header = self._header(specs)
         if data[: len(header)] != header:
@@ -90,7 +98,7 @@ class Dense:
         return safetensors_header((name, self.dtype, specs[name]) for name in sorted(specs))
 
     def _difference(self, data: memoryview, specs: Specs) -> str:
-        """One line on why the header is not the expected one. The header is only looked at when already refused."""
+        """Say in one line how the header differs from the expected one. It is parsed only once it has been refused."""
         expected = self._header(specs)
         length = int.from_bytes(data[:8], "little")
         if len(data) < 8 or length > min(len(data) - 8, 2 * len(expected) + 1024):
@@ -115,7 +123,7 @@ class Dense:
 
 
 def global_norm(tensors: Mapping[str, torch.Tensor]) -> float:
-    """Euclidean norm over all tensors on the CPU, summed in fp64. NaN or infinity anywhere makes it non-finite."""
+    """Return the Euclidean norm over all tensors on the CPU, summed in fp64; not finite if any value is not."""
     total, wide = 0.0, torch.empty(CHUNK, dtype=torch.float64)
     for _, t in sorted(tensors.items()):
         for chunk in torch.split(t.flatten(), CHUNK):
@@ -123,5 +131,5 @@ def global_norm(tensors: Mapping[str, torch.Tensor]) -> float:
     return math.sqrt(total)
 
 
-fp32 = Dense(torch.float32)
-bf16 = Dense(torch.bfloat16)
+FP32 = Dense(torch.float32)
+BF16 = Dense(torch.bfloat16)

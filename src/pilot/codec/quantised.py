@@ -1,11 +1,12 @@
-"""A few bits a parameter: in blocks of 128 values, each with a scale, code x scale in fp32.
+"""Quantise each block of 128 values by a bf16 scale of its own: int8, int4, 2bit, 1bit.
 
-The body: the scales as bf16 (all high bytes, then all low ones, for the entropy coder), then the codes of the blocks as
-digits of bytes. With P digits to a byte and H = ceil(blocks / P), row j of the H rows of 128 bytes holds, from the
-lowest digit up, blocks j, H + j, 2H + j, …: each step of packing and unpacking is on contiguous memory.
+The tensors lie one after the other by name, each padded to whole blocks. The body: the scales, one a block (all high
+bytes, then all low bytes), then rows of 128 bytes. With d digits of base b to a byte, block k of `number` has its codes
+in row k mod height at digit k // height, where height = ceil(number / d): each of the d planes is a contiguous part of
+the blocks, so packing and unpacking are a few operations on whole rows.
 
-Scales are bf16, not fp16: the mean gradient of a large batch has blocks below 6e-8, where fp16 ends. A block beyond
-1e19 may have a norm that fp32 cannot hold: where a scale follows from that, the payload is refused as not finite.
+Scales are bf16, not fp16: the mean gradient of a large batch has blocks below 6e-8, the smallest fp16. A block beyond
+1e19 may have a norm that fp32 cannot hold; if the scale follows from the norm, the payload is refused as not finite.
 """
 
 from __future__ import annotations
@@ -18,49 +19,152 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 
-from pilot.codec.packed import Blocks, Bytes, Packed, check_scales, scale_bits, scale_bytes, widened
+from pilot.codec.packed import (
+    CPU,
+    FP32_MAX,
+    Blocks,
+    Bytes,
+    Packed,
+    Piece,
+    check_scales,
+    device_of,
+    scale_bits,
+    scale_bytes,
+    widened,
+)
 from protocol import ProtocolError
 
 if TYPE_CHECKING:
     from pilot.codec import Specs, Tensors
 
 WIDTH = 128  # values of a block
-ROWS = 2048  # blocks at a time on the CPU: 1 MB as fp32, so a chunk stays in the caches
+CPU_ROWS = 2048  # rows at a time: 1 MB as fp32, so a chunk stays in the caches
 GPU_ROWS = 1 << 17
-LARGEST = float(torch.finfo(torch.float32).max)
 
 
-class Quantised(Packed):
-    """`quantise` and `levels` say what the codes are; here is where they lie."""
+class Coded(Packed):
+    """A codec whose body ends with rows of small codes, several to a byte, which scales turn into values."""
 
     base: ClassVar[int]  # digits are 0 … base - 1
     digits: ClassVar[int]  # of a byte
-    top: ClassVar[int]  # the largest magnitude of a level
-
-    @abstractmethod
-    def quantise(self, x: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[rows, 128] fp32, zeros after the first `count` [rows, 1] -> scales [rows, 1] fp32, digits int8."""
 
     @abstractmethod
     def levels(self, digits: torch.Tensor) -> torch.Tensor:
-        """uint8 -> int8."""
+        """Map digits, uint8, to signed levels, int8."""
 
-    def sizes(self, specs: Specs) -> tuple[int, int]:
-        blocks = Blocks(specs, WIDTH).number
-        size = 2 * blocks + WIDTH * -(-blocks // self.digits)
-        return size, size
+    @abstractmethod
+    def scale_bytes(self, specs: Specs) -> int:
+        """Return the bytes of the scales, after which the rows begin."""
 
-    def body(self, tensors: Mapping[str, torch.Tensor]) -> Bytes:
+    @abstractmethod
+    def scaler(self, body: Bytes, specs: Specs, device: torch.device) -> Scaler:
+        """Return the function that multiplies levels of blocks by their scales."""
+
+    def body_size(self, specs: Specs) -> int:
+        return self.scale_bytes(specs) + WIDTH * -(-Blocks(specs, WIDTH).number // self.digits)
+
+    def add_body(self, body: Bytes, into: Tensors, weight: float) -> None:
+        specs = {name: t.shape for name, t in into.items()}
+        flat, device = {name: t.view(-1) for name, t in into.items()}, device_of(into)
+        blocks, scale = Blocks(specs, WIDTH), self.scaler(body, specs, device)
+        for start, levels in self.iterate_levels(body[self.scale_bytes(specs) :], blocks, device):
+            values = scale(start, levels)
+            if weight != 1.0:
+                values.mul_(weight)
+            values = values.view(-1)
+            for run in blocks.runs(start, start + len(levels)):
+                at = (run.start - start) * WIDTH
+                flat[run.name][run.offset : run.offset + run.size].add_(values[at : at + run.size])
+
+    def read_body(self, body: Bytes, specs: Specs, pieces: list[Piece], out: torch.Tensor) -> None:
+        blocks, scale = Blocks(specs, WIDTH), self.scaler(body, specs, CPU)
+        rows = body[self.scale_bytes(specs) :].reshape(-1, WIDTH)
+        for piece in pieces:
+            first, last, skip = blocks.covering(piece)
+            for low in range(first, last, CPU_ROWS):
+                high = min(low + CPU_ROWS, last)
+                values = scale(low, self.levels(self._digits_of(rows, low, high))).view(-1)
+                begin = skip if low == first else 0
+                at = piece.at + (low - first) * WIDTH + begin - skip
+                size = min(len(values) - begin, piece.at + piece.stop - piece.start - at)
+                out[at : at + size] = values[begin : begin + size]
+
+    def _digits_of(self, rows: Bytes, low: int, high: int) -> torch.Tensor:
+        """Return the digits of blocks [low, high), [blocks, 128] uint8, from any place of the body."""
+        found, height = np.empty((high - low, WIDTH), np.uint8), len(rows)
+        block = low
+        while block < high:
+            plane, row = divmod(block, height)
+            end = min(high, (plane + 1) * height)
+            divisor = np.uint16(self.base**plane)
+            digits = rows[row : row + end - block].astype(np.uint16) // divisor % np.uint16(self.base)
+            found[block - low : end - low] = digits
+            block = end
+        return torch.from_numpy(found)
+
+    def iterate_levels(self, rows: Bytes, blocks: Blocks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the first block's number and levels [blocks, 128] int8, a chunk at a time, plane by plane of a row."""
+        height = len(rows) // WIDTH
+        for low, high in row_chunks(height, device):
+            chunk = rows[low * WIDTH : high * WIDTH]
+            row = torch.from_numpy(chunk if chunk.flags.writeable else chunk.copy()).view(-1, WIDTH).to(device)
+            for plane in range(self.digits):
+                start = plane * height + low
+                stop = min(start + high - low, blocks.number)
+                digits, row = self.split_digit(row)
+                if stop > start:
+                    yield start, self.levels(digits[: stop - start])
+
+    def split_digit(self, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the lowest digit of each byte, and the rest of it."""
+        if self.digits == 1:
+            return row, row
+        return row & (self.base - 1), row >> self.base.bit_length() - 1
+
+    def check_codes(self, rows: Bytes) -> None:
+        """Raise ProtocolError for a byte that is not `digits` digits of `base`."""
+        limit = self.base**self.digits
+        if len(rows) and limit < 256 and (found := int(rows.max())) >= limit:
+            raise ProtocolError(f"{self.name}: byte {found} is not {self.digits} digits of base {self.base}")
+
+
+class Scaler:
+    """Multiply levels by the scales of their blocks."""
+
+    def __init__(self, scales: torch.Tensor) -> None:
+        self._scales = scales  # [blocks, 1] fp32
+
+    def __call__(self, start: int, levels: torch.Tensor) -> torch.Tensor:
+        """Return the values of the blocks from `start` on, [blocks, 128] fp32, of levels [blocks, 128] int8."""
+        return levels.to(torch.float32).mul_(self._scales[start : start + len(levels)])
+
+
+class Quantised(Coded):
+    """A scale a block. `quantise` chooses scale and codes; `levels` says what the codes mean."""
+
+    largest_level: ClassVar[int]
+
+    @abstractmethod
+    def quantise(self, x: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scales [rows, 1] fp32 and digits int8 of [rows, 128] fp32, zero after the first `count` [rows, 1]."""
+
+    def scale_bytes(self, specs: Specs) -> int:
+        return 2 * Blocks(specs, WIDTH).number
+
+    def scaler(self, body: Bytes, specs: Specs, device: torch.device) -> Scaler:
+        return Scaler(widened(scale_bits(body[: self.scale_bytes(specs)])).to(device).view(-1, 1))
+
+    def encode_body(self, tensors: Mapping[str, torch.Tensor]) -> Bytes:
         blocks = Blocks({name: t.shape for name, t in tensors.items()}, WIDTH)
         flat = {name: t.reshape(-1) for name, t in tensors.items()}
-        device = next(iter(flat.values())).device if flat else torch.device("cpu")
+        device = device_of(flat)
         height = -(-blocks.number // self.digits)
         scales = torch.zeros(height * self.digits, dtype=torch.bfloat16, device=device)
         counts = torch.ones(len(scales), 1, device=device)
         counts[: blocks.number, 0] = torch.from_numpy(blocks.counts()).to(device)
         body = np.empty(2 * blocks.number + WIDTH * height, np.uint8)
         packed = torch.from_numpy(body[2 * blocks.number :]).view(-1, WIDTH)
-        for low, high in chunks(height, device):
+        for low, high in row_chunks(height, device):
             row = torch.zeros(high - low, WIDTH, dtype=torch.uint8, device=device)
             for plane in reversed(range(self.digits)):
                 here = slice(plane * height + low, plane * height + high)
@@ -71,144 +175,75 @@ class Quantised(Packed):
         body[: 2 * blocks.number] = scale_bytes(scales[: blocks.number])
         return body
 
-    def inspect(self, body: Bytes, specs: Specs) -> float:
+    def check_body(self, body: Bytes, specs: Specs) -> float:
         blocks = Blocks(specs, WIDTH)
         bits = scale_bits(body[: 2 * blocks.number])
-        check_scales(bits, LARGEST / self.top)
+        check_scales(bits, FP32_MAX / self.largest_level)
         scales = widened(bits).double()
         rows = body[2 * blocks.number :]
-        self._check_codes(rows)
+        self.check_codes(rows)
         counts = torch.from_numpy(blocks.counts())
         total, column = 0.0, torch.arange(WIDTH)
-        for start, levels in self._levels(rows, blocks, torch.device("cpu")):
+        for start, levels in self.iterate_levels(rows, blocks, CPU):
             here = slice(start, start + len(levels))
             wide = levels.to(torch.float32)
-            if int(counts[here].min()) < WIDTH:  # a tensor ends here: what follows in its last block is nothing
+            if int(counts[here].min()) < WIDTH:  # a tensor ends here: the rest of its last block is padding
                 wide *= column < counts[here, None]
             square = (wide * wide).sum(1)  # whole numbers below 2^24: exact
             total += float(square.double().mul_(scales[here]).mul_(scales[here]).sum())
         return math.sqrt(total)
 
-    def _check_codes(self, rows: Bytes) -> None:
-        limit = self.base**self.digits
-        if len(rows) and limit < 256 and (found := int(rows.max())) >= limit:
-            raise ProtocolError(f"{self.name}: byte {found} is no {self.digits} digits of base {self.base}")
-
-    def accumulate(self, body: Bytes, into: Tensors, weight: float) -> None:
-        blocks = Blocks({name: t.shape for name, t in into.items()}, WIDTH)
-        flat = {name: t.view(-1) for name, t in into.items()}
-        device = next(iter(flat.values())).device if flat else torch.device("cpu")
-        for start, values in self._values(body, {name: t.shape for name, t in into.items()}, device):
-            if weight != 1.0:
-                values.mul_(weight)
-            lying = values.view(-1)
-            for run in blocks.runs(start, start + len(values)):
-                at = (run.start - start) * WIDTH
-                flat[run.name][run.offset : run.offset + run.size].add_(lying[at : at + run.size])
-
-    def _values(self, body: Bytes, specs: Specs, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        """As `_levels`, dequantised: [blocks, 128] fp32."""
-        blocks = Blocks(specs, WIDTH)
-        scales = widened(scale_bits(body[: 2 * blocks.number])).to(device).view(-1, 1)
-        for start, levels in self._levels(body[2 * blocks.number :], blocks, device):
-            yield start, levels.to(torch.float32).mul_(scales[start : start + len(levels)])
-
-    def _levels(self, rows: Bytes, blocks: Blocks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        """The first block's number and [blocks, 128] int8, a chunk at a time, in the order of the layout."""
-        height = len(rows) // WIDTH
-        for low, high in chunks(height, device):
-            chunk = rows[low * WIDTH : high * WIDTH]
-            row = torch.from_numpy(chunk if chunk.flags.writeable else chunk.copy()).view(-1, WIDTH).to(device)
-            for plane in range(self.digits):
-                start = plane * height + low
-                stop = min(start + high - low, blocks.number)
-                digits, row = self._split(row)
-                if stop > start:
-                    yield start, self.levels(digits[: stop - start])
-
-    def _split(self, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The lowest digit of each byte, and the rest of it."""
-        if self.digits == 1:
-            return row, row
-        shift = self.base.bit_length() - 1
-        return row & (self.base - 1), row >> shift
-
 
 class Int8(Quantised):
-    """255 levels, the scale that of the largest magnitude, rounded to nearest even."""
+    """255 levels, scaled by the largest magnitude, rounded to the nearest even code."""
 
-    base, digits, top = 256, 1, 128
+    base, digits, largest_level = 256, 1, 128
     steps: ClassVar[int] = 127
+    zero: ClassVar[int] = 0  # the digit of level 0
 
     def quantise(self, x: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         scale = _bf16_above(x.abs().amax(1, keepdim=True) / self.steps)
-        return scale, self._digits((x / divisor(scale)).round_())
-
-    def _digits(self, codes: torch.Tensor) -> torch.Tensor:
-        return codes.to(torch.int8)
+        codes = (x / divisor(scale)).round_().to(torch.int8)
+        return scale, codes.add_(self.zero) if self.zero else codes
 
     def levels(self, digits: torch.Tensor) -> torch.Tensor:
-        return digits.view(torch.int8)
+        levels = digits.view(torch.int8)
+        return levels - self.zero if self.zero else levels
 
 
 class Int4(Int8):
-    """15 levels, as int8's; two to a byte."""
+    """15 levels like int8's, two to a byte."""
 
-    base, digits, top = 16, 2, 8
-    steps = 7
-
-    def _digits(self, codes: torch.Tensor) -> torch.Tensor:
-        return codes.to(torch.int8).add_(8)
-
-    def levels(self, digits: torch.Tensor) -> torch.Tensor:
-        return digits.view(torch.int8) - 8
+    base, digits, largest_level = 16, 2, 8
+    steps, zero = 7, 8
 
 
 class TwoBit(Quantised):
-    """Four levels, +-29 and +-95 of the scale: nearly Lloyd and Max's of a Gaussian (+-0.4528, +-1.510 of the rms).
+    """Four levels, ±29 and ±95 of the scale: nearly the Lloyd-Max levels of a Gaussian (±0.4528, ±1.510 of the rms).
 
-    The scale is the one of least squares. A digit is the number of its interval, modulo 4, so a level is
-    29 + 66 x digit, modulo 256.
+    The scale is the least-squares one. A digit is the number of its interval modulo 4, so a level is 29 + 66 x digit
+    modulo 256. Levels: Max, "Quantizing for minimum distortion", IRE Transactions on Information Theory, 1960.
     """
 
-    base, digits, top = 4, 4, 95
+    base, digits, largest_level = 4, 4, 95
 
     def quantise(self, x: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rms = _rms(x, count)
+        norm: torch.Tensor = torch.linalg.vector_norm(x, 2, 1, keepdim=True)
+        rms = norm / count.sqrt()
         index = (x / divisor(rms * 0.9816)).floor_().clamp_(-2, 1)
         digits = index.to(torch.int8).bitwise_and_(3)
         level = self.levels(digits.view(torch.uint8)).to(torch.float32)
-        square = (level * level).sum(1, keepdim=True) - (WIDTH - count) * 29**2  # padding is in the interval of 0
-        return of_finite((x * level).sum(1, keepdim=True) / square, rms), digits
+        square = (level * level).sum(1, keepdim=True) - (WIDTH - count) * 29**2  # padding lies in the interval of 0
+        return nan_unless_finite((x * level).sum(1, keepdim=True) / square, rms), digits
 
     def levels(self, digits: torch.Tensor) -> torch.Tensor:
         return (digits * 66).add_(29).view(torch.int8)
 
 
-class Ternary(Quantised):
-    """-1, 0 and 1 times the mean magnitude of those beyond 0.612 of the rms: five to a byte."""
-
-    base, digits, top = 3, 5, 1
-
-    def quantise(self, x: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rms = _rms(x, count)
-        codes = (x / divisor(rms * (2 * 0.612))).round_().clamp_(-1, 1)
-        beyond = (codes * codes).sum(1, keepdim=True)
-        return of_finite((x * codes).sum(1, keepdim=True) / beyond.clamp_(min=1), rms), codes.to(torch.int8).add_(1)
-
-    def levels(self, digits: torch.Tensor) -> torch.Tensor:
-        return digits.view(torch.int8) - 1
-
-    def _split(self, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        on_cpu = row.device.type == "cpu"  # where torch has no fast one
-        rest = torch.from_numpy(row.numpy() // np.uint8(3)) if on_cpu else row // 3
-        return row - rest * 3, rest
-
-
 class OneBit(Quantised):
-    """The sign times the mean magnitude."""
+    """The sign times the mean magnitude of the block (Bernstein et al. 2018, arXiv 1802.04434)."""
 
-    base, digits, top = 2, 8, 1
+    base, digits, largest_level = 2, 8, 1
 
     def quantise(self, x: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x.abs().sum(1, keepdim=True) / count, (x >= 0).view(torch.int8)
@@ -217,26 +252,24 @@ class OneBit(Quantised):
         return (digits * 2).view(torch.int8) - 1
 
 
+INT8, INT4, TWO_BIT, ONE_BIT = Int8("int8"), Int4("int4"), TwoBit("2bit"), OneBit("1bit")
+
+
 # --- scales -----------------------------------------------------------------------------------------------------------
 
 
-def _rms(x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    norm: torch.Tensor = torch.linalg.vector_norm(x, 2, 1, keepdim=True)
-    return norm / count.sqrt()
-
-
-def of_finite(scale: torch.Tensor, rms: torch.Tensor) -> torch.Tensor:
-    """NaN where the rms overflowed: its codes say nothing of the values, and the payload is to be refused."""
+def nan_unless_finite(scale: torch.Tensor, rms: torch.Tensor) -> torch.Tensor:
+    """Return the scale, or NaN if the rms overflowed: the codes then mean nothing, and the payload must be refused."""
     return scale + (rms - rms)
 
 
 def divisor(scale: torch.Tensor) -> torch.Tensor:
-    """What to divide by: a block of zeros has scale 0."""
+    """Return the scale with 1 in place of 0, which a block of zeros has."""
     return scale.masked_fill(scale == 0, 1.0)
 
 
 def _bf16_above(values: torch.Tensor) -> torch.Tensor:
-    """The next bf16 that is not below, as fp32: no code exceeds the largest then. Not negative."""
+    """Round up to bf16, as fp32, so that no code exceeds the largest. The values are not negative."""
     bits = values.nan_to_num(nan=math.inf, posinf=math.inf).view(torch.int32)
     return bits.add(0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
 
@@ -244,15 +277,15 @@ def _bf16_above(values: torch.Tensor) -> torch.Tensor:
 # --- chunks -----------------------------------------------------------------------------------------------------------
 
 
-def chunks(height: int, device: torch.device, wide: int = 1) -> Iterator[tuple[int, int]]:
-    """Of rows of `wide` blocks."""
-    rows = max(1, (ROWS if device.type == "cpu" else GPU_ROWS) // wide)
+def row_chunks(height: int, device: torch.device, wide: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows, each row `wide` blocks, small enough for a CPU's cache or large enough for a GPU."""
+    rows = max(1, (CPU_ROWS if device.type == "cpu" else GPU_ROWS) // wide)
     for low in range(0, height, rows):
         yield low, min(low + rows, height)
 
 
 def gather(flat: Tensors, blocks: Blocks, start: int, stop: int, device: torch.device) -> torch.Tensor:
-    """[stop - start, 128] fp32, zeros where no tensor is: a view where it lies so in memory already."""
+    """Return blocks [start, stop) as [blocks, 128] fp32 with zeros for padding; a view if they lie so in memory."""
     values = None
     for run in blocks.runs(start, stop):
         found = flat[run.name][run.offset : run.offset + run.size]

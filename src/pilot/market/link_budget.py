@@ -36,9 +36,9 @@ Row = Mapping[str, float | int | str]
 # From the least compression to the most that training stands well.
 LADDERS_UP = {
     "gradient": ("bf16", "int8", "int4", "ternary-rc"),
-    "diloco": ("bf16", "int8", "int4", "2bit", "2bit+entropy"),
+    "diloco": ("bf16", "int8", "int4", "2bit"),
 }
-LADDERS_DOWN = {"delta": ("int8", "int4", "2bit", "2bit+entropy"), "full": ("fp32", "bf16")}
+LADDERS_DOWN = {"delta": ("int8", "int4", "2bit"), "full": ("fp32", "bf16")}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from pilot.training.ranges import indices, within
 from protocol import Fault, Hotkey, Order, ProtocolError, Range, Reply
 
 if TYPE_CHECKING:
+    import torch
+
     from pilot.codec import Specs, Tensors
 
 
@@ -32,6 +34,7 @@ class Contribution:
     norm: float
     specs: Specs
     add: Callable[[Tensors, float], None]  # adds weight times the gradient; the payload is only read for it
+    read: Callable[[int, int], torch.Tensor]  # coordinates [start, stop) of the flat gradient
 
 
 def verify(
@@ -58,5 +61,8 @@ def verify(
     def add(into: Tensors, weight: float) -> None:  # the bytes are the same then, and until then not even mapped
         codec.add(payload(), into, weight)
 
+    def read(start: int, stop: int) -> torch.Tensor:
+        return codec.read(payload(), specs, start, stop)
+
     norm = codec.check(payload(), specs)
-    return Contribution(order.hotkey, reply.done, sum(map(count, indices(reply.done))), norm, specs, add)
+    return Contribution(order.hotkey, reply.done, sum(map(count, indices(reply.done))), norm, specs, add, read)

@@ -41,19 +41,10 @@ CODECS = {
     "int8": CodecCost(0.00033, 0.00009, 0.00010),
     "int4": CodecCost(0.00025, 0.00012, 0.00013),
     "2bit": CodecCost(0.00037, 0.00012, 0.00014),
-    "ternary": CodecCost(0.00030, 0.00012, 0.00014),
     "ternary-rc": CodecCost(0.00057, 0.00022, 0.00020),
     "1bit": CodecCost(0.00021, 0.00012, 0.00014),
     "topk64": CodecCost(0.00048, 0.00003, 0.00010),
 }
-ENTROPY = CodecCost(0.00043, 0.00020, 0.00020)  # more, for what is named +entropy: between ternary's and 2bit's
-
-
-def codec_cost(name: str) -> CodecCost:
-    """Of the table; every top-k counts for the one that is there."""
-    plain, _, entropy = name.partition("+")
-    cost = CODECS["topk64" if plain.startswith("topk") else plain]
-    return CodecCost(*(a + b for a, b in zip(cost, ENTROPY, strict=True))) if entropy else cost
 
 
 @dataclass(frozen=True)
@@ -98,7 +89,7 @@ class CostConfig:
 
     def settled(self, up: str, down: str) -> Self:
         """With what these codecs take, where nothing else is said."""
-        taken = codec_phases(codec_cost(up), codec_cost(down))
+        taken = codec_phases(CODECS[up], CODECS[down])
         return replace(self, **{name: value for name, value in taken.items() if getattr(self, name) is None})
 
     @property
