@@ -1,4 +1,4 @@
-"""A run of four rounds that kept its word, as a draft to break in one place, and who writes it as a validator would."""
+"""A correct run of four rounds as a draft to break in one place, and a writer that stores it like a validator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checker: a run that kept its word passes; each rule is seen broken, in a run with nothing else wrong."""
+"""Test the checker: a correct run passes, and each rule is broken once, in a run that is otherwise correct."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check(writer: Writer) -> Report:
 # --- runs that kept their word ----------------------------------------------------------------------------------------
 
 
-def test_a_run_that_kept_its_word_passes_and_is_left_as_it_was(tmp_path: Path) -> None:
+def test_a_correct_run_passes_and_stays_unchanged(tmp_path: Path) -> None:
     writer = Writer(tmp_path, draft())
     before = contents(tmp_path)
     report = check(writer)
@@ -73,7 +73,7 @@ def contents(folder: Path) -> dict[Path, str]:
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_a_damaged_spool_is_left_as_evidence(tmp_path: Path) -> None:
+def test_a_damaged_spool_stays_unchanged(tmp_path: Path) -> None:
     writer = Writer(tmp_path, draft())
     payload_of(writer, 2, A).write_bytes(b"damaged")
     before = contents(tmp_path)
@@ -94,7 +94,7 @@ def test_an_epoch_may_begin_early_with_coverage_stream(tmp_path: Path) -> None:
     assert check(Writer(tmp_path, run)).violations == []
 
 
-def test_a_run_in_use_and_no_run_at_all_are_one_line_each(tmp_path: Path) -> None:
+def test_a_run_in_use_or_missing_is_refused_in_one_line(tmp_path: Path) -> None:
     writer = Writer(tmp_path, draft())
     with closing(RunStore.open(writer.folder, keep=2)), pytest.raises(ValueError, match=r"a validator .* is using it"):
         check(writer)
@@ -406,7 +406,7 @@ def test_records_that_break_a_rule(rule: str, how: str, edit: Callable[[Writer],
     assert {v.rule for v in found} == {rule}, "\n".join(map(str, found))
 
 
-def test_every_rule_is_seen_broken() -> None:
+def test_every_rule_has_a_case() -> None:
     assert {rule for rule, _, _ in [*BREAKS, *LATER]} == RULES.keys() - {
         "carried"
     }  # for which see test_checker_carried

@@ -1,4 +1,4 @@
-"""The checker on orders that the next round settles: a run that kept its word passes, and each rule is seen broken."""
+"""Test the checker on orders that the next round settles: a correct run passes, and each rule is broken once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def breaks_later(rule: str) -> Callable[[Damage], Damage]:
     return keep
 
 
-def test_a_run_that_kept_its_word_passes(tmp_path: Path) -> None:
+def test_a_correct_run_passes(tmp_path: Path) -> None:
     report = check(Writer(tmp_path, carried()))
     assert report.violations == []
     assert (report.proved["orders"], report.proved["receipts"]) == (8, 6)

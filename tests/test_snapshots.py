@@ -77,7 +77,7 @@ def test_no_snapshot(tmp_path: Path) -> None:
     assert Snapshots(tmp_path, 2).rounds() == []
 
 
-def test_the_last_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     snapshots = Snapshots(tmp_path, 3)
     (tmp_path / "notes.safetensors").write_text("not ours")
     for round in (0, 5, 10, 15, 20):
@@ -100,7 +100,7 @@ def test_saving_a_round_again_replaces_it(tmp_path: Path) -> None:
     assert snapshot.tensors["step"] == 2.0
 
 
-def test_leftovers_of_a_killed_save_go(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_save_are_deleted(tmp_path: Path) -> None:
     (tmp_path / "00000009.safetensors.tmp").write_bytes(b"half")
     assert Snapshots(tmp_path, 2).rounds() == []
     assert list(tmp_path.iterdir()) == []

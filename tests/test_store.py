@@ -1,4 +1,4 @@
-"""A run's folder survives a SIGKILL at any moment: what was promised is there, and what is there is whole."""
+"""Test a run's folder: after a SIGKILL at any moment all that was acknowledged is there, and nothing is torn."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def play_round(store: RunStore, round: int) -> None:
 
 
 def play(folder: Path, acknowledge: int) -> None:
-    """Rounds for ever, each acknowledged on a pipe once its commit has returned."""
+    """Play rounds forever, each acknowledged on a pipe once its commit has returned."""
     store = RunStore.open(folder, 2) if is_created(folder) else RunStore.create(folder, META, 2)
     head = store.head()
     for round in count(head.round + 1 if head else 0):
@@ -219,7 +219,7 @@ def test_a_run_of_another_protocol_is_not_resumed(tmp_path: Path) -> None:
             RunStore.open(tmp_path / "demo", 2)
 
 
-def test_a_ledger_that_cannot_be_read_lets_go_of_the_lock(tmp_path: Path) -> None:
+def test_an_unreadable_ledger_releases_the_lock(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "ledger.sqlite").write_bytes(b"?" * 5000)
     for _ in range(2):
@@ -230,7 +230,7 @@ def test_a_ledger_that_cannot_be_read_lets_go_of_the_lock(tmp_path: Path) -> Non
 # --- a run's life -----------------------------------------------------------------------------------------------------
 
 
-def test_a_reopened_store_says_the_same(tmp_path: Path) -> None:
+def test_a_reopened_store_returns_the_same(tmp_path: Path) -> None:
     store = RunStore.create(tmp_path / "demo", META, 2)
     play_round(store, 0)
     store.add_evaluation(1, {"val_loss": 2.5})
@@ -269,7 +269,7 @@ def test_payloads_are_kept_back_to_the_second_newest_snapshot(tmp_path: Path) ->
     store.close()
 
 
-def test_a_damaged_snapshot_costs_a_longer_replay_and_nothing_else(tmp_path: Path) -> None:
+def test_a_damaged_snapshot_only_makes_the_replay_longer(tmp_path: Path) -> None:
     store = RunStore.create(tmp_path / "demo", META, 2)
     for round in range(5):
         if round % 2 == 0:

@@ -1,7 +1,7 @@
-"""What a run left on disk, read by its own SQL, with each signed message checked as it is read.
+"""Read a run's records from disk for the checker, and verify each signed message on the way.
 
-No row is believed that the signed messages do not bear out. The evidence stays as it is: what is opened is a copy,
-whose payloads and snapshots are links to the files.
+Uses SQL of its own, and compares every row with its signed message. The run's folder stays unchanged: what is opened is
+a copy, whose payloads and snapshots are hard links.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from pilot.storage.spool import Spool
 from protocol import Digest, Hotkey, Message, Order, ProtocolError, Range, Receipt, Reply, Signed, Update
 
 M = TypeVar("M", bound=Message)
-Place = tuple[int, Hotkey]  # round and miner
+OrderKey = tuple[int, Hotkey]  # round and miner: there is one order for each
 
 
 class MessageVerifier(Protocol):
-    """The checked message of an envelope by this signer (pilot.transport.auth.unseal). Raises ProtocolError."""
+    """Open an envelope signed by `signer` (pilot.transport.auth.verify_message). Raises ProtocolError."""
 
     def __call__(self, signed: Signed, cls: type[M], signer: Hotkey) -> M: ...
 
 
 @dataclass(frozen=True)
 class Violation:
-    """A broken rule, where, and in one line how."""
+    """A broken rule: where, and in one line how."""
 
     rule: str
     round: int | None
@@ -64,66 +64,69 @@ class Round:
 
 @dataclass
 class RunRecords:
-    """A run's records, and what was wrong with them already as they were read."""
+    """A run's records, and the violations found while reading them (`wrong`)."""
 
     verify_message: MessageVerifier
     meta: dict[str, str] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
     weights: dict[int, dict[Hotkey, float]] = field(default_factory=dict)
-    orders: dict[Place, Order] = field(default_factory=dict)
-    names: dict[Place, Digest] = field(default_factory=dict)  # of the orders
-    receipts: dict[Place, Receipt] = field(
+    orders: dict[OrderKey, Order] = field(default_factory=dict)
+    order_digests: dict[OrderKey, Digest] = field(default_factory=dict)
+    receipts: dict[OrderKey, Receipt] = field(
         default_factory=dict
-    )  # at their orders' places; `round` is what settled them
-    signed: dict[Place, Signed] = field(default_factory=dict)  # the receipts' envelopes
-    late: dict[Place, tuple[Reply, Receipt]] = field(default_factory=dict)
-    spooled: dict[Place, ReceivedReply] = field(default_factory=dict)
+    )  # by order; their `round` is the one that settled it
+    signed: dict[OrderKey, Signed] = field(default_factory=dict)  # the receipts' envelopes
+    late: dict[OrderKey, tuple[Reply, Receipt]] = field(default_factory=dict)
+    spooled: dict[OrderKey, ReceivedReply] = field(default_factory=dict)
     snapshots: dict[int, str] = field(default_factory=dict)  # version by round
     validator: Hotkey = ""
     run: str = ""
     signatures: int = 0
     wrong: list[Violation] = field(default_factory=list)
 
-    def open(self, signed: Signed, cls: type[M], signer: Hotkey, place: Place) -> M | None:
-        """The message; None where nothing can be made of its body."""
+    def open(self, signed: Signed, cls: type[M], signer: Hotkey, key: OrderKey) -> M | None:
+        """Verify and parse an envelope, noting violations. Returns None if its body cannot be parsed."""
         self.signatures += 1
         try:
             message = self.verify_message(signed, cls, signer)
         except ProtocolError as error:
-            self.wrong.append(Violation("signature", *place, str(error)))
+            self.wrong.append(Violation("signature", *key, str(error)))
             try:
                 message = cls.parse(signed.body)
             except ProtocolError:
                 return None
-        said = tuple(getattr(message, name) for name in ("run", "round", "hotkey"))
-        if said != (self.run, *place):
-            text = f"{cls.kind} in its place is of run {said[0]}, round {said[1]}, {said[2][:8]}"
-            self.wrong.append(Violation("signature", *place, text))
+        identity = tuple(getattr(message, name) for name in ("run", "round", "hotkey"))
+        if identity != (self.run, *key):
+            text = f"the {cls.kind} recorded here is of run {identity[0]}, round {identity[1]}, {identity[2][:8]}"
+            self.wrong.append(Violation("signature", *key, text))
         return message
 
-    def carried(self, place: Place) -> bool:
-        """An order without a receipt, which may wait for that of the next round: inner steps of the last one."""
-        order = self.orders.get(place)
-        last = bool(self.rounds) and place[0] == self.rounds[-1].round
-        return last and place not in self.receipts and order is not None and order.inner_steps is not None
+    def carried(self, key: OrderKey) -> bool:
+        """Return whether an order without a receipt may be settled by the next round: inner steps of the last round."""
+        order = self.orders.get(key)
+        last = bool(self.rounds) and key[0] == self.rounds[-1].round
+        return last and key not in self.receipts and order is not None and order.inner_steps is not None
 
-    def settled(self, place: Place) -> int:
-        """The round in which an order got its receipt, or will get it."""
-        return self.receipts[place].round if place in self.receipts else place[0] + self.carried(place)
+    def settled(self, key: OrderKey) -> int:
+        """Return the round that settles an order."""
+        return self.receipts[key].round if key in self.receipts else key[0] + self.carried(key)
 
-    def accepted(self) -> Iterator[tuple[Place, Receipt]]:
-        return ((place, r) for place, r in self.receipts.items() if r.verdict == "ACCEPTED")
+    def accepted(self) -> Iterator[tuple[OrderKey, Receipt]]:
+        return ((key, r) for key, r in self.receipts.items() if r.verdict == "ACCEPTED")
 
 
 @contextmanager
 def copy_of_run(folder: Path) -> Iterator[Path]:
-    """A copy of a run to open and try things on: a ledger of its own, links to payloads and snapshots."""
+    """Make a temporary copy of a run: a ledger of its own, and hard links to payloads and snapshots.
+
+    Raises ValueError if there is no run, or a validator is using it.
+    """
     if not (folder / LEDGER).is_file():
         raise ValueError(f"{folder}: there is no run in it; name a folder with a {LEDGER}")
     try:
         lock = FileLock(folder / "lock")
     except BlockingIOError as holder:
-        raise ValueError(f"{folder}: a validator (pid {holder}) is using it; check it when that has ended") from None
+        raise ValueError(f"{folder}: a validator (pid {holder}) is using it; check it once that has ended") from None
     try:
         with tempfile.TemporaryDirectory(prefix=".check-", dir=folder.parent) as name:
             copy = Path(name) / folder.name
@@ -139,8 +142,9 @@ def copy_of_run(folder: Path) -> Iterator[Path]:
 
 
 def read(folder: Path, verify_message: MessageVerifier) -> RunRecords:
+    """Read the records of a copy of a run, which reading may change."""
     found = RunRecords(verify_message)
-    Ledger(folder / LEDGER).close()  # an older one gets its new tables
+    Ledger(folder / LEDGER).close()  # adds the tables that an older schema lacks
     with closing(sqlite3.connect(folder / LEDGER)) as db:
         db.row_factory = sqlite3.Row
         found.meta = dict(db.execute("SELECT key, value FROM meta").fetchall())
@@ -171,25 +175,25 @@ def _read_rounds(found: RunRecords, db: sqlite3.Connection) -> None:
 
 def _read_orders(found: RunRecords, db: sqlite3.Connection) -> None:
     rows = db.execute("SELECT * FROM orders ORDER BY round, hotkey").fetchall()
-    if rows:  # who the validator is, and what the run is called, is what most orders say
+    if rows:  # a damaged order may differ: take the signer and the run that most name
         found.validator = Counter(row["signer"] for row in rows).most_common(1)[0][0]
         found.run = Counter(json.loads(row["body"]).get("run") for row in rows).most_common(1)[0][0]
     updates: dict[Update, Update] = {}
     for row in rows:
-        place, signed = (row["round"], row["hotkey"]), _signed("order", row)
-        order = found.open(signed, Order, found.validator, place)
+        key, signed = (row["round"], row["hotkey"]), _signed("order", row)
+        order = found.open(signed, Order, found.validator, key)
         if order:
             shared = updates.setdefault(order.update, order.update)  # a round's orders have one, of some 4 KB
             order = order.model_copy(update={"update": shared})
-            found.orders[place], found.names[place] = order, signed.digest
+            found.orders[key], found.order_digests[key] = order, signed.digest
 
 
 def _read_receipts(found: RunRecords, db: sqlite3.Connection) -> None:
     for row in db.execute("SELECT * FROM receipts ORDER BY round, hotkey"):
-        place, signed = (row["round"], row["hotkey"]), _signed("receipt", row)
+        key, signed = (row["round"], row["hotkey"]), _signed("receipt", row)
         receipt = found.open(signed, Receipt, found.validator, (row["settled"], row["hotkey"]))
         if receipt:
-            found.receipts[place], found.signed[place] = receipt, signed
+            found.receipts[key], found.signed[key] = receipt, signed
             says = {
                 "fault": None if receipt.verdict == "ACCEPTED" else str(receipt.verdict),
                 "reason": receipt.reason,
@@ -198,37 +202,40 @@ def _read_receipts(found: RunRecords, db: sqlite3.Connection) -> None:
                 "scores": json.dumps(receipt.scores),
                 "weight": receipt.weight,
             }
-            _compare(found, place, row, says)
+            _compare(found, key, row, says)
 
 
-def _read_late(found: RunRecords, row: sqlite3.Row, place: Place) -> None:
+def _read_late(found: RunRecords, row: sqlite3.Row, key: OrderKey) -> None:
     try:
         envelopes = Signed.parse(row["reply"]), Signed.parse(row["receipt"])
     except ProtocolError as error:
-        found.wrong.append(Violation("signature", *place, f"noted as late: {error}"))
+        found.wrong.append(Violation("signature", *key, f"late reply: {error}"))
         return
-    reply = found.open(envelopes[0], Reply, place[1], place)
-    receipt = found.open(envelopes[1], Receipt, found.validator, place)
+    reply = found.open(envelopes[0], Reply, key[1], key)
+    receipt = found.open(envelopes[1], Receipt, found.validator, key)
     if reply and receipt:
-        found.late[place] = (reply, receipt)
-        _compare(found, place, row, {"done": json.dumps(reply.done), "seconds": receipt.seconds})
+        found.late[key] = (reply, receipt)
+        _compare(found, key, row, {"done": json.dumps(reply.done), "seconds": receipt.seconds})
 
 
 def _signed(kind: str, row: sqlite3.Row) -> Signed:
-    """As it lies there: whether it is one is what `RunRecords.open` finds out."""
+    """Return a row's envelope without validation, which `RunRecords.open` does."""
     return Signed.model_construct(kind=kind, signer=row["signer"], body=row["body"], signature=row["signature"])
 
 
-def _compare(found: RunRecords, place: Place, row: sqlite3.Row, says: Mapping[str, object]) -> None:
+def _compare(found: RunRecords, key: OrderKey, row: sqlite3.Row, says: Mapping[str, object]) -> None:
     for column, value in says.items():
         if row[column] != value:
-            text = f"column {column} is {row[column]!r}, what was signed says {value!r}"
-            found.wrong.append(Violation("row", *place, text))
+            text = f"column {column} is {row[column]!r}, the signed message says {value!r}"
+            found.wrong.append(Violation("row", *key, text))
 
 
-def receipts_of(miner: Path, found: RunRecords) -> Iterator[tuple[Place, Signed, Receipt]]:
-    """Of this run, each with its order's place; a miner's last line may be half a line, if it was killed."""
-    path, places = miner / "receipts.jsonl", {name: place for place, name in found.names.items()}
+def receipts_of(miner: Path, found: RunRecords) -> Iterator[tuple[OrderKey, Signed, Receipt]]:
+    """Yield the receipts of this run that a miner keeps, each with its order's key.
+
+    Its last line may be incomplete, if it was killed; that line is skipped.
+    """
+    path, keys = miner / "receipts.jsonl", {name: key for key, name in found.order_digests.items()}
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines[:-1], 1):
         try:
@@ -240,11 +247,11 @@ def receipts_of(miner: Path, found: RunRecords) -> Iterator[tuple[Place, Signed,
         if receipt.run == found.run:
             said = (receipt.round, receipt.hotkey)
             found.open(signed, Receipt, found.validator, said)
-            yield places.get(receipt.order, said), signed, receipt
+            yield keys.get(receipt.order, said), signed, receipt
 
 
 def _version_of(snapshot: Path) -> str:
-    """As its header says (safetensors: the header's length, then JSON)."""
+    """Return the version in a snapshot's header (safetensors: the length of the JSON, then the JSON)."""
     with open(snapshot, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return str(header["__metadata__"]["version"])
