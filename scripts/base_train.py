@@ -54,9 +54,6 @@ SHORT = {  # nanochat's names, and those of nanochat_train.py
 }
 
 
-FLEETING = ("resume", "config", "run", "checkpoints", "out", "log")  # of one command, not of the run
-
-
 def parse(argv: Sequence[str], program: str) -> BaselineConfig:
     """With --resume the flags that the run was started with are the defaults."""
     first, flags = long_names(argv)
@@ -72,7 +69,7 @@ def parse(argv: Sequence[str], program: str) -> BaselineConfig:
             values = checkpoint_manager.load(folder, parts=()).meta.get("flags", {})
         except ValueError as error:
             raise ValueError(f"--resume: --checkpoints {error}") from None
-        return cli.parse(BaselineConfig, program, flags, [*first, *cli.kept_flags(values, BaselineConfig, FLEETING)])
+        return cli.parse(BaselineConfig, program, flags, [*first, *cli.recorded_flags(values, BaselineConfig)])
 
 
 def long_names(argv: Sequence[str]) -> tuple[list[str], list[str]]:

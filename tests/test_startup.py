@@ -1,4 +1,4 @@
-"""What a person sees first: `--help` answers without the heavy libraries, and explains each flag with its unit."""
+"""Check that --help and --help-all answer without heavy imports, and that every flag is explained."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import pytest
 
 from pilot.app import cli
 from pilot.app.base_train_flags import BaselineConfig
+from pilot.app.help import shown_option
 from pilot.app.miner_flags import MinerConfig
 from pilot.app.validator_flags import ValidatorConfig
+from pilot.common.flags import flags_of
 from pilot.simulation.flags import SimulateConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,19 +30,19 @@ PROGRAMS = {
 }
 HEAVY = {"torch", "transformers", "datasets", "wandb", "bittensor", "matplotlib", "pyarrow", "aiohttp"}
 
-# As `python program --help`, and on standard error what that had imported by its end.
+# Run as `python program --help` does, then print the imported modules on standard error.
 HELP_AND_MODULES = """
 import json, os, runpy, sys
 program = sys.argv[1]
 sys.path[0] = os.path.dirname(program)
-sys.argv = [program, "--help"]
+sys.argv = sys.argv[1:]
 try:
     runpy.run_path(program, run_name="__main__")
 finally:
     print(json.dumps(sorted(sys.modules)), file=sys.stderr)
 """
 
-# What a number may be of. A flag whose help names none of these leaves its reader guessing.
+# Units of numbers. The help of a number that names none of these leaves its reader guessing.
 UNITS = re.compile(
     r"seconds|rounds?|micro-batch|sequences|tokens|bytes|documents|snapshots|threads|port|process(es)?\b|seed"
     r"|fraction|share|decay|norm|rate|added to|connections|requests|layers?|heads?\b|steps?|checkpoints",
@@ -49,10 +51,10 @@ UNITS = re.compile(
 
 
 @cache
-def helped(program: str) -> tuple[str, frozenset[str]]:
-    """The help text, and the top-level modules that were imported to show it."""
+def run_help(program: str, flag: str) -> tuple[str, frozenset[str]]:
+    """Return the help text, and the top-level modules that were imported to show it."""
     ended = subprocess.run(
-        [sys.executable, "-c", HELP_AND_MODULES, str(ROOT / program)],
+        [sys.executable, "-c", HELP_AND_MODULES, str(ROOT / program), flag],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "100"},
@@ -65,55 +67,67 @@ def helped(program: str) -> tuple[str, frozenset[str]]:
 
 
 @cache
-def options(program: str) -> dict[str, str]:
-    """Flag to help text, both as `--help` shows them."""
+def options(program: str, flag: str = "--help-all") -> dict[str, str]:
+    """Return each flag's help text as the program shows it, by the flag."""
     texts: dict[str, str] = {}
-    flag = ""
-    for line in helped(program)[0].splitlines():
-        inside = line.strip("│ ")
-        if re.match(r"│ -", line):
-            names, _, text = inside.partition("  ")
-            flag = names.replace(",", " ").split()[0]
-            texts[flag] = text.strip()
-        elif re.match(r"│  ", line):
-            texts[flag] = f"{texts[flag]} {inside}".strip()
+    name = ""
+    for line in run_help(program, flag)[0].splitlines():
+        if line.startswith("  -"):
+            left, _, text = line.strip().partition("  ")
+            name = left.split()[0]
+            texts[name] = text.strip()
+        elif line.startswith(" " * 20):
+            texts[name] = f"{texts[name]} {line.strip()}".strip()
     return texts
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 every_program = pytest.mark.parametrize("program", PROGRAMS)
 
 
 @every_program
-def test_help_imports_nothing_heavy(program: str) -> None:
-    assert not HEAVY & helped(program)[1]
+@pytest.mark.parametrize("flag", ["--help", "--help-all"])
+def test_help_imports_nothing_heavy(program: str, flag: str) -> None:
+    assert not (HEAVY | {"tyro"}) & run_help(program, flag)[1]
 
 
 @every_program
-def test_help_explains_every_flag(program: str) -> None:
+def test_help_all_explains_every_flag(program: str) -> None:
     shown = options(program)
-    for name in cli.flatten(PROGRAMS[program]()):
-        text = re.sub(r"\(default: .*\)", "", shown[flag_of(name)])
-        assert len(text.split()) >= 3, f"{program} {flag_of(name)}: {text!r}"
+    for flag in flags_of(PROGRAMS[program]).values():
+        text = re.sub(r"\(default: .*\)", "", shown[shown_option(flag)])
+        assert len(text.split()) >= 3, f"{program} {flag.option}: {text!r}"
 
 
 @every_program
-def test_help_names_the_unit_of_every_number(program: str) -> None:
+def test_help_all_names_the_unit_of_every_number(program: str) -> None:
     shown = options(program)
-    for name, value in cli.flatten(PROGRAMS[program]()).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            assert UNITS.search(shown[flag_of(name)]), f"{program} {flag_of(name)}: {shown[flag_of(name)]!r}"
+    for flag in flags_of(PROGRAMS[program]).values():
+        if isinstance(flag.default, int | float) and not isinstance(flag.default, bool):
+            assert UNITS.search(shown[flag.option]), f"{program} {flag.option}: {shown[flag.option]!r}"
 
 
 @every_program
-def test_help_shows_every_default(program: str) -> None:
+def test_help_all_shows_the_default_of_every_number(program: str) -> None:
     shown = options(program)
-    for name, value in cli.flatten(PROGRAMS[program]()).items():
-        if isinstance(value, bool | int | float):
-            assert f"(default: {value})" in shown[flag_of(name)]
+    for flag in flags_of(PROGRAMS[program]).values():
+        if isinstance(flag.default, int | float) and not isinstance(flag.default, bool):
+            assert f"(default: {flag.default})" in shown[flag.option]
+
+
+@every_program
+def test_help_is_short_and_leads_to_the_rest(program: str) -> None:
+    text, _ = run_help(program, "--help")
+    config = PROGRAMS[program]
+    assert len(text.splitlines()) <= 75
+    assert f"--help-all shows all {len(flags_of(config))} flags" in text
+    shown = {flag.option for flag in flags_of(config).values() if flag.short}
+    assert options(program, "--help").keys() == shown
+
+
+@every_program
+def test_every_flag_is_in_a_group_that_the_program_orders(program: str) -> None:
+    config = PROGRAMS[program]
+    assert {flag.group for flag in flags_of(config).values()} <= set(config.groups)
 
 
 def test_hyphens_and_underscores_both_parse() -> None:

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from pilot.common.flags import arg
+
 Preset = Literal["modern", "classic"]
 
 VOCAB_MULTIPLE = 64  # tables and head are padded to it, logits are cut to the vocabulary
@@ -150,11 +152,11 @@ class MuonAdamWConfig:
     """AdamW's learning rate for the x0 scalars; the residual ones take a hundredth of it."""
     weight_decay: float = 0.28
     """Muon's weight decay at depth 12; it is scaled to the model's size and falls to zero over the run."""
-    warmup_steps: int = 40
+    warmup_steps: int = arg(40, resume="free")
     """Steps of linear warm-up, at most a tenth of the run."""
-    warmdown_ratio: float = 0.65
+    warmdown_ratio: float = arg(0.65, resume="free")
     """Share of the run, at its end, in which the learning rates fall."""
-    final_lr_frac: float = 0.05
+    final_lr_frac: float = arg(0.05, resume="free")
     """Learning rates at the end, as a fraction of their peak."""
 
     def __post_init__(self) -> None:

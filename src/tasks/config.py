@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from nanochat.config import MuonAdamWConfig, Preset
+from pilot.common.flags import arg
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,9 @@ class TextConfig:
 
     flag: ClassVar[str]  # the task's, before the dot
 
-    text: str = "stdlib"
-    """stdlib (Python's own sources), a .txt, .jsonl or .parquet file or a folder of them, or a data set on the hub."""
+    text: str = arg("stdlib", short=True)
+    """Text: stdlib, a file, a folder or a hub data set. stdlib is Python's own sources; files are .txt, .jsonl or
+    .parquet."""
 
     subset: str | None = None
     """Hub data set: its subset (configuration)."""
@@ -67,8 +69,9 @@ class GPT2Config(TextConfig):
 
     flag: ClassVar[str] = "gpt2"
 
-    model: str = "nano"
-    """nano (0.8M parameters), small (124M), medium, large, xl (1.6B); or a GPT-2 on the hub or in a folder."""
+    model: str = arg("nano", short=True)
+    """nano (0.8M), small (124M), medium, large or xl (1.6B). These are parameters. Or a GPT-2 on the hub, or a folder
+    with one."""
 
     tokenizer: str = "auto"
     """byte (256 tokens), gpt2 (byte-pair encoding, 50257 tokens), or a file that tok_train wrote. auto: byte for nano,
@@ -84,8 +87,8 @@ class NanochatConfig(TextConfig):
 
     flag: ClassVar[str] = "nanochat"
 
-    depth: int = 4
-    """Layers; width, heads, learning rates and the length of a run follow from it."""
+    depth: int = arg(4, short=True)
+    """Layers of the model. Width, heads, learning rates and the length of a run follow from it."""
 
     preset: Preset = "modern"
     """modern, or classic: without value embeddings, smear, backout and sliding windows."""
@@ -105,9 +108,9 @@ class NanochatConfig(TextConfig):
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the activations; weights and gradients are fp32. auto: bf16 on a CUDA device that has it, else fp32."""
 
-    text: str = "auto"
-    """auto (the shards that python -m nanochat.dataset brought, or without any stdlib), stdlib (Python's own sources),
-    a .txt, .jsonl or .parquet file or a folder of them, or a data set on the hub."""
+    text: str = arg("auto", short=True)
+    """Text: auto, or as for --gpt2.text. auto: the shards that python -m nanochat.dataset downloaded, or stdlib if there
+    are none."""
 
     tokenizer: str = "auto"
     """A file that tok_train wrote, or byte (256 tokens and the special ones). auto: tokenizer.json in
@@ -173,22 +176,22 @@ class AdamWConfig:
     """The optimizer that moves the model, and its schedule; with --mode diloco that of the miners' inner steps too. The
     task nanochat has its own."""
 
-    lr: float = 3e-3
+    lr: float = arg(3e-3, short=True)
     """Peak learning rate."""
 
-    beta1: float = 0.9
+    beta1: float = arg(0.9, resume="fixed")
     """Decay of the gradient's running mean, per round or inner step."""
 
-    beta2: float = 0.95
+    beta2: float = arg(0.95, resume="fixed")
     """Decay of the squared gradient's running mean, per round or inner step."""
 
-    eps: float = 1e-8
+    eps: float = arg(1e-8, resume="fixed")
     """Added to the root of the squared gradient's mean."""
 
-    weight_decay: float = 0.1
+    weight_decay: float = arg(0.1, resume="fixed")
     """Decoupled weight decay, on matrices only."""
 
-    clip: float = 1.0
+    clip: float = arg(1.0, resume="fixed")
     """Largest global L2 norm of the gradient. 0: no clipping."""
 
     warmup: int = 10

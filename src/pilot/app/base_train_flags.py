@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from pilot.app.training_flags import TrainingConfig, WandbConfig
+from pilot.app.training_flags import RUN, SHOW, TRAINING, TrainingConfig, WandbConfig
+from pilot.common.flags import arg, nested
 
 
 @dataclass(frozen=True)
 class BaselineConfig(TrainingConfig):
-    """The same task, optimizer, schedule and data without a marketplace. Under torchrun each rank takes its part.
+    """Train the same task without a marketplace: same optimizer, schedule and data. Under torchrun the ranks share it.
 
-    nanochat's own names do as well: --depth 4 --max-seq-len 512 --num-iterations 20 --device-batch-size 4 and so on.
+    nanochat's own flag names work too: --depth 4 --max-seq-len 512 --num-iterations 20 --device-batch-size 4 and so on.
     """
 
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    run: str = ""
-    """Name of the run in W&B, and of its folder in base_checkpoints; empty: d4 for a nanochat of depth 4."""
-    batches: int = 8
+    wandb: WandbConfig = nested(WandbConfig, SHOW)
+    run: str = arg("", RUN, short=True, resume="command")
+    """Name of the run in W&B and of its folder in base_checkpoints. Empty: d4 for a nanochat of depth 4."""
+    batches: int = arg(8, TRAINING, short=True)
     """Micro-batches in a step (gradient accumulation): a marketplace's --batches times its miners."""
-    total_batch_size: int = 0
-    """Units (tokens) in a step, instead of --batches; -1: nanochat's rule for its depth. 0: as --batches says."""
-    target_param_data_ratio: float = 0.0
-    """nanochat: so many tokens for each parameter of matrices and head, instead of --rounds. 0: as --rounds says."""
-    compile: bool = False
-    """Compile the model with torch.compile: faster after a first step that takes a minute more."""
-    checkpoints: Path | None = None
-    """Folder for checkpoints and metrics.jsonl. None: nanochat's base_checkpoints/RUN in NANOCHAT_BASE_DIR, which
-    --task nanochat writes at the end; no other task writes any."""
-    save_every: int = 0
-    """Steps between checkpoints; 0 for only the last. Ctrl-C saves one too."""
-    save_keep: int = 2
-    """Checkpoints kept, the newest ones."""
-    resume: bool = False
-    """Go on from the newest checkpoint, exactly."""
-    out: Path | None = None
-    """File for the final parameters, as safetensors."""
-    log: Path | None = None
-    """File for the steps' figures, a JSON line a step."""
-    config: Path | None = None
-    """JSON file of flags; flags given here override it."""
+    total_batch_size: int = arg(0, TRAINING)
+    """Units (tokens) in a step, instead of --batches. -1: nanochat's rule for its depth. 0: use --batches."""
+    target_param_data_ratio: float = arg(0.0, TRAINING)
+    """Tokens for each parameter of nanochat's matrices and head, instead of --rounds. 0: use --rounds."""
+    compile: bool = arg(False, TRAINING, short=True)
+    """Compile the model with torch.compile: faster after a first step that takes a minute longer."""
+    checkpoints: Path | None = arg(None, RUN, short=True, resume="command")
+    """Folder for checkpoints and metrics.jsonl. None: base_checkpoints/RUN in NANOCHAT_BASE_DIR for --task nanochat,
+    written at the end; other tasks write none."""
+    save_every: int = arg(0, RUN, short=True)
+    """Steps between checkpoints. 0: only the last. Ctrl-C saves one too."""
+    save_keep: int = arg(2, RUN)
+    """Checkpoints to keep, the newest."""
+    resume: bool = arg(False, RUN, short=True, resume="command")
+    """Continue exactly from the newest checkpoint."""
+    out: Path | None = arg(None, RUN, short=True, resume="command")
+    """Safetensors file for the final parameters."""
+    log: Path | None = arg(None, SHOW, short=True, resume="command")
+    """File for the figures of each step, one JSON object a line."""
+    config: Path | None = arg(None, RUN, short=True, resume="command")
+    """JSON file of flags. Flags on the command line override it."""

@@ -6,6 +6,7 @@ A mistake ends with exit code 2 and one line that names flag, value and fix; eve
 from __future__ import annotations
 
 import atexit
+import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -16,9 +17,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from pilot.common.flags import flags_of, option
 
 if TYPE_CHECKING:
     import torch
@@ -44,62 +47,78 @@ def mistakes(program: str) -> Iterator[None]:
 
 
 def parse(cls: type[C], program: str, argv: Sequence[str], defaults: Sequence[str] = ()) -> C:
-    """The configuration from flags; `defaults`, then the file of --config, are flags that come before them."""
+    """Return the configuration that the flags give. `defaults`, then the file of --config, are flags before them."""
+    if {"-h", "--help", "--help-all"} & set(argv):
+        from pilot.app.help import help_text
+
+        _print_and_exit(help_text(cls, program, everything="--help-all" in argv))
     import tyro
 
     with mistakes(program):
         argv = [*defaults, *file_flags(cls, argv), *argv]
     said = io.StringIO()
     try:
-        try:
-            with contextlib.redirect_stderr(said):
-                return tyro.cli(cls, prog=program, args=argv)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # --help | head -1: whoever reads it has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own last flush
-        raise SystemExit(0) from None
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(cls, prog=program, args=argv)
     except SystemExit as ended:
         if ended.code:
             fail(program, _first_paragraph(said.getvalue()))
         raise
 
 
+def _print_and_exit(text: str) -> NoReturn:
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:  # --help | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at Python's exit
+    raise SystemExit(0)
+
+
 def file_flags(cls: type[object], argv: Sequence[str]) -> list[str]:
-    """The flags in the file that --config names, if any. ValueError for an unreadable file or an unknown field."""
+    """Return the flags in the JSON file that --config names, if any.
+
+    Groups may be nested or dotted, and names may have hyphens. Raises ValueError for an unreadable file, an unknown
+    field, or a value of the wrong type.
+    """
     path = flag_value(argv, "--config")
     if path is None:
         return []
+    from pydantic import TypeAdapter, ValidationError
+    from pydantic_core import from_json
+
     try:
-        values = json.loads(Path(path).read_text())
+        values = from_json(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}; name a JSON file of flags") from None
     except ValueError as error:
         raise ValueError(f"--config {path}: not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f'--config {path}: must be a JSON object of flags, like {{"rounds": 100}}')
-    known, once = flatten(_instance(cls)), ("config", "resume")
+    known = flags_of(cls)
     flags: list[str] = []
-    for name, value in _flatten_json(values).items():
+    for name, value in _dotted(values, ""):
         name = name.replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.0)[0]
             raise ValueError(f"--config {path}: unknown field {name}; the nearest known one is {near}")
-        if name in once:
-            raise ValueError(f"--config {path}: {name} is of one command; give it as a flag")
-        if kind := _misfit(value, known[name]):
-            raise ValueError(f"--config {path}: {name} is {json.dumps(value)}; it must be {kind}")
+        if name in ("config", "resume"):
+            raise ValueError(f"--config {path}: {name} cannot be set in a file; give {option(name)} as a flag")
+        try:
+            TypeAdapter(known[name].type).validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            expected = " or ".join(dict.fromkeys(detail["msg"].lower() for detail in error.errors()))
+            raise ValueError(f"--config {path}: {name} is {json.dumps(value)}: {expected}") from None
         flags += as_flags(name, value)
     return flags
 
 
-def _misfit(value: Any, default: Any) -> str | None:
-    """What a field of this default takes, if that is not a value of this kind; the rest is tyro's to check."""
-    if isinstance(default, bool):
-        return None if isinstance(value, bool) else "true or false"
-    if isinstance(default, tuple):
-        return None if isinstance(value, list) else "a list"
-    return "a single value" if isinstance(value, bool | list) else None
+def _dotted(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested JSON objects by their dotted names."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def flag_value(argv: Sequence[str], flag: str) -> str | None:
@@ -134,25 +153,14 @@ def as_flags(name: str, value: Any) -> list[str]:
     return ["--" + name.replace("_", "-"), *map(str, values)]
 
 
-def kept_flags(values: Mapping[str, Any], cls: type[object], fleeting: Collection[str]) -> list[str]:
-    """The flags that a run was started with, as far as they differ from the defaults; not those of one command."""
+def recorded_flags(values: Mapping[str, Any], cls: type[object]) -> list[str]:
+    """Return the flags that a run was started with, if they differ from the defaults and a run records them."""
     flags: list[str] = []
-    for key, known in flatten(_instance(cls)).items():
-        value = values.get(key, known)
-        if key not in fleeting and value is not None and value != known:
-            flags += as_flags(key, value)
+    for name, known in flatten(cls()).items():
+        value = values.get(name, known)
+        if value is not None and value != known and flags_of(cls)[name].resume != "command":
+            flags += as_flags(name, value)
     return flags
-
-
-def _flatten_json(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten_json(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _instance(cls: type[object]) -> object:
-    return cls()
 
 
 def _first_paragraph(box: str) -> str:

@@ -2,60 +2,69 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from pilot.app.training_flags import LoggingConfig, WalletConfig
+from pilot.app.training_flags import LIMITS, NETWORK, SHOW, LoggingConfig, WalletConfig
+from pilot.common.flags import arg, nested
 from pilot.common.limits import Limits
+
+VALIDATORS = "Validators"
+WORK = "Work"
 
 
 @dataclass(frozen=True)
 class AxonConfig:
-    port: int = 8091
-    """TCP port to listen on; 0 takes a free one."""
-    ip: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for every interface, which requires --allow."""
-    external_ip: str = ""
-    """Address under which the validator reaches this miner, if it is another (NAT, a container)."""
+    """The miner's server."""
+
+    port: int = arg(8091, short=True)
+    """TCP port to listen on. 0: any free port."""
+    ip: str = arg("127.0.0.1", short=True)
+    """Address to listen on. 0.0.0.0 is every interface, and requires --allow or --validator."""
+    external_ip: str = arg("", short=True)
+    """This machine's address as validators see it. Needed where it differs from --axon.ip (NAT, a container)."""
     tls_cert: Path | None = None
-    """PEM file with this miner's certificate: serve by TLS. Validators then need --tls-ca."""
+    """PEM file with this miner's certificate; validators then need --tls-ca."""
     tls_key: Path | None = None
     """PEM file with the certificate's key."""
 
 
 @dataclass(frozen=True)
 class MinerConfig:
-    """Computes gradients on the data that a validator's orders assign. Holds no optimizer."""
+    """Compute gradients for a validator, and be paid for them."""
 
-    wallet: WalletConfig = field(default_factory=WalletConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    axon: AxonConfig = field(default_factory=AxonConfig)
-    limits: Limits = field(default_factory=Limits)
-    device: str = "auto"
-    """auto (CUDA where there is one), cpu, cuda, cuda:1, mps."""
-    threads: int = 0
-    """CPU threads that torch uses; 0 leaves it to torch."""
-    compile: bool = False
-    """Compile the model with torch.compile: faster after a first round that takes a minute more."""
-    validator: str = ""
-    """HOST:PORT@SS58 of a validator with --serve.port and --admit: announce this miner to it."""
-    pull: bool = False
-    """Open no port: fetch orders from --validator and upload the work (behind NAT)."""
-    tls_ca: Path | None = None
-    """PEM file with the certificates that sign the validator's: --validator is then reached by TLS."""
-    grace: float = 10.0
-    """Seconds, when told to end (Ctrl-C, SIGTERM), to finish the micro-batch and hand over what was done."""
-    allow: tuple[str, ...] = ()
-    """Hotkeys (ss58) of the validators to work for. On loopback, without it, the first one to call is pinned."""
-    unpin: bool = False
+    groups: ClassVar[tuple[str, ...]] = (VALIDATORS, NETWORK, WORK, SHOW, LIMITS)
+
+    wallet: WalletConfig = nested(WalletConfig, NETWORK)
+    logging: LoggingConfig = nested(LoggingConfig, SHOW)
+    axon: AxonConfig = nested(AxonConfig, NETWORK)
+    limits: Limits = nested(Limits, LIMITS)
+    validator: str = arg("", VALIDATORS, short=True)
+    """HOST:PORT@SS58 of a validator to register with. It needs --serve.port and --admit."""
+    pull: bool = arg(False, VALIDATORS, short=True)
+    """Fetch orders instead of opening a port. For a miner behind NAT; needs --validator."""
+    allow: tuple[str, ...] = arg((), VALIDATORS, short=True)
+    """Validators to work for, by hotkey (ss58). Without it, on loopback, the first to call is pinned."""
+    unpin: bool = arg(False, VALIDATORS)
     """Forget the pinned validator."""
-    tasks: tuple[str, ...] = ("gpt2", "nanochat", "quadratic")
-    """Tasks that this miner is willing to do."""
-    data: Path | None = None
-    """Local copy of a data set that is too large to be handed over: a token file, or the text it was made from."""
-    cache: Path = Path("~/.cache/pilot/miner")
-    """Folder for data received, receipts and the pinned validator; in it each hotkey has its own."""
-    parent: int = 0
-    """Process id to end with; 0 for none. The validator's --local sets it."""
-    config: Path | None = None
-    """JSON file of flags; flags given here override it."""
+    tls_ca: Path | None = arg(None, VALIDATORS)
+    """PEM file with the certificates that sign the validator's. --validator is then reached by TLS."""
+    tasks: tuple[str, ...] = arg(("gpt2", "nanochat", "quadratic"), WORK, short=True)
+    """Tasks that this miner accepts."""
+    device: str = arg("auto", WORK, short=True)
+    """auto (CUDA if there is one), cpu, cuda, cuda:1 or mps."""
+    threads: int = arg(0, WORK)
+    """CPU threads that torch uses. 0: torch decides."""
+    compile: bool = arg(False, WORK, short=True)
+    """Compile the model with torch.compile. It is faster after a first round that takes a minute longer."""
+    data: Path | None = arg(None, WORK, short=True)
+    """Local copy of a data set too large to be sent. A token file, or the text it was made from."""
+    cache: Path = arg(Path("~/.cache/pilot/miner"), WORK, short=True)
+    """Folder for received data and receipts. It also holds the pinned validator; each hotkey has a subfolder."""
+    grace: float = arg(10.0, WORK, short=True)
+    """Seconds to hand over work when told to stop. It finishes its micro-batch first (Ctrl-C, SIGTERM)."""
+    parent: int = arg(0, WORK)
+    """Process id to stop with. 0: none. The validator's --local sets it."""
+    config: Path | None = arg(None, SHOW, short=True, resume="command")
+    """JSON file of flags. Flags on the command line override it."""

@@ -12,21 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from pilot.app import cli
 from pilot.app.validator_flags import ValidatorConfig
+from pilot.common.flags import flags_of, option
 from pilot.storage import LEDGER
 
 if TYPE_CHECKING:
     from pilot.storage.run_store import RunStore
     from protocol import Digest
 
-# The committed rounds' arithmetic depends on these: a run is resumed with them as they were.
-FIXED = (
-    *("task", "gpt2.", "nanochat.", "quadratic.", "seed", "broadcast", "codec.", "aggregation", "ranking"),
-    *("mode", "tau", "warmup_sync"),
-    *("optimizer.beta1", "optimizer.beta2", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip"),
-)
-# What a schedule made of these is in each round's record.
-FREE = tuple(f"nanochat.optimizer.{flag}" for flag in ("warmup_steps", "warmdown_ratio", "final_lr_frac"))
-FLEETING = ("resume", "config", "run", "runs")  # of one command, not of the run
 DATA = "data_digest"
 
 
@@ -38,7 +30,7 @@ def resume_flags(argv: Sequence[str]) -> list[str]:
     name = cli.flag_value(argv, "--run") or _newest(runs)
     if not (runs / name / LEDGER).is_file():
         raise ValueError(f"--run {name}: there is no such run in {runs}; start it without --resume")
-    return ["--run", name, *cli.kept_flags(_flags_of(runs / name), ValidatorConfig, FLEETING)]
+    return ["--run", name, *cli.recorded_flags(_flags_of(runs / name), ValidatorConfig)]
 
 
 def _newest(runs: Path) -> str:
@@ -73,12 +65,12 @@ def open_store(config: ValidatorConfig, folder: Path) -> RunStore:
     if not config.resume or not _flags_of(folder):
         return RunStore.create(folder, {}, config.snapshot_keep)  # `begin` says what it is
     store = RunStore.open(folder, config.snapshot_keep)
-    flags = _texts(config)
-    for key, began_with in store.ledger.meta().items():
-        if key.startswith(FIXED) and key not in FREE and flags.get(key) != began_with:
+    known, flags = flags_of(ValidatorConfig), _texts(config)
+    for name, began_with in store.ledger.meta().items():
+        if name in known and known[name].resume == "fixed" and flags[name] != began_with:
             store.close()
             raise ValueError(
-                f"--{key.replace('_', '-')} {flags.get(key)}: run {folder.name} was started with {began_with}; "
+                f"{option(name)} {flags[name]}: run {folder.name} was started with {began_with}; "
                 "resume it with that, or start another --run"
             )
     return store

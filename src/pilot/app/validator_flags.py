@@ -2,63 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from pilot.app.training_flags import LoggingConfig, RoundConfig, WalletConfig, WandbConfig
+from pilot.app.training_flags import (
+    LIMITS,
+    MINERS,
+    NETWORK,
+    ROUNDS,
+    RUN,
+    SHOW,
+    LoggingConfig,
+    RoundConfig,
+    WalletConfig,
+    WandbConfig,
+)
+from pilot.common.flags import arg, nested
 from pilot.common.limits import Limits
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    port: int | None = None
-    """TCP port for GET /v1/status and, with --admit, for miners that announce themselves or pull their orders; 0 takes
-    a free one, None serves nothing."""
-    ip: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for every interface."""
+    """The validator's own server."""
+
+    port: int | None = arg(None, short=True)
+    """TCP port for status and miners. It serves GET /v1/status and, with --admit, miners that register or pull orders.
+    0: any free port. None: no server."""
+    ip: str = arg("127.0.0.1", short=True)
+    """Address to listen on. 0.0.0.0 is every interface."""
     tls_cert: Path | None = None
-    """PEM file with the validator's certificate: serve by TLS. Miners then need --tls-ca."""
+    """PEM file with the validator's certificate; miners then need --tls-ca."""
     tls_key: Path | None = None
     """PEM file with the certificate's key."""
 
 
 @dataclass(frozen=True)
 class ValidatorConfig(RoundConfig):
-    """Owns the model and its optimizer; orders gradients from miners, checks, aggregates, steps, scores and pays."""
+    """Train a model on gradients from miners.
 
-    wallet: WalletConfig = field(default_factory=WalletConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    serve: ServeConfig = field(default_factory=ServeConfig)
-    limits: Limits = field(default_factory=Limits)
-    axons: tuple[str, ...] = ()
-    """Miners: a port on this machine, or host:port@ss58 elsewhere (the ss58 address of the miner's hotkey)."""
-    axons_file: Path | None = None
-    """File with a miner a line, as --axons takes them; # begins a comment. Read again when it changes."""
-    admit: str = ""
-    """Miners that announce themselves at --serve.port: everyone, or a file with an ss58 address a line, read again when
-    it changes. Empty admits nobody."""
-    tls_ca: Path | None = None
-    """PEM file with the certificates that sign those of the miners: every miner of --axons is then reached by TLS."""
-    local: int = 0
-    """Start so many miners on this machine, as processes on free ports, for the length of the run."""
-    run: str = ""
-    """Name of the run, and of its folder; empty: the task and the time, or with --resume the newest."""
-    runs: Path = Path("runs")
-    """Folder of the runs."""
-    resume: bool = False
-    """Continue the run where its ledger ends; its flags are the defaults."""
-    snapshot_every: int = 50
-    """Rounds between snapshots of the model and the optimizer. A restart replays the rounds after the newest."""
-    snapshot_keep: int = 2
-    """Snapshots kept, at least 2. Payloads are kept back to the second-newest."""
-    patience: int = 10
-    """Rounds in a row without one good reply, after which the validator gives up."""
-    connect_timeout: float = 20.0
-    """Seconds at the start to wait for all the miners named; it goes on with those that are there."""
-    ranking: str = "accepted_work"
-    """accepted_work (share of accepted work), or your own package.module:Class."""
-    baseline: bool = False
-    """Afterwards train the plain baseline on the same batches, and show both."""
-    config: Path | None = None
-    """JSON file of flags, for example experiments/demo.json; flags given here override it."""
+    The validator owns the model and its optimizer. It orders gradients, checks and aggregates the replies, steps, and
+    scores and pays the miners.
+    """
+
+    wallet: WalletConfig = nested(WalletConfig, NETWORK)
+    logging: LoggingConfig = nested(LoggingConfig, SHOW)
+    wandb: WandbConfig = nested(WandbConfig, SHOW)
+    serve: ServeConfig = nested(ServeConfig, NETWORK)
+    limits: Limits = nested(Limits, LIMITS)
+    local: int = arg(0, MINERS, short=True)
+    """Start this many miner processes here. They use free ports and stop with the run."""
+    axons: tuple[str, ...] = arg((), MINERS, short=True)
+    """Miners: local ports, or host:port@ss58. The ss58 address is that of the miner's hotkey."""
+    axons_file: Path | None = arg(None, MINERS, short=True)
+    """File with one miner a line, as for --axons. # begins a comment. It is read again when it changes."""
+    admit: str = arg("", MINERS, short=True)
+    """Let miners register: everyone, or a file. They do so at --serve.port. The file has one ss58 address a line, and
+    is read again when it changes. Empty admits nobody."""
+    connect_timeout: float = arg(20.0, MINERS)
+    """Seconds to wait at the start for all miners that are named. After that, start with those that answered."""
+    patience: int = arg(10, MINERS)
+    """Rounds in a row without a valid reply after which the validator gives up."""
+    tls_ca: Path | None = arg(None, NETWORK)
+    """PEM file with the certificates that sign the miners'. Every miner of --axons is then reached by TLS."""
+    run: str = arg("", RUN, short=True, resume="command")
+    """Name of the run and of its folder. Empty: task and time, or the newest run with --resume."""
+    runs: Path = arg(Path("runs"), RUN, resume="command")
+    """Folder that holds the run folders."""
+    resume: bool = arg(False, RUN, short=True, resume="command")
+    """Continue a run where it stopped. Its own flags are the defaults."""
+    snapshot_every: int = arg(50, RUN)
+    """Rounds between snapshots of model and optimizer. A restart replays the rounds after the newest."""
+    snapshot_keep: int = arg(2, RUN)
+    """Snapshots to keep, at least 2. Payloads are kept back to the second-newest."""
+    ranking: str = arg("accepted_work", ROUNDS, short=True, resume="fixed")
+    """accepted_work, or your package.module:Class. The ranker scores the miners."""
+    baseline: bool = arg(False, SHOW, short=True)
+    """Train without miners afterwards, to compare. It uses the batches that were accepted, and plots both losses."""
+    config: Path | None = arg(None, RUN, short=True, resume="command")
+    """JSON file of flags (experiments/demo.json). Flags on the command line override it."""

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pilot.app.training_flags import RoundConfig
+from pilot.app.training_flags import DILOCO, LINKS, ROUNDS, TASK, TRAINING, RoundConfig
+from pilot.common.flags import arg, nested, option
 from pilot.simulation.costs import CostConfig
 from pilot.simulation.link_model import LinkSpec
 from pilot.simulation.traces import Ending
+
+TRACE = "Trace: which miners are up, and when"
+NETWORK = "Simulated links and costs"
+OUTPUT = "Output"
 
 STATE_MB = 42.0  # a model of 10 million parameters in fp32
 
 
 @dataclass(frozen=True)
 class LinkConfig:
-    """Every miner's own link to the validator, where the trace names no other."""
+    """Each miner's link to the validator, unless the trace says otherwise."""
 
-    up_mbps: float = 100.0
+    up_mbps: float = arg(100.0, short=True)
     """Megabits per second from a miner to the validator: 12.5 million bytes at 100."""
-    down_mbps: float = 100.0
+    down_mbps: float = arg(100.0, short=True)
     """Megabits per second from the validator to a miner: 12.5 million bytes at 100."""
-    latency_ms: float = 50.0
-    """Milliseconds that a message takes, one way."""
+    latency_ms: float = arg(50.0, short=True)
+    """Milliseconds that a message takes one way."""
     jitter_ms: float = 0.0
-    """Up to so many milliseconds more, at random."""
+    """Milliseconds that may be added at random."""
     loss: float = 0.0
-    """Fraction that is lost, and sent again."""
+    """Fraction of the bytes that is lost and sent again."""
 
     def spec(self) -> LinkSpec:
-        """Raises ValueError for what no link can be."""
+        """Return the link that the flags describe. Raises ValueError for impossible ones."""
         try:
             return LinkSpec(
                 up_bps=1e6 * self.up_mbps,
@@ -45,59 +50,62 @@ class LinkConfig:
 
 @dataclass(frozen=True)
 class SimulateConfig(RoundConfig):
-    """Plays a marketplace through a trace of who is up when, in virtual time, and shows what came of it.
+    """Play a marketplace through a trace of miners that come and go, in virtual time, and plot the result.
 
-    The market, the miners, the files and the task are the real ones; the network is emulated, and computing takes what
-    a table of costs says.
+    Market, miners, files and task are the real ones. The network is simulated, and computing takes the time that a
+    table of costs says.
     """
 
-    trace: Path | None = None
-    """CSV file of who is up when: miner,start,end in seconds, and price,speed,bandwidth_mbps,latency_ms,ending."""
-    make: Literal["", "spot", "diurnal", "flaky", "calm"] = ""
-    """Instead of --trace, make one by --seed: spot (machines are taken away and come back), diurnal (day and night, and
-    what energy costs), flaky (slow links that break off), calm (all are up)."""
-    out: Path | None = None
-    """With --make: write the trace to this file, and play nothing."""
-    miners: int = 8
-    """--make: so many miners, at most one reply of each in a round."""
-    hours: float = 0.0
-    """Length, in hours (3600 seconds). 0: 24 for --make, and a --trace to its end."""
-    ending: Ending = "notice"
-    """What the end of a miner's time is where the trace does not say: notice (SIGTERM; --grace to hand over), kill, or
-    cut (its line is dead, and it works on)."""
-    state_mb: float | None = None
-    """Count the model for so many megabytes of fp32, in time and in the figures. None: 42 for the
-    quadratic, for every other task what they are."""
-    link: LinkConfig = field(default_factory=LinkConfig)
-    costs: CostConfig = field(default_factory=CostConfig)
-    measure: bool = False
-    """Measure the costs once, with this task on this machine, instead of --costs."""
-    plot: Path = Path("simulation.png")
-    """File for the picture: miners, utilisation, work and loss over time."""
-    keep: Path | None = None
-    """Folder, which must not exist, to keep the run in: its ledger, payloads, the miners' receipts."""
-    task: str = "quadratic"
-    """What is trained: quadratic (costs next to nothing); gpt2 and nanochat train for real."""
-    round_seconds: float = 300.0
-    """Time budget of a round: each miner computes what it can and has its reply here by then. 0: --batches each."""
-    grace: float = 30.0
-    """Seconds that miners have, when they are told to end or a round is closed early, to send what they did."""
-    rounds: int = 0
-    """Rounds until the learning rate's schedule ends. 0: as many as the time has of --round-seconds, or 200."""
-    eval_every: int = 0
+    groups: ClassVar[tuple[str, ...]] = (TRACE, NETWORK, TASK, TRAINING, ROUNDS, LINKS, DILOCO, OUTPUT)
+
+    trace: Path | None = arg(None, TRACE, short=True)
+    """CSV file with a line for each time that a miner is up: miner,start,end in seconds. Further columns may be
+    price,speed,bandwidth_mbps,latency_ms,ending."""
+    make: Literal["", "spot", "diurnal", "flaky", "calm"] = arg("", TRACE, short=True)
+    """Make a trace by --seed instead of reading one. spot: machines are taken away and come back. diurnal: day and
+    night, with energy prices. flaky: slow links that break. calm: all miners are always up."""
+    out: Path | None = arg(None, TRACE, short=True)
+    """File to write the trace of --make to, without simulating it."""
+    miners: int = arg(8, TRACE, short=True)
+    """Number of miners for --make, processes that each give one reply in a round."""
+    hours: float = arg(0.0, TRACE, short=True)
+    """Hours (of 3600 seconds) to simulate. 0: 24 for --make, the whole of a --trace."""
+    ending: Ending = arg("notice", TRACE)
+    """How a miner's time ends where the trace does not say. notice: SIGTERM, with --grace to hand over. kill: at once.
+    cut: its link is dead, and it computes on."""
+    state_mb: float | None = arg(None, NETWORK, short=True)
+    """Megabytes of fp32 that the model counts for, in times and figures. None: 42 for the quadratic task, and the true
+    size for others."""
+    link: LinkConfig = nested(LinkConfig, NETWORK)
+    costs: CostConfig = nested(CostConfig, NETWORK)
+    measure: bool = arg(False, NETWORK, short=True)
+    """Measure the costs once with this task on this machine, instead of using --costs."""
+    plot: Path = arg(Path("simulation.png"), OUTPUT, short=True)
+    """File for the plot of miners, utilisation, work and loss over time."""
+    keep: Path | None = arg(None, OUTPUT, short=True)
+    """New folder to keep the run in: its ledger, payloads and the miners' receipts."""
+    task: str = arg("quadratic", TASK, short=True)
+    """Task to train: quadratic, which costs almost nothing, or gpt2 and nanochat, which train for real."""
+    round_seconds: float = arg(300.0, ROUNDS, short=True)
+    """Seconds that a round lasts: each miner computes what it can in this time. 0: --batches each."""
+    grace: float = arg(30.0, ROUNDS)
+    """Seconds that miners have to send their partial work when they are told to stop or a round closes early."""
+    rounds: int = arg(0, TRAINING, short=True)
+    """Rounds until the learning rate's schedule ends. 0: the simulated time over --round-seconds, or 200."""
+    eval_every: int = arg(0, TRAINING)
     """Rounds between evaluations, which take the validator's time. 0: only at the end."""
-    device: str = "cpu"
-    """auto (CUDA where there is one), cpu, cuda, cuda:1, mps."""
-    threads: int = 1
-    """CPU threads that torch uses; 0 leaves it to torch."""
+    device: str = arg("cpu", TRAINING)
+    """Device: auto (CUDA if there is one), cpu, cuda, cuda:1 or mps."""
+    threads: int = arg(1, TRAINING)
+    """CPU threads that torch uses. 0: torch decides."""
 
     def check(self) -> None:
-        """Raises ValueError for what the user can mend."""
+        """Raise ValueError for flags that the user must change."""
         if (self.trace is None) == (not self.make):
             both = "--trace: give either this or --make" if self.trace else "--trace: none given"
             raise ValueError(f"{both}; name a CSV file, or make a trace with --make spot")
         if self.out is not None and not self.make:
-            raise ValueError(f"--out {self.out}: only a trace that is made is written; say --make spot")
+            raise ValueError(f"--out {self.out}: only --make writes a trace; add --make spot")
         if not 1 <= self.miners <= 4096:
             raise ValueError(f"--miners {self.miners}: must lie between 1 and 4096")
         if not 0 <= self.hours <= 24 * 366:
@@ -105,12 +113,12 @@ class SimulateConfig(RoundConfig):
         if self.state_mb is not None and not 0 < self.state_mb < float("inf"):
             raise ValueError(f"--state-mb {self.state_mb:g}: must be above 0")
         if self.keep is not None and self.keep.exists():
-            raise ValueError(f"--keep {self.keep}: is there already; choose another folder")
-        for flag in ("rounds", "eval_every"):
-            if getattr(self, flag) < 0:
-                raise ValueError(f"--{flag.replace('_', '-')} {getattr(self, flag)}: must be 0 or more")
+            raise ValueError(f"--keep {self.keep}: exists; choose another folder")
+        for name in ("rounds", "eval_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{option(name)} {getattr(self, name)}: must be 0 or more")
         if self.plot.is_dir() or not self.plot.absolute().parent.is_dir():
-            raise ValueError(f"--plot {self.plot}: must be a file in a folder that is there")
+            raise ValueError(f"--plot {self.plot}: must be a file in a folder that exists")
         self.link.spec()
         self.check_rounds()
         self.check_task()
