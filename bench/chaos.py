@@ -1,7 +1,7 @@
-"""Marketplaces in which everything goes wrong, of several seeds: python -m bench.chaos [--rounds 200]
+"""Run marketplaces under random faults, with several seeds: python -m bench.chaos [--rounds 200]
 
-chaos.violations is the sum of what the checker found; chaos.loss the worst ratio of a final loss to that of a calm run.
-The rounds are said on stderr, with each run's summary.
+chaos.violations is the number of violations that the checker found; chaos.loss the worst ratio of a final loss to
+that of a run without faults. Each run's summary goes to stderr.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ SEEDS = range(1, 6)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Five chaotic runs, and what the checker found.")
-    parser.add_argument("--rounds", type=int, default=200, help="of each run")
+    parser = argparse.ArgumentParser(description="Run five marketplaces under random faults, and count the violations.")
+    parser.add_argument("--rounds", type=int, default=200, help="rounds of each run")
     rounds: int = parser.parse_args().rounds
     violations, worst = 0, 0.0
     for seed in SEEDS:
@@ -28,11 +28,11 @@ def main() -> None:
         ratio = re.search(r"^loss .* ratio ([\d.]+)", ended.stdout, re.MULTILINE)
         if found is None or ratio is None:
             sys.exit(f"{' '.join(command)}\n{ended.stdout[-4000:]}\n{ended.stderr[-2000:]}")
-        said = [line for line in ended.stdout.splitlines() if not line.startswith("  ")]
-        print(f"seed {seed}, {rounds} rounds", *said, sep="\n  ", file=sys.stderr, flush=True)
+        summary = [line for line in ended.stdout.splitlines() if not line.startswith("  ")]
+        print(f"seed {seed}, {rounds} rounds", *summary, sep="\n  ", file=sys.stderr, flush=True)
         violations, worst = violations + int(found[1]), max(worst, float(ratio[1]))
     Figure("chaos.violations", violations, "violations")
-    Figure("chaos.loss", worst, "ratio to a calm run's", "calm run", 1.0, worst)
+    Figure("chaos.loss", worst, "ratio to a run without faults", "without faults", 1.0, worst)
 
 
 if __name__ == "__main__":

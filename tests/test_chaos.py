@@ -1,4 +1,4 @@
-"""scripts/chaos.py: its schedule, its bad lines and clocks, its word on a run that broke its word, and whole runs."""
+"""Test scripts/chaos.py: its schedule, proxies and clocks, its report on broken runs, and whole runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pilot.simulation.chaos.proof import prove
-from pilot.simulation.chaos.proxy import line_to
+from pilot.simulation.chaos.check import check_and_print
+from pilot.simulation.chaos.proxy import proxy_to
 from pilot.simulation.chaos.schedule import KINDS, VALIDATOR, schedule
 from scripts import chaos
 from tests.checker_samples import VALIDATOR as VALIDATORS_HOTKEY
@@ -48,7 +48,7 @@ def test_a_schedule_of_some_kinds() -> None:
     assert {event.kind for event in schedule(1, 20, NAMES, 8, 5, ["kill", "pause"])} == {"kill", "pause"}
 
 
-# --- lines and clocks -------------------------------------------------------------------------------------------------
+# --- proxies and clocks -----------------------------------------------------------------------------------------------
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -58,21 +58,21 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     writer.close()
 
 
-def test_a_line_stalls_without_losing_a_byte_and_resets_both_ends() -> None:
+def test_a_proxy_stalls_without_losing_a_byte_and_resets_both_ends() -> None:
     async def main() -> None:
         server = await asyncio.start_server(echo, "127.0.0.1", 0)
-        async with line_to(server.sockets[0].getsockname()[1]) as (line, port):
+        async with proxy_to(server.sockets[0].getsockname()[1]) as (proxy, port):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"through")
             assert await reader.readexactly(7) == b"through"
-            line.open.clear()
+            proxy.open.clear()
             writer.write(b"later")
             held = asyncio.ensure_future(reader.readexactly(5))
             await asyncio.wait([held], timeout=0.2)
             assert not held.done()
-            line.open.set()
+            proxy.open.set()
             assert await held == b"later"
-            line.reset()
+            proxy.reset()
             with pytest.raises(ConnectionResetError):
                 await reader.readexactly(1)
             writer.close()
@@ -97,7 +97,7 @@ def test_a_program_with_a_wrong_clock(tmp_path: Path) -> None:
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_broke_its_word_is_reported_and_ends_with_1(
+def test_a_run_that_breaks_rules_is_reported_and_ends_with_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = draft()
@@ -111,11 +111,11 @@ def test_a_run_that_broke_its_word_is_reported_and_ends_with_1(
     said = capsys.readouterr().out
     assert f"violation: late: round 2 {A[:8]}: accepted 10.5 s after the order, the deadline was 10 s" in said
     assert f"violation: signature: round 1 {A[:8]}: order: signed by {A}" in said
-    assert "BROKEN 1 times: nothing was accepted after its deadline" in said
+    assert "BROKEN 1 times: no reply was accepted after its deadline" in said
     assert "holds: no micro-batch index was accepted twice" in said
 
 
-def test_a_run_that_kept_its_word_ends_with_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_correct_run_ends_with_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writer = Writer(tmp_path, draft())
     with pytest.raises(SystemExit) as ended:
         chaos.main(["--check", str(writer.folder), "--no-replay", "--caches", *map(str, writer.miners)])
@@ -129,7 +129,7 @@ def test_a_run_that_kept_its_word_ends_with_0(tmp_path: Path, capsys: pytest.Cap
     ("flags", "mistake"),
     [
         (["--check", "nowhere"], "nowhere: there is no run in it"),
-        (["--rounds", "5"], "--rounds 5: must be 4 more than --calm 10"),
+        (["--rounds", "5"], "--rounds 5: must be at least --quiet-rounds 10 + 4"),
         (["--kinds", "flood"], "--kinds flood: unknown; known: kill, "),
         (["--folder", "."], "--folder .: is not empty"),
         (["--miners", "0"], "--miners 0: must be 1 or more"),
@@ -157,33 +157,33 @@ def run_chaos(folder: Path, *flags: str) -> str:
 
 
 def test_a_short_run_and_its_replay(tmp_path: Path) -> None:
-    place, kinds = tmp_path / "place", ["kill-validator", "reset", "stall", "pause"]
-    flags = ["--rounds", "12", "--calm", "4", "--miners", "2", "--events", "5", "--seed", "8"]
-    said = run_chaos(place, *flags, "--no-compare", "--no-replay", "--kinds", *kinds)
+    folder, kinds = tmp_path / "chaos", ["kill-validator", "reset", "stall", "pause"]
+    flags = ["--rounds", "12", "--quiet-rounds", "4", "--miners", "2", "--events", "5", "--seed", "8"]
+    said = run_chaos(folder, *flags, "--no-compare", "--no-replay", "--kinds", *kinds)
     assert "12 of 12 rounds" in said
-    happened = [json.loads(line) for line in (place / "events.jsonl").read_text().splitlines()]
+    happened = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     planned = schedule(8, 12, ["M1", "M2"], 5, 4, kinds)
     assert sorted((e["round"], e["kind"], e["target"], e["seconds"]) for e in happened) == sorted(
         (event.round, event.kind, event.target, event.seconds) for event in planned
     )
 
-    run = place / "runs" / "chaos"
-    caches = [place / "miners" / name / f"{name}.default" for name in ("M1", "M2")]
+    run = folder / "runs" / "chaos"
+    caches = [folder / "miners" / name / f"{name}.default" for name in ("M1", "M2")]
     assert all((cache / "receipts.jsonl").is_file() for cache in caches)
-    assert prove(run, caches, replay=True) == []
+    assert check_and_print(run, caches, replay=True) == []
     with closing(sqlite3.connect(run / "ledger.sqlite")) as db, db:
         [(metrics,)] = db.execute("SELECT metrics FROM rounds WHERE round = 10").fetchall()
         rate = json.loads(metrics)["lr"]
         db.execute(
             "UPDATE rounds SET metrics = ? WHERE round = 10", (json.dumps({**json.loads(metrics), "lr": 2 * rate}),)
         )
-    [violation] = prove(run, caches, replay=True)
+    [violation] = check_and_print(run, caches, replay=True)
     assert violation.rule == "replay"
     assert "round 10 replays to version" in violation.text
 
 
 @pytest.mark.slow
 def test_two_hundred_rounds(tmp_path: Path) -> None:
-    said = run_chaos(tmp_path / "place", "--seed", "1", "--rounds", "200")
+    said = run_chaos(tmp_path / "chaos", "--seed", "1", "--rounds", "200")
     assert "200 of 200 rounds" in said
     assert "ratio" in said

@@ -14,6 +14,7 @@ import pytest
 
 from pilot.common.limits import Limits
 from pilot.interfaces import Faulted, ReceivedReply, Refused
+from pilot.simulation.chaos.proxy import proxy_to
 from pilot.transport.auth import verify_message
 from pilot.transport.client.dendrite import Dendrite
 from pilot.transport.client.peer import Endpoint
@@ -31,7 +32,6 @@ from tests.echo import (
     member,
     until,
 )
-from tests.proxy import line_to
 from tests.test_transport import fault, free_port
 
 BIG = os.urandom(12 << 20)
@@ -98,7 +98,7 @@ def test_the_next_order_comes_while_the_last_payload_goes_up(tmp_path: Path) -> 
         order, after = make_order(BIG), make_order(round=1)
         async with (
             validator() as (network, at),
-            line_to(at.port) as (line, near),
+            proxy_to(at.port) as (line, near),
             member(miner := Echo(), replace(at, port=near)),
         ):
             await there(network)
@@ -169,7 +169,7 @@ def test_a_clock_that_is_an_hour_off_on_either_side(tmp_path: Path, offset_s: in
 def test_both_directions_go_on_where_the_connection_broke(tmp_path: Path) -> None:
     async def main() -> None:
         order = make_order(BIG, deadline_s=120)
-        async with validator() as (network, at), line_to(at.port) as (line, near):
+        async with validator() as (network, at), proxy_to(at.port) as (line, near):
             async with member(miner := Echo(), replace(at, port=near)):
                 await there(network)
                 line.cut_after = CUT
@@ -188,7 +188,7 @@ def test_both_directions_go_on_where_the_connection_broke(tmp_path: Path) -> Non
 def test_a_validator_that_was_restarted_in_mid_upload_gets_the_rest(tmp_path: Path) -> None:
     async def main() -> None:
         port, order = free_port(), make_order(BIG, deadline_s=120)
-        async with line_to(port) as (line, near), member(miner := Echo(), endpoint(near)):
+        async with proxy_to(port) as (line, near), member(miner := Echo(), endpoint(near)):
             async with validator(port) as (network, _):
                 await there(network)
                 signed = network.sign(order)

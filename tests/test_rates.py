@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from pilot.interfaces import MinerState
+from pilot.simulation.chaos.proxy import proxy_to
 from pilot.simulation.link_model import LinkSpec
 from pilot.simulation.network import Loopback, run
 from pilot.transport.client.remote_miner import Meter
 from protocol import Hotkey
 from tests.echo import MINER, VALIDATOR, Echo, blobs_of, dendrite, make_order, member, served
-from tests.proxy import line_to
 from tests.test_pull import there, validator
 
 BIG = os.urandom(4 << 20)
@@ -70,10 +70,10 @@ def test_a_real_line_is_measured(pulls: bool, tmp_path: Path) -> None:
             enter = stack.enter_async_context
             if pulls:
                 network, at = await enter(validator())
-                line, near = await enter(line_to(at.port))
+                line, near = await enter(proxy_to(at.port))
                 await enter(member(Echo(), replace(at, port=near)))
             else:
-                line, near = await enter(line_to(await enter(served(Echo()))))
+                line, near = await enter(proxy_to(await enter(served(Echo()))))
                 network = await enter(dendrite(near))
             await there(network)
             line.bytes_per_s = SLOW

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
 import miner
 import validator
 from pilot.common.limits import Limits
+from pilot.simulation.chaos.proxy import proxy_to
 from pilot.transport.client.dendrite import Dendrite, Endpoint
 from pilot.transport.client.registration import Registration
 from pilot.transport.server.admission import Admission
@@ -44,7 +45,6 @@ from tests.echo import (
     serving,
 )
 from tests.processes import Miner, Process, start_miner, start_validator, tiny_flags
-from tests.proxy import line_to
 from tests.test_cli import Main, mistake
 from tests.test_transport import free_port
 
@@ -114,7 +114,7 @@ def test_an_exchange_over_a_line_that_breaks(files: Files, tmp_path: Path) -> No
 
     async def main() -> None:
         order = make_order(BIG)
-        async with serving(axon(files.server())) as far, line_to(far) as (line, near):
+        async with serving(axon(files.server())) as far, proxy_to(far) as (line, near):
             async with client(near, files.ca, said) as network:
                 line.cut_after = 3 << 20
                 assert await network.wait_for_peer(10)

@@ -11,9 +11,9 @@ import pytest
 
 from pilot.common.limits import Limits
 from pilot.interfaces import Faulted
+from pilot.simulation.chaos.proxy import proxy_to
 from protocol import Digest, Fault, Hotkey, Reply
 from tests.echo import Echo, blobs_of, dendrite, make_order, served
-from tests.proxy import line_to
 
 BIG = os.urandom(12 << 20)
 CUT = 3 << 20
@@ -23,7 +23,7 @@ IMPATIENT = replace(Limits(), rate_s=0.4, message_s=0.4, connect_s=0.4, away_s=0
 def test_both_directions_go_on_where_the_connection_broke(tmp_path: Path) -> None:
     async def main() -> None:
         order = make_order(BIG)
-        async with served(miner := Echo()) as far, line_to(far) as (line, near), dendrite(near) as network:
+        async with served(miner := Echo()) as far, proxy_to(far) as (line, near), dendrite(near) as network:
             line.cut_after = CUT
             assert await network.wait_for_peer(5)
             received = await network.exchange(order, network.sign(order), blobs_of(order, BIG), tmp_path / "p")
@@ -40,7 +40,7 @@ def test_both_directions_go_on_where_the_connection_broke(tmp_path: Path) -> Non
 def test_a_validator_that_was_stopped_in_mid_fetch_goes_on(tmp_path: Path) -> None:
     async def main() -> None:
         order = make_order(BIG)
-        async with served(Echo()) as far, line_to(far) as (line, near):
+        async with served(Echo()) as far, proxy_to(far) as (line, near):
             async with dendrite(near) as network:
                 assert await network.wait_for_peer(5)
                 signed = network.sign(order)
@@ -79,7 +79,7 @@ def test_a_file_that_was_something_else_is_overwritten(tmp_path: Path, left: byt
 def test_a_miner_that_was_restarted_in_mid_fetch_goes_on_under_its_hotkey(tmp_path: Path) -> None:
     async def main() -> None:
         order = make_order(BIG)
-        async with served(Echo()) as far, line_to(far) as (line, near), dendrite(near) as network:
+        async with served(Echo()) as far, proxy_to(far) as (line, near), dendrite(near) as network:
             assert await network.wait_for_peer(5)
             line.bytes_per_s = 40e6
             task = asyncio.create_task(
@@ -101,7 +101,7 @@ def test_a_miner_that_was_restarted_in_mid_fetch_goes_on_under_its_hotkey(tmp_pa
 def test_a_payload_of_a_byte_a_second_is_cut_off(tmp_path: Path) -> None:
     async def main() -> Faulted:
         order = make_order(BIG)
-        async with served(Echo()) as far, line_to(far) as (line, near), dendrite(near, limits=IMPATIENT) as network:
+        async with served(Echo()) as far, proxy_to(far) as (line, near), dendrite(near, limits=IMPATIENT) as network:
             assert await network.wait_for_peer(5)
 
             async def slow_down() -> None:
@@ -125,7 +125,7 @@ def test_a_blob_of_a_byte_a_second_is_cut_off_and_does_not_stand_in_the_way(tmp_
         order = make_order(BIG)
         async with (
             served(miner := Echo(), limits=IMPATIENT) as far,
-            line_to(far) as (line, near),
+            proxy_to(far) as (line, near),
             dendrite(near, away_s=30) as network,
         ):
             assert await network.wait_for_peer(5)
@@ -150,7 +150,7 @@ def test_a_newer_transfer_takes_over_from_a_dead_one(tmp_path: Path) -> None:
 
     async def main() -> None:
         order = make_order(BIG)
-        async with served(Echo()) as far, line_to(far) as (line, near), dendrite(near) as network:
+        async with served(Echo()) as far, proxy_to(far) as (line, near), dendrite(near) as network:
             assert await network.wait_for_peer(5)
             line.bytes_per_s = 5e6
             dead = asyncio.create_task(
@@ -178,7 +178,7 @@ def test_a_payload_that_changes_between_two_parts_is_malformed(tmp_path: Path) -
 
     async def main() -> Faulted:
         order = make_order(BIG)
-        async with served(Changing()) as far, line_to(far) as (line, near), dendrite(near) as network:
+        async with served(Changing()) as far, proxy_to(far) as (line, near), dendrite(near) as network:
             line.cut_after = 2 * CUT
             assert await network.wait_for_peer(5)
             with pytest.raises(Faulted) as caught:

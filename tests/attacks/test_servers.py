@@ -15,11 +15,11 @@ from aiohttp import web
 
 from pilot.common.limits import Limits
 from pilot.interfaces import Faulted, Refused
+from pilot.simulation.chaos.proxy import proxy_to
 from pilot.transport.auth import sign_message
 from pilot.transport.server.axon import Axon
 from protocol import BlobRef, Digest, Fault, Hello, Hotkey, Message, Order, Refusal, Reply, Status
 from tests.echo import MALLORY, MINER, STATE, Echo, Writer, blobs_of, dendrite, make_order, open_guard, served, serving
-from tests.proxy import line_to
 
 BLOB = make_order().update.refs[0]
 Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -421,7 +421,7 @@ def test_a_server_that_passes_everything_on_to_another(tmp_path: Path) -> None:
         order = make_order()
         async with (
             served(miner := Echo()) as far,
-            line_to(far) as (line, near),
+            proxy_to(far) as (line, near),
             dendrite(near, far, said=said) as network,
         ):
             assert await network.wait_for_peers(2, 0.5) == 1

@@ -22,7 +22,7 @@ from protocol import Digest, Fault, Hotkey, Range, Receipt, Signed, Version
 RULES = {
     "signature": "every order, reply and receipt has the right signature, and is recorded under its run, round and miner",
     "row": "every column of the ledger agrees with the signed message",
-    "rounds": "rounds are consecutive, and each order of a committed one has its receipt or is carried into the next",
+    "rounds": "rounds are consecutive, each order of a committed one has its receipt or is carried into the next",
     "carried": "an order is settled by its own round, or by the next one if it asks for inner steps",
     "twice": "no micro-batch index was accepted twice",
     "ordered": "only ordered work was accepted, and no faulted reply was credited",

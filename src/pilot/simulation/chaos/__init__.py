@@ -1,1 +1,1 @@
-"""Real processes under injected faults, and the proof that nothing was lost."""
+"""Inject faults into a marketplace of real processes, and check that nothing is lost."""

@@ -1,4 +1,4 @@
-"""A bad line between two programs of this machine: a relay on loopback that delays, stalls, cuts and resets."""
+"""Relay connections between two programs of this machine, and delay, stall, cut or reset them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ PIECE = 1 << 16
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends RST and forgets what has not left
 
 
-class Line:
-    """Each new connection lives for `cut_after` bytes, counted both ways; `bytes_per_s` holds for each direction."""
+class Proxy:
+    """Relays connections to a port; it cuts each after `cut_after` bytes in all, at `bytes_per_s` per direction."""
 
     def __init__(self, port: int) -> None:
-        self.port = port  # of the far end
+        self.port = port  # of the server behind it
         self.cut_after: int | None = None
         self.bytes_per_s: float | None = None
-        self.latency_s = 0.0  # of each direction
-        self.open = asyncio.Event()  # while it is not set, nothing comes through and nobody hangs up
+        self.latency_s = 0.0  # per direction
+        self.open = asyncio.Event()  # while it is cleared, nothing passes and no connection closes
         self.open.set()
         self.cuts = 0
         self._connections: dict[asyncio.Task[None], tuple[asyncio.StreamWriter, ...]] = {}
-        self.down = self.up = 0  # bytes that passed: to the far end, and back
+        self.down = self.up = 0  # bytes relayed to the server, and back
 
     def hang_up(self) -> None:
-        """Ends every connection."""
+        """Close every connection."""
         for task in list(self._connections):
             task.cancel()
 
     def reset(self) -> None:
-        """Ends every connection as a crashed router does: both ends get RST, and lose what was under way."""
+        """Reset every connection, as a crashed router does: both ends get RST, and lose the bytes in flight."""
         for task, ends in list(self._connections.items()):
             for end in ends:
                 end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -42,21 +42,21 @@ class Line:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.port)
+            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self.port)
         except OSError:
             writer.close()
             return
         left = [self.cut_after]
         directions = [
-            asyncio.create_task(self._relay(reader, far_writer, left, down=True)),
-            asyncio.create_task(self._relay(far_reader, writer, left, down=False)),
+            asyncio.create_task(self._relay(reader, server_writer, left, down=True)),
+            asyncio.create_task(self._relay(server_reader, writer, left, down=False)),
         ]
-        self._connections.update(dict.fromkeys(directions, (writer, far_writer)))
+        self._connections.update(dict.fromkeys(directions, (writer, server_writer)))
         await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
         for task in directions:
             task.cancel()
             self._connections.pop(task, None)
-        for end in (writer, far_writer):
+        for end in (writer, server_writer):
             end.close()
 
     async def _relay(
@@ -89,12 +89,12 @@ class Line:
 
 
 @asynccontextmanager
-async def line_to(port: int) -> AsyncIterator[tuple[Line, int]]:
-    """The line, and the port at its near end."""
-    line = Line(port)
-    server = await asyncio.start_server(line.serve, "127.0.0.1", 0)
+async def proxy_to(port: int) -> AsyncIterator[tuple[Proxy, int]]:
+    """Start a proxy to a port of this machine; yield it and its own port."""
+    proxy = Proxy(port)
+    server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
     try:
-        yield line, server.sockets[0].getsockname()[1]
+        yield proxy, server.sockets[0].getsockname()[1]
     finally:
         server.close()
-        line.hang_up()
+        proxy.hang_up()

@@ -1,4 +1,4 @@
-"""What goes wrong when, by a seed: the same seed, rounds and miners make the same schedule."""
+"""Schedule faults by a seed: the same seed, rounds and miners give the same schedule."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from dataclasses import dataclass
 
 VALIDATOR = "validator"
 
-# How often each kind comes up; the seconds that it lasts.
+# Relative frequency, and the least and most seconds that it lasts.
 KINDS: dict[str, tuple[int, float, float]] = {
-    "kill": (6, 0.0, 3.0),  # SIGKILL of a miner, started again after so long
+    "kill": (6, 0.0, 3.0),  # SIGKILL to a miner, which is restarted after that time
     "kill-validator": (3, 0.0, 2.0),  # the same, with --resume
-    "stop-validator": (1, 0.0, 1.0),  # SIGTERM, and --resume
-    "pause": (5, 0.2, 3.0),  # SIGSTOP of a miner, then SIGCONT
+    "stop-validator": (1, 0.0, 1.0),  # SIGTERM, then --resume
+    "pause": (5, 0.2, 3.0),  # SIGSTOP to a miner, then SIGCONT
     "pause-validator": (1, 0.2, 2.0),
     "reset": (5, 0.0, 2.0),  # RST to every connection of a miner; new ones live for `amount` bytes
-    "stall": (4, 0.5, 4.0),  # a miner's line takes everything and passes nothing on
-    "skew": (2, 0.0, 0.5),  # a miner is killed, and started again with its clock wrong by `amount` seconds
+    "stall": (4, 0.5, 4.0),  # a miner's proxy accepts everything and relays nothing
+    "skew": (2, 0.0, 0.5),  # a miner is killed, and restarted with its clock wrong by `amount` seconds
     "skew-validator": (1, 0.0, 0.5),
     "disk": (1, 0.5, 3.0),  # a miner's disk is full
-    "disk-validator": (1, 0.5, 3.0),  # the validator's disk is full: it may end, and is resumed when there is room
-    "spool": (1, 0.0, 1.0),  # for some rounds the validator's spool has room for `amount` percent of one's payloads
-    "leave": (4, 0.0, 3.0),  # a miner gets SIGTERM, and joins again
+    "disk-validator": (1, 0.5, 3.0),  # the validator's disk is full: it may exit, and is resumed once there is space
+    "spool": (1, 0.0, 1.0),  # for some rounds the spool has room for `amount` percent of a round's payloads
+    "leave": (4, 0.0, 3.0),  # a miner gets SIGTERM, and joins again later
 }
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that goes wrong once `round` rounds are committed, for so long."""
+    """A fault that begins once `round` rounds are committed, and lasts `seconds`."""
 
     round: int
     kind: str
@@ -38,12 +38,12 @@ class Event:
 
 
 def schedule(
-    seed: int, rounds: int, miners: Sequence[str], events: int, calm: int, kinds: Sequence[str] = ()
+    seed: int, rounds: int, miners: Sequence[str], events: int, quiet_rounds: int, kinds: Sequence[str] = ()
 ) -> list[Event]:
-    """`events` events, spread over the rounds but the first three and the last `calm` ones.
+    """Spread `events` faults over all rounds but the first three and the last `quiet_rounds`.
 
-    Kinds are dealt from a deck that has each as often as KINDS says: with events enough every kind comes up. `kinds`:
-    only these.
+    Kinds are drawn without replacement from a deck that holds each as often as KINDS says, so that a long schedule has
+    every kind. With `kinds`, only these are drawn.
     """
     rng = random.Random(seed)
     deck: list[str] = []
@@ -57,7 +57,7 @@ def schedule(
         on_validator = kind.endswith(VALIDATOR) or kind == "spool"
         planned.append(
             Event(
-                round=3 + (rounds - calm - 3) * number // max(1, events),
+                round=3 + (rounds - quiet_rounds - 3) * number // max(1, events),
                 kind=kind,
                 target=VALIDATOR if on_validator else rng.choice(miners),
                 seconds=round(rng.uniform(least, most), 3),

@@ -1,4 +1,4 @@
-"""What a run's folder proves, and what its rounds came to."""
+"""Check a run's folder: the checker's rules, a replay, and figures of its rounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pilot.simulation.chaos.processes import ROOT
+from pilot.simulation.chaos.marketplace import ROOT
 from pilot.storage import LEDGER
 from pilot.storage.checker import RULES, check_run
 from pilot.storage.run_reader import Violation
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from pilot.storage.run_store import RunStore
     from tasks import Task
 
-CALM = "calm"
+BASELINE = "baseline"
 
 
-def prove(run: Path, caches: Sequence[Path], replay: bool) -> list[Violation]:
-    """Prints what the checker finds and what holds. Raises ValueError where there is no run that can be checked."""
+def check_and_print(run: Path, caches: Sequence[Path], replay: bool) -> list[Violation]:
+    """Print the violations and the rules that hold. Raises ValueError if there is no run that can be checked."""
     from pilot.ranking import load_ranker
     from pilot.transport.auth import verify_message
 
@@ -41,18 +41,18 @@ def prove(run: Path, caches: Sequence[Path], replay: bool) -> list[Violation]:
         count=task.count if task else None,
         batches_per_epoch=task.batches_per_epoch if task else None,
     )
-    violations = [*report.violations, *(replayed(run, config, task) if task else ())]
+    violations = [*report.violations, *(replay_violations(run, config, task) if task else ())]
     print(f"checked {run}: " + ", ".join(f"{number:,} {what}" for what, number in report.proved.items()))
-    for rule, what in (RULES | ({"replay": REPLAYS} if task else {})).items():
+    for rule, text in (RULES | ({"replay": REPLAY_RULE} if task else {})).items():
         broken = sum(violation.rule == rule for violation in violations)
-        print(f"  {f'BROKEN {broken} times' if broken else 'holds'}: {what}")
+        print(f"  {f'BROKEN {broken} times' if broken else 'holds'}: {text}")
     for violation in violations:
         print(f"violation: {violation}")
     return violations
 
 
 def config_of(run: Path) -> ValidatorConfig:
-    """The flags that it was started with."""
+    """Return the flags that a run was started with."""
     from pilot.app import cli
     from pilot.app import run_folder as runs
     from pilot.app.validator_flags import ValidatorConfig
@@ -72,18 +72,20 @@ def task_of(config: ValidatorConfig) -> Task:
     return load_task(config.task).prepare(flags, seed=config.seed, cache=cache, device=device, progress=print)
 
 
-def caches_below(run: Path) -> list[Path]:
-    """Of the miners that the validator started itself."""
+def local_caches(run: Path) -> list[Path]:
+    """Return the caches of the miners that the validator started itself."""
     return [path.parent for path in run.glob("miners/*/*/receipts.jsonl")]
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------
 
-REPLAYS = "the spool's payloads, applied from the second-newest snapshot on, make the ledger's versions, bit for bit"
+REPLAY_RULE = (
+    "replaying the spool's payloads from the second-newest snapshot on gives the ledger's versions bit for bit"
+)
 
 
-def replayed(run: Path, config: ValidatorConfig, task: Task) -> list[Violation]:
-    """As a restart whose newest snapshot is damaged would."""
+def replay_violations(run: Path, config: ValidatorConfig, task: Task) -> list[Violation]:
+    """Replay a run like a restart whose newest snapshot is damaged, and compare versions with the ledger."""
     from pilot.storage.run_reader import copy_of_run
     from pilot.storage.run_store import RunStore
     from pilot.storage.snapshots import Snapshots
@@ -106,39 +108,39 @@ async def _restore(run: Path, config: ValidatorConfig, task: Task, store: RunSto
     from pilot.simulation.network import Loopback
     from pilot.transport.auth import Keypair
 
-    nobody = Loopback(Keypair.create_from_uri("//nobody"), {}, {})
+    network = Loopback(Keypair.create_from_uri("//nobody"), {}, {})  # a replay sends nothing
     with ThreadPoolExecutor(1) as tensors:
-        await restored_market(config, run, task, nobody, store, tensors, Console(config.rounds, debug=False))
+        await restored_market(config, run, task, network, store, tensors, Console(config.rounds, debug=False))
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def loss(run: Path) -> float:
-    """Of the last evaluation."""
+def final_loss(run: Path) -> float:
+    """Return the validation loss of the last evaluation."""
     query = "SELECT value FROM evaluations WHERE name = 'val_loss' ORDER BY round DESC LIMIT 1"
     with closing(sqlite3.connect(run / LEDGER)) as db:
         return float(db.execute(query).fetchone()[0])
 
 
-def faults(run: Path) -> dict[str, int]:
-    """Receipts by verdict, work that came too late, and rounds in which nothing was accepted."""
+def count_faults(run: Path) -> dict[str, int]:
+    """Count receipts by verdict, late replies, and rounds in which nothing was accepted."""
     with closing(sqlite3.connect(run / LEDGER)) as db:
         found = dict(db.execute("SELECT coalesce(fault, 'ACCEPTED'), count(*) FROM receipts GROUP BY 1").fetchall())
         late = db.execute("SELECT count(*) FROM late").fetchone()[0]
         empty = "SELECT count(*) FROM rounds WHERE round NOT IN (SELECT round FROM receipts WHERE fault IS NULL)"
-        return {**found, "noted as late": late, "rounds of nothing": db.execute(empty).fetchone()[0]}
+        return {**found, "late replies": late, "empty rounds": db.execute(empty).fetchone()[0]}
 
 
-def counted(counts: Mapping[str, int]) -> str:
+def format_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {what}" for what, number in sorted(Counter(counts).items())) or "none"
 
 
-def calm_loss(folder: Path, miners: int, flags: Sequence[str]) -> float:
-    """After the same rounds in which nothing goes wrong. Raises RuntimeError where that does not work."""
-    command = [sys.executable, str(ROOT / "src" / "validator.py"), *flags, "--local", str(miners), "--run", CALM]
+def baseline_loss(folder: Path, miners: int, flags: Sequence[str]) -> float:
+    """Run as many rounds without faults, and return the final loss. Raises RuntimeError if the run fails."""
+    command = [sys.executable, str(ROOT / "src" / "validator.py"), *flags, "--local", str(miners), "--run", BASELINE]
     command += ["--runs", str(folder / "runs"), "--wallet.name", "validator", "--wallet.path", str(folder / "wallets")]
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if ended.returncode:
-        raise RuntimeError(f"the calm run ended with {ended.returncode}: {ended.stderr[-2000:]}")
-    return loss(folder / "runs" / CALM)
+        raise RuntimeError(f"the baseline run exited with {ended.returncode}: {ended.stderr[-2000:]}")
+    return final_loss(folder / "runs" / BASELINE)
