@@ -1,7 +1,7 @@
-"""Each figure in the README, as a command that prints it: `python -m bench.overhead`; all of them: `make bench`.
+"""Measure every figure of docs/BENCHMARKS.md: `python -m bench.overhead` prints one, `make bench` measures all.
 
-A figure is a JSON line: {"name", "value", "unit", "peer", "peer_value", "ratio"}. A ratio is ours to the peer's, both
-measured in the same run, interleaved, medians of several: machines are noisy, so seconds alone mean little.
+A figure is a JSON line: {"name", "value", "unit", "peer", "peer_value", "ratio"}. Ours and the peer's are
+measured in the same run, interleaved, as medians of several: machines are noisy, so seconds alone mean little.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure, printed as it is made."""
+    """One figure. Creating it prints it."""
 
     name: str
     value: float

@@ -1,0 +1,164 @@
+"""Record the demo as a person sees it in a terminal: docs/demo.svg, and its plot as docs/demo_loss.png.
+
+    python -m bench.recording                 # the whole demo, two to three minutes
+    python -m bench.recording --rounds 60     # any flags of validator.py
+
+The program runs under a pseudo terminal, whose screen `pyte` keeps. The picture shows the screen at about two thirds of
+the rounds, with the live view, and below it the tables of the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyte
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS, ROWS = 140, 36
+CHUNK_BYTES = 1 << 16
+SHOWN = 2 / 3  # of the rounds are done when the live view is taken
+HISTORY = 10_000  # lines that have scrolled off
+COLOURS = {"brown": "yellow", "brightbrown": "bright_yellow"}  # pyte's names that rich does not have
+
+# As rich's own format, but for its fonts, which a browser would fetch from the net.
+SVG = """\
+<svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
+<style>
+.{unique_id}-matrix {{ font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+font-size: {char_height}px; line-height: {line_height}px; font-variant-east-asian: full-width; }}
+.{unique_id}-title {{ font-family: sans-serif; font-size: 16px; }}
+{styles}
+</style>
+<defs>
+<clipPath id="{unique_id}-clip-terminal">
+<rect x="0" y="0" width="{terminal_width}" height="{terminal_height}"/>
+</clipPath>
+{lines}
+</defs>
+{chrome}
+<g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
+{backgrounds}
+<g class="{unique_id}-matrix">
+{matrix}
+</g>
+</g>
+</svg>
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Path(folder)
+        command = [sys.executable, "src/validator.py", "--config", "experiments/demo.json"]
+        command += ["--runs", str(runs), "--run", "demo", "--wallet.path", str(runs / "wallets"), *argv]
+        live, end = record(command)
+        lines = [Text("$ make demo", style="bold"), *live, Text(""), Text("[…]", style="dim"), Text(""), *tables(end)]
+        draw([hide(line, folder) for line in lines], ROOT / "docs" / "demo.svg")
+        shutil.copyfile(runs / "demo" / "loss.png", ROOT / "docs" / "demo_loss.png")
+
+
+def record(command: Sequence[str]) -> tuple[list[Text], list[Text]]:
+    """Run a command to its end in a terminal of its own; return the screen of SHOWN, and all lines of the end."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": str(ROWS)}
+    process = subprocess.Popen(command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+    screen = pyte.HistoryScreen(COLUMNS, ROWS, history=HISTORY, ratio=0.5)
+    stream, live = pyte.ByteStream(screen), list[Text]()
+    for chunk in chunks(master):
+        stream.feed(chunk)
+        sys.stderr.write(".")
+        sys.stderr.flush()
+        if not live and progress(screen.display) >= SHOWN:
+            live = screen_lines(screen)
+    os.close(master)
+    if process.wait():
+        raise SystemExit("\n".join(["the demo failed:", *(line.rstrip() for line in screen.display)]))
+    history = [text(row) for row in screen.history.top]
+    return live, [*history, *screen_lines(screen)]
+
+
+def chunks(descriptor: int) -> Iterator[bytes]:
+    """Yield what the terminal receives, until the program ends."""
+    while True:
+        try:
+            chunk = os.read(descriptor, CHUNK_BYTES)
+        except OSError:  # Linux says EIO when the last writer is gone
+            return
+        if not chunk:
+            return
+        yield chunk
+
+
+def progress(display: Sequence[str]) -> float:
+    """Return the share of the rounds that the live view says are done; 0 without one."""
+    found = [re.search(r"\bround (\d+) ?/ ?(\d+)", line) for line in display]
+    shares = [int(match[1]) / int(match[2]) for match in found if match]
+    return shares[-1] if shares else 0.0
+
+
+def screen_lines(screen: Any) -> list[Text]:
+    """Return the rows of a screen down to the last one that is not empty."""
+    lines = [text(screen.buffer[row]) for row in range(screen.lines)]
+    while lines and not lines[-1].plain.strip():
+        lines.pop()
+    return lines
+
+
+def text(row: Mapping[int, Any]) -> Text:
+    """Return a row of pyte's characters with their colours."""
+    line = Text()
+    for column in range(COLUMNS):
+        char = row[column]
+        colour = char.fg if char.fg != "default" else None
+        if colour and re.fullmatch(r"[0-9a-f]{6}", colour):
+            colour = f"#{colour}"
+        elif colour:
+            colour = COLOURS.get(colour, colour.replace("bright", "bright_"))
+        line.append(char.data, Style(color=colour, bold=char.bold, italic=char.italics, reverse=char.reverse))
+    line.rstrip()
+    return line
+
+
+def tables(lines: Sequence[Text]) -> list[Text]:
+    """Return the two last tables, with their titles, and what follows them, without the view that stays below."""
+    starts = [i for i, line in enumerate(lines) if line.plain.startswith("┏")]
+    views = [i for i, line in enumerate(lines) if line.plain.startswith("round ")]
+    return list(lines[starts[-2] - 1 : views[-1] if views and views[-1] > starts[-1] else None])
+
+
+def hide(line: Text, folder: str) -> Text:
+    """Return the line with the temporary folder called `runs`, as in a run of one's own."""
+    line = line.copy()
+    while (at := line.plain.find(folder)) >= 0:
+        line = Text.assemble(line[:at], "runs", line[at + len(folder) :])
+    return line
+
+
+def draw(lines: Sequence[Text], path: Path) -> None:
+    """Write the lines as the picture of a terminal."""
+    with open(os.devnull, "w") as nowhere:
+        console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True, color_system="truecolor")
+        for line in lines:
+            console.print(line, no_wrap=True, overflow="crop", crop=True)
+        console.save_svg(str(path), title="make demo", code_format=SVG, unique_id="demo")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
