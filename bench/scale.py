@@ -121,9 +121,9 @@ def make_market(
 async def play(market: Market, rounds: int, miners: int, excluded: Sequence[Meter]) -> list[float]:
     """So many more rounds, whose every reply must be accepted: the CPU of each in ms a miner, but the metered."""
     last, spent, found = market.round + rounds, [time.process_time() - sum(m.seconds for m in excluded)], []
-    await market.fill(last)
+    await market.open_rounds(last)
     while market.in_flight:
-        await market.play(last)
+        await market.run_round(last)
         spent.append(time.process_time() - sum(m.seconds for m in excluded))
         found.append(1000 * (spent[-1] - spent[-2]) / miners)
         [head] = market.store.committed(market.round - 1)

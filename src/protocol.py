@@ -362,7 +362,8 @@ class Receipt(Message):
     reason: Text
     done: Ranges  # accepted: in the model now
     work: Count  # examples or tokens in them, by the validator's own count
-    scores: dict[Name, Number]
+    scores: dict[Name, Number]  # of the ranker
+    measures: dict[Name, Number] = {}  # of the contribution, which the ranker has asked for
     weight: Number
     seconds: Seconds = 0.0  # from the order to the whole reply, on the validator's clock; 0: none came
 

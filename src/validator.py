@@ -50,10 +50,10 @@ async def train(config: ValidatorConfig, market: Market, store: RunStore, metric
             market.save_snapshot(store.save_snapshot)
         report_round(market.round, store, metrics, console)
         if not market.in_flight:
-            await market.fill(config.rounds)  # plan, broadcast
+            await market.open_rounds(config.rounds)  # plan, broadcast
         if not market.in_flight:
             break
-        await market.play(config.rounds)  # collect to commit; those that follow are in flight then
+        await market.run_round(config.rounds)  # collect to commit; those that follow are in flight then
     await market.finish()
 
 

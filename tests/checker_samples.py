@@ -190,6 +190,9 @@ class Writer:
             RoundRecord(
                 round=round,
                 version=run.versions[round],
+                settings={},
+                codec_up="fp32",
+                codec_down="fp32",
                 cursor=json.dumps({"next": run.cursors[round][0], "returned": run.cursors[round][1]}),
                 receipts=tuple(signed),
                 weights=weights,

@@ -111,6 +111,9 @@ def record(round: int, receipts: tuple[Signed, ...] | None = None) -> RoundRecor
     return RoundRecord(
         round=round,
         version=digest("version", str(round).encode()),
+        settings={"lr": 0.1 + round},
+        codec_up="ternary-rc",
+        codec_down="2bit",
         cursor=f'{{"next": {round + 1}}}',
         receipts=tuple(receipt(round, hotkey) for hotkey in HOTKEYS) if receipts is None else receipts,
         weights=dict.fromkeys(HOTKEYS, 1 / 3),

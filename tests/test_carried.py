@@ -51,11 +51,11 @@ def pace(place: Place, seconds: float) -> None:
 
 async def until_it_is_carried(place: Place, rounds: int, slow: int = 1, seconds: float = SLOW_S) -> None:
     """B is slow in round `slow`, which is settled then; it is as fast as the others again."""
-    await place.market.fill(rounds)
+    await place.market.open_rounds(rounds)
     for _ in range(slow):
-        await place.market.play(rounds)
+        await place.market.run_round(rounds)
     pace(place, seconds)
-    await place.market.play(rounds)
+    await place.market.run_round(rounds)
     pace(place, 1.0)
 
 
@@ -207,8 +207,8 @@ def test_a_miner_is_judged_once_a_round() -> None:
 def test_a_round_that_is_stopped_carries_nothing(tmp_path: Path, task: Quadratic) -> None:
     async def main() -> None:
         place = three(tmp_path, task)
-        await place.market.fill(9)
-        await place.market.play(9)
+        await place.market.open_rounds(9)
+        await place.market.run_round(9)
         pace(place, SLOW_S)
         asyncio.get_running_loop().call_later(2.5, place.market.request_stop)
         await play(place.market, 9)
@@ -248,13 +248,13 @@ def test_patience_does_not_end_before_what_was_carried(tmp_path: Path, task: Qua
     async def main() -> None:
         place = three(tmp_path, task, patience=1)
         loop = asyncio.get_running_loop()
-        await place.market.fill(6)
-        await place.market.play(6)
+        await place.market.open_rounds(6)
+        await place.market.run_round(6)
         pace(place, SLOW_S)
         for hotkey in (A, C):
             loop.call_later(1.5, place.network.drop, hotkey)
             loop.call_later(13.0, place.network.restore, hotkey)
-        await place.market.play(6)
+        await place.market.run_round(6)
         assert place.market.out_of_patience
         pace(place, 1.0)
         await play(place.market, 6)
@@ -352,12 +352,12 @@ def test_a_replay_finds_what_was_carried_into_its_first_round(tmp_path: Path, ta
 
     async def main() -> dict[str, torch.Tensor]:
         place = three(tmp_path, task)
-        await place.market.fill(6)
+        await place.market.open_rounds(6)
         for n in range(6):
             pace(place, SLOW_S if n == 1 else 1.0)
             if n in (2, 4):
                 place.market.save_snapshot(place.store.save_snapshot)
-            await place.market.play(6)
+            await place.market.run_round(6)
         await place.market.finish()
         assert [len(place.store.received(n)) for n in range(3)] == [0, 3, 2]
         prove(place)

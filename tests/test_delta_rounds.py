@@ -50,10 +50,10 @@ def test_miners_follow_by_deltas_and_prove_it_each_round(tmp_path: Path, task: G
         before = await place.market.evaluate()
         assert before["val_loss"] == before["replica_val_loss"]
         versions = []
-        await place.market.fill(20)
+        await place.market.open_rounds(20)
         while place.market.in_flight:
             versions.append(place.market.learner.update)
-            await place.market.play(20)
+            await place.market.run_round(20)
         after = await place.market.evaluate()
         assert after["val_loss"] < before["val_loss"] - 0.4
         assert after["replica_val_loss"] == pytest.approx(after["val_loss"], abs=0.02)
@@ -74,9 +74,9 @@ def test_miners_follow_by_deltas_and_prove_it_each_round(tmp_path: Path, task: G
 
 async def rounds(place: Place, last: int) -> None:
     """Up to round `last`, with nothing in flight after it."""
-    await place.market.fill(last)
+    await place.market.open_rounds(last)
     while place.market.in_flight:
-        await place.market.play(last)
+        await place.market.run_round(last)
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -184,9 +184,9 @@ def test_death_at_any_durable_step_leaves_the_same_chain(tmp_path: Path, task: G
             if snapshot:
                 market.learner.load_state(snapshot.header, snapshot.tensors)
             await market.replay(snapshot.round if snapshot else 0)
-            await market.fill(last)
+            await market.open_rounds(last)
             while market.in_flight:
-                await market.play(last)
+                await market.run_round(last)
                 if market.round == 6:
                     market.save_snapshot(store.save_snapshot)
             await market.finish()

@@ -350,7 +350,7 @@ def test_orders_of_the_other_mode_are_planned_anew(tmp_path: Path, task: GPT2) -
 
     async def begin() -> None:
         place = make_place(tmp_path, task, batches=2, diloco=replace(PLAN, warmup_rounds=1))
-        await place.market.fill(1)
+        await place.market.open_rounds(1)
         await place.market.close()
         place.store.close()
 

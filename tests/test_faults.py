@@ -150,8 +150,8 @@ def test_lie_is_refused_and_the_round_goes_on(tmp_path: Path, task: GPT2, lie: s
             wrap=lambda w: Liar(w, **lies) if w.hotkey == LIAR else w,
         )
         Liar.specs = place.market.dispatcher.specs
-        await place.market.fill(2)
-        await place.market.play(2)
+        await place.market.open_rounds(2)
+        await place.market.run_round(2)
         first = parameters(place.market)
         receipt = receipts(place.store, 0)[LIAR]
         assert (receipt.verdict, receipt.work, receipt.done, receipt.weight) == (fault, 0, (), 0.0), receipt.reason
@@ -163,7 +163,7 @@ def test_lie_is_refused_and_the_round_goes_on(tmp_path: Path, task: GPT2, lie: s
 
     async def honest_alone() -> tuple[str, dict[str, torch.Tensor]]:
         place = make_place(tmp_path / "honest", task)
-        await place.market.fill(1)
+        await place.market.open_rounds(1)
         place.network.drop(LIAR)
         await play(place.market, 1)
         return place.market.learner.version, parameters(place.market)
@@ -186,7 +186,7 @@ def test_silent_and_late(tmp_path: Path, task: GPT2) -> None:
 
     async def main() -> None:
         place = make_place(tmp_path, task, miners=MINERS[:3], wrap=lambda w: Asleep(w) if w.hotkey == LIAR else w)
-        await place.market.fill(1)
+        await place.market.open_rounds(1)
         place.network.drop(HONEST)
         await play(place.market, 1)
         verdicts = {hotkey: r.verdict for hotkey, r in receipts(place.store, 0).items()}

@@ -64,9 +64,9 @@ def test_miner_away_costs_its_part_and_its_ranges_come_back(tmp_path: Path, task
     async def main() -> None:
         place = make_place(tmp_path, task)
         gone, there = sorted(k.ss58_address for k in MINERS[:2])
-        await place.market.fill(3)
+        await place.market.open_rounds(3)
         place.network.drop(gone)
-        await place.market.play(3)
+        await place.market.run_round(3)
         first = receipts(place.store, 0)
         assert first[gone].verdict == Fault.SILENT
         assert first[gone].done == ()
@@ -183,7 +183,7 @@ def test_death_at_every_durable_step_changes_nothing(tmp_path: Path, task: GPT2,
 def test_orders_of_the_open_round_are_sent_again_unchanged(tmp_path: Path, task: GPT2) -> None:
     async def first() -> tuple[Signed, ...]:
         place = make_place(tmp_path, task)
-        await place.market.fill(1)
+        await place.market.open_rounds(1)
         [opened] = place.market.dispatcher.rounds
         await place.market.close()
         place.store.close()
@@ -191,7 +191,7 @@ def test_orders_of_the_open_round_are_sent_again_unchanged(tmp_path: Path, task:
 
     async def second() -> tuple[Signed, ...]:
         place = make_place(tmp_path, task, miners=MINERS[:3])  # one more miner is there by now
-        await place.market.fill(1)
+        await place.market.open_rounds(1)
         [opened] = place.market.dispatcher.rounds
         await play(place.market, 1)
         return tuple(sent.signed for sent in opened.sent.values())

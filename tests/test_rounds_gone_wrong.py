@@ -82,9 +82,9 @@ def test_a_restart_right_after_a_snapshot_blames_no_miner(tmp_path: Path, task: 
 
     async def first() -> None:
         place = make_place(tmp_path, task, batch_s=(1.0, 1.0), overlap=1)
-        await place.market.fill(6)
+        await place.market.open_rounds(6)
         for _ in range(2):
-            await place.market.play(6)
+            await place.market.run_round(6)
         place.market.save_snapshot(place.store.save_snapshot)
         await place.market.finish()
         await place.market.close()
@@ -133,10 +133,10 @@ def test_a_payload_that_made_room_is_computed_again(tmp_path: Path, task: GPT2) 
     async def main() -> None:
         place = make_place(tmp_path, task, miners=MINERS[:1])
         worker, states = place.workers[A], {**place.market.blobs, **place.market.learner.blobs}
-        await place.market.fill(1)
+        await place.market.open_rounds(1)
         [opened] = place.market.dispatcher.rounds
         await play(place.market, 1)
-        await place.market.fill(2)
+        await place.market.open_rounds(2)
         await asyncio.sleep(1.0)
         order, signed = opened.sent[A, 0].order, opened.sent[A, 0].signed
         assert worker.jobs[signed.digest].payload is None

@@ -270,7 +270,7 @@ def test_an_order_that_nobody_ever_stops_ends_by_itself(tmp_path: Path, task: GP
 
     async def main() -> None:
         place = make_place(tmp_path, task, batch_s=(1.0, 1.0), batches=10**6, deadline_s=100.0)
-        await place.market.fill(1)
+        await place.market.open_rounds(1)
         await asyncio.sleep(1.0)
         await place.market.close()
         await asyncio.sleep(100.0)

@@ -158,9 +158,9 @@ def make_place(
 
 async def play(market: Market, rounds: int) -> None:
     """Rounds up to the number given, as validator.py does, without its looks at the model."""
-    await market.fill(rounds)
+    await market.open_rounds(rounds)
     while market.in_flight:
-        await market.play(rounds)
+        await market.run_round(rounds)
     await market.finish()
 
 

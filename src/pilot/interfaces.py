@@ -116,6 +116,9 @@ class RoundRecord:
 
     round: int
     version: Version  # after the round; unchanged if no reply was good
+    settings: Mapping[str, float]  # of the optimizer's step: learning rate, momentum, ...
+    codec_up: str  # of the round's orders
+    codec_down: str  # of the update that the round makes
     cursor: str  # JSON: the next index to order and the ranges that came back
     receipts: tuple[Signed, ...]  # one for each order it settles, by hotkey and round; the ACCEPTED ones made the step
     weights: Mapping[Hotkey, float]

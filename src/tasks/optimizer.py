@@ -23,7 +23,6 @@ Settings = Mapping[str, float]
 # Of each task that has its own.
 OPTIMIZERS: dict[str, type[AdamWConfig | MuonAdamWConfig]] = {"nanochat": MuonAdamWConfig}
 LARGEST = 1e30  # of a stranger's flags: fp32 holds what a schedule and a width make of it
-SETTINGS = ("lr", "momentum", "weight_decay", "outer_lr", "outer_momentum")
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, settings: Settings) -> None:
@@ -32,11 +31,6 @@ def apply_settings(optimizer: torch.optim.Optimizer, settings: Settings) -> None
         for key, value in settings.items():
             if f"{key}_scale" in group:
                 group[key] = value * group[f"{key}_scale"]
-
-
-def kept_settings(metrics: Mapping[str, object]) -> dict[str, float]:
-    """The settings among a committed round's metrics."""
-    return {key: float(value) for key in SETTINGS if isinstance(value := metrics.get(key), int | float)}
 
 
 def from_parameters(task: str, parameters: Mapping[str, object]) -> AdamWConfig | MuonAdamWConfig:

@@ -212,11 +212,12 @@ async def restored_market(
 
 def check(config: ValidatorConfig) -> None:
     """Mistakes that can be seen without importing anything heavy."""
+    from pilot.market.measures import load_measures
     from pilot.ranking import load_ranker
     from pilot.transport.tls import check_pair
 
     config.check_rounds()
-    load_ranker(config.ranking)
+    load_measures(load_ranker(config.ranking))
     config.check_task()
     flags = cli.flatten(config)
     least = {"rounds": 1, "patience": 1, "local": 0, "eval_every": 0, "snapshot_every": 1, "snapshot_keep": 2,

@@ -131,14 +131,13 @@ def run_baseline(
     from pilot.training.learner import Learner
     from pilot.training.plain_loop import train
     from protocol import Receipt
-    from tasks.optimizer import kept_settings
 
     receipts = [[Receipt.parse(s.body) for s in record.receipts] for record in rounds]
     learner = Learner(task, config.optimizer_flags, device)
     curve: Curve = [(0, task.evaluate(learner.model)["val_loss"])]
     work, busy_s, began = 0, 0.0, time.monotonic()
     for done, (record, receipt) in enumerate(zip(rounds, receipts, strict=True), 1):
-        parts, settings = [r.done for r in receipt], kept_settings(record.metrics)
+        parts, settings = [r.done for r in receipt], record.settings
         steps = plain_steps(config.diloco, task, config.optimizer_flags, record.round, parts, settings)
         work += sum(step.count for step in train(learner, steps) if step)
         busy_s += time.monotonic() - began

@@ -19,7 +19,7 @@ def load(kind: str, name: str, registry: Mapping[str, str], *, own: bool = False
         raise ValueError(f"{kind} {name[:64]}: unknown; known: {', '.join(registry)}{hint}")
     try:
         return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:  # TypeError: a relative module
         if name in registry:
             raise  # ours is broken: that is no user's mistake
         raise ValueError(f"{kind} {name}: {error}; it must name an importable class") from None

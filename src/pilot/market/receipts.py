@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -31,20 +31,29 @@ AssignmentKey = tuple[
 ]  # an order by its miner and its own round: contributions are summed in the order of these
 
 
-def evidence(task: Task, order: Order, outcome: Outcome) -> Evidence:
-    """A time budget orders no amount: there `ordered` is the work that was done."""
+def evidence(task: Task, order: Order, outcome: Outcome, measures: Mapping[str, float]) -> Evidence:
+    """Return what an order's outcome shows. A time budget orders no amount: there `ordered` is the work done."""
     work = outcome.contribution.count if isinstance(outcome, VerifiedReply) else 0
     ordered = work if order.budget_s else sum(map(task.count, indices(order.ranges)))
-    return Evidence(order.hotkey, outcome.fault if isinstance(outcome, Faulted) else None, work, ordered)
+    return Evidence(order.hotkey, outcome.fault if isinstance(outcome, Faulted) else None, work, ordered, measures)
 
 
 def by_miner(evidence: Iterable[Evidence]) -> list[Evidence]:
-    """One a miner: its order of this round and one that was carried into it together. A fault is one of both."""
+    """Join each miner's order of this round with one that was carried into it. A fault is a fault of both.
+
+    Measures are means weighted by work.
+    """
     found: dict[Hotkey, Evidence] = {}
     for e in evidence:
-        before = found.get(e.hotkey, Evidence(e.hotkey, e.fault, 0, 0))
-        fault = before.fault and e.fault
-        found[e.hotkey] = Evidence(e.hotkey, fault, before.work + e.work, before.ordered + e.ordered)
+        before = found.get(e.hotkey)
+        if before is None:
+            found[e.hotkey] = e
+            continue
+        work = before.work + e.work
+        measures = {**before.measures, **e.measures}
+        for name in before.measures.keys() & e.measures.keys():
+            measures[name] = (before.work * before.measures[name] + e.work * e.measures[name]) / work
+        found[e.hotkey] = Evidence(e.hotkey, before.fault and e.fault, work, before.ordered + e.ordered, measures)
     return list(found.values())
 
 
@@ -83,6 +92,7 @@ def receipt(
         done=good.contribution.done if good else (),
         work=e.work,
         scores=dict(scores),
+        measures=dict(e.measures),
         weight=weight,
         seconds=max(0.0, good.received.seconds) if good else 0.0,
     )
@@ -146,8 +156,3 @@ def summary(
     if good:
         row["loss"] = sum(d.received.reply.loss * d.contribution.count for d in good.values()) / work
     return row
-
-
-def accepted(outcomes: Mapping[AssignmentKey, Outcome]) -> Sequence[Contribution]:
-    """In the order of hotkeys and rounds, in which they are summed."""
-    return [o.contribution for _, o in sorted(outcomes.items()) if isinstance(o, VerifiedReply)]

@@ -1,18 +1,20 @@
-"""The whole round, in order. `Market.play` is the marketplace in one screen; the rest of the file is its steps.
+"""Run rounds at the validator. `Market.run_round` is the marketplace in one screen; the rest of the file is its steps.
 
-    plan        ranges from the one cursor, an order a miner: durable before it is sent
-    broadcast   orders out; a miner that lacks the version's state or the data says so and gets them
-    collect     replies and payloads until all are in, the round is closed, or the deadline; each verified as it arrives
-    aggregate   accepted contributions → one gradient, in the order of the hotkeys
-    step        the only optimizer; the next version of the model
-    score       evidence → scores → weights; a signed receipt for each order
-    commit      one ledger transaction, then the receipts go out
+    plan        takes ranges from the one cursor, and makes an order for each miner: durable before it is sent
+    broadcast   sends the orders; a miner that lacks the version's state or the data says so and gets them
+    collect     receives replies and payloads until all are in, the round is closed, or the deadline is over
+    verify      checks each reply as it arrives
+    measure     computes what the ranker wants to know of the contributions, before the step
+    aggregate   makes one gradient of the accepted contributions, in the order of the hotkeys
+    step        runs the only optimizer, and makes the next version of the model
+    score       turns evidence into scores and weights
+    commit      writes one ledger transaction, with a signed receipt for each order; then the receipts go out
 
 The next round's orders leave before this round's commit is on disk (its miners need not wait for a disk), so a restart
 may find two rounds open: it finishes the first from what was received, which makes the same version, and the second's
-orders hold unchanged. Receipts and weights wait for the commit. With an overlap of 1 there is always one round more in
-flight: its orders name the last version, and wait at the miners behind those at work. What a round of inner steps was
-closed without (DiLoCo) belongs to the next: `dispatcher`.
+orders hold unchanged. Receipts and weights wait for the commit. With an overlap of 1 one more round is always open:
+its orders name the last version, and wait at the miners behind those at work. Inner steps (DiLoCo) that are under way
+when their round is closed are carried into the next: see `dispatch`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -33,19 +36,20 @@ from pilot.interfaces import Faulted, Network, RoundRecord, Store
 from pilot.market import receipts
 from pilot.market.dispatch import Assignment, Dispatcher, OpenRound
 from pilot.market.epoch_progress import progress
-from pilot.market.link_budget import LinkWatch, Row
+from pilot.market.link_budget import LinkWatch
+from pilot.market.measures import load_measures, measure
 from pilot.market.negotiation import Negotiation
 from pilot.market.notifications import Notifier
 from pilot.market.receipts import AssignmentKey, Outcome, VerifiedReply
 from pilot.market.scheduling import LEAST_BUDGET, ROUNDS_KNOWN, History, RoundPolicy, epoch_end, shares
 from pilot.market.verify import Contribution
-from pilot.ranking import Ranker
+from pilot.ranking import Evidence, Ranker
 from pilot.training.executor import Charge, TimedExecutor
 from pilot.training.learner import Learner
 from pilot.training.ranges import Cursor, subtract
 from protocol import Fault, Hotkey, Order, Range, Receipt, Signed
 from tasks import Task
-from tasks.optimizer import Settings, kept_settings
+from tasks.optimizer import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +59,27 @@ __all__ = ["Market", "Network", "RoundPolicy", "Store"]
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a round's step is made with, besides the contributions."""
+
+    settings: Settings
+    codec_up: str
+    codec_down: str
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What the ranker made of a round, and its state after it."""
+
+    evidence: Mapping[AssignmentKey, Evidence]
+    scores: Mapping[Hotkey, Mapping[str, float]]
+    weights: Mapping[Hotkey, float]
+    state: str  # JSON
+
+
 class Market:
-    """The validator's side of the rounds: state is the learner, the cursor, the ranker and the round's number."""
+    """The validator's side of a round. Its state is the learner, the cursor, the ranker and the round's number."""
 
     def __init__(
         self,
@@ -77,6 +100,7 @@ class Market:
         self.policy, self.task, self.learner, self.network, self.store = policy, task, learner, network, store
         self.ranker, self.aggregate, self.settings = ranker, aggregate, settings
         self.executor = TimedExecutor(worker, network.now, charge)
+        self.measures = load_measures(ranker)
         self.history = History()
         self.notifier = Notifier(network, store)
         self.negotiation = Negotiation(network.known_codecs)
@@ -98,32 +122,31 @@ class Market:
 
     # --- a round --------------------------------------------------------------------------------------------------
 
-    async def play(self, last: int) -> None:
-        """Finish the oldest round in flight, down to its commit; the next ones, up to round `last`, are open then."""
+    async def run_round(self, last: int) -> None:
+        """Run the oldest open round to its commit; the rounds after it, up to round `last`, are open then."""
         opened = self.dispatcher.rounds[0]
         outcomes = await self.dispatcher.collect(self._admit, carries=opened.round + 1 < last)
-        if self.learner.replica is None:  # else they are files, and who was carried may need them
+        if self.learner.replica is None:  # with deltas blobs are files, and miners of carried orders may need them
             opened.blobs.clear()  # their memory is the next version's
-            opened.blobs.update(self.blobs)  # for who is at work for the next round
-        collected = self.network.now()
-        accepted = receipts.accepted(outcomes)
-        settings = self.settings(opened.round, max(1, sum(c.count for c in accepted)))
-        up, self.learner.codec = self.codecs(opened.round)
-        used = {"codec_up": up, "codec_down": self.learner.codec}
-        await self._learn(accepted, settings)
+            opened.blobs.update(self.blobs)  # for miners at work for the next round
+        began = self.network.now()
+        accepted = {part: o.contribution for part, o in sorted(outcomes.items()) if isinstance(o, VerifiedReply)}
+        step = self._plan_step(opened.round, accepted)
+        measures = await self._measure(accepted)
+        await self._aggregate_and_step(accepted, step)
+        ranking = await self._score(opened, outcomes, measures)
         self.dispatcher.pop()
-        seconds = {"collect_s": collected - opened.started, "learn_s": self.network.now() - collected}
-        record = self._score(opened, outcomes, {**settings, **seconds, **used})
-        del self._codecs[opened.round]
+        seconds = {"collect_s": began - opened.started, "learn_s": self.network.now() - began}
+        record = self._record(opened, outcomes, step, ranking, seconds)
         self.round = opened.round + 1
         self.empty_rounds = 0 if accepted else self.empty_rounds + 1
-        if self.network.peers():  # else there is time to commit
-            await self.fill(last)
+        if self.network.peers():  # without miners there is time to commit first
+            await self.open_rounds(last)
         await self._commit(opened, record)
         self._announce(opened, record, outcomes)
-        await self.fill(last)
+        await self.open_rounds(last)
 
-    async def fill(self, last: int) -> None:
+    async def open_rounds(self, last: int) -> None:
         """Plan and broadcast: so many rounds in flight as there shall be, none from round `last` on."""
         rounds = self.dispatcher.rounds
         while len(rounds) <= self.policy.overlap and self.round + len(rounds) < last:
@@ -134,7 +157,7 @@ class Market:
 
     @property
     def in_flight(self) -> bool:
-        """Rounds are open: `play` has something to finish."""
+        """Rounds are open: `run_round` has something to finish."""
         return bool(self.dispatcher.rounds)
 
     @property
@@ -289,54 +312,101 @@ class Market:
         """Whether the round's miners are to show that their model is the validator's replica, bit for bit."""
         return self.policy.digest_every > 0 and round % self.policy.digest_every == 0
 
-    # --- 5 and 6. aggregate, step ---------------------------------------------------------------------------------
+    # --- measure, aggregate, step ---------------------------------------------------------------------------------
 
-    async def _learn(self, accepted: Sequence[Contribution], settings: Settings) -> None:
-        """With no good reply the model stays as it was, and so does its version."""
+    def _plan_step(self, round: int, accepted: Mapping[AssignmentKey, Contribution]) -> Step:
+        """Return what the round's step is made with: all of it is in the round's record, for replays."""
+        up, down = self.codecs(round)
+        del self._codecs[round]
+        return Step(self.settings(round, max(1, sum(c.count for c in accepted.values()))), up, down)
+
+    async def _measure(self, accepted: Mapping[AssignmentKey, Contribution]) -> dict[AssignmentKey, dict[str, float]]:
+        """Measure what the ranker asks for, from the parameters before the step and the contributions."""
+        if not self.measures or not accepted:
+            return {}
+        found = await self.executor.run(
+            "measure",
+            self._megabytes * len(accepted),
+            measure,
+            self.measures,
+            self.learner.parameters,
+            list(accepted.values()),
+        )
+        return dict(zip(accepted, found, strict=True))
+
+    async def _aggregate_and_step(self, accepted: Mapping[AssignmentKey, Contribution], step: Step) -> None:
+        """Make the next version of the model. With no good reply the model stays, and so does its version."""
         if self.before_step is not None:
             await self.before_step
+        self.learner.codec = step.codec_down
         if not accepted:
             return
-        size = self._megabytes
-        gradient = await self.executor.run("aggregate", size * len(accepted), self.aggregate, accepted)
-        await self.executor.run("step", size, self.learner.step, gradient, settings)
+        size, contributions = self._megabytes, list(accepted.values())
+        gradient = await self.executor.run("aggregate", size * len(accepted), self.aggregate, contributions)
+        await self.executor.run("step", size, self.learner.step, gradient, step.settings)
         await self.executor.run("encode", size, self.learner.advance)
-        logger.debug("%d contributions make version %s, %s", len(accepted), self.learner.version[:12], dict(settings))
+        logger.debug("%d contributions make version %s, %s", len(accepted), self.learner.version[:12], step.settings)
 
-    # --- 7. score -------------------------------------------------------------------------------------------------
+    # --- score ----------------------------------------------------------------------------------------------------
 
-    def _score(self, opened: OpenRound, outcomes: Mapping[AssignmentKey, Outcome], metrics: Row) -> RoundRecord:
-        """What was not accepted goes back to the cursor; each order gets a receipt that says why it was paid."""
+    async def _score(
+        self,
+        opened: OpenRound,
+        outcomes: Mapping[AssignmentKey, Outcome],
+        measures: Mapping[AssignmentKey, Mapping[str, float]],
+    ) -> Ranking:
+        """Give the ranker the round's evidence: one entry a miner."""
+        evidence = {
+            part: receipts.evidence(self.task, sent.order, outcomes[part], measures.get(part, {}))
+            for part, sent in sorted(opened.sent.items())
+        }
+
+        def rank() -> Ranking:
+            scores = self.ranker.update(receipts.by_miner(evidence.values()))
+            return Ranking(evidence, scores, dict(self.ranker.weights()), json.dumps(self.ranker.state_dict()))
+
+        return await self.executor.run("score", len(evidence), rank)
+
+    def _record(
+        self,
+        opened: OpenRound,
+        outcomes: Mapping[AssignmentKey, Outcome],
+        step: Step,
+        ranking: Ranking,
+        seconds: Mapping[str, float],
+    ) -> RoundRecord:
+        """Return undone work to the cursor, and make the round's record, with a receipt for each order."""
         orders = {part: sent.order for part, sent in sorted(opened.sent.items())}
-        evidence = {part: receipts.evidence(self.task, order, outcomes[part]) for part, order in orders.items()}
+        made: list[Receipt] = []
         for part, order in orders.items():
-            outcome = outcomes[part]
+            outcome, e = outcomes[part], ranking.evidence[part]
             done = outcome.contribution.done if isinstance(outcome, VerifiedReply) else ()
             self.cursor = self.cursor.give_back(subtract(order.ranges, done))
-        scores, weights = self.ranker.update(receipts.by_miner(evidence.values())), dict(self.ranker.weights())
-        made: list[Receipt] = []
-        for part, e in evidence.items():
-            order, name, outcome = orders[part], opened.sent[part].signed.digest, outcomes[part]
+            name, weight = opened.sent[part].signed.digest, ranking.weights.get(e.hotkey, 0.0)
             why = receipts.reason(self.task, self.policy, order, e, outcome)
-            weight = weights.get(e.hotkey, 0.0)
-            made.append(receipts.receipt(opened.round, order, name, e, why, outcome, scores[e.hotkey], weight))
+            scores = ranking.scores[e.hotkey]
+            made.append(receipts.receipt(opened.round, order, name, e, why, outcome, scores, weight))
             self._warn_if_too_short(made[-1], outcome)
         self.history.observe(made)
         now, since = self.network.now(), self._closed_at
-        seconds = now - (opened.started if since is None else since)
+        passed_s = now - (opened.started if since is None else since)
         self._closed_at = now
-        row = receipts.summary(self.task, opened.round, seconds, orders, outcomes)
+        row = receipts.summary(self.task, opened.round, passed_s, orders, outcomes)
         coverage = progress(self.cursor, self.dispatcher.outstanding, self.task.batches_per_epoch)
         executor = {f"{phase}_s": s for phase, s in self.executor.take().items()}
         links = self.watch.observe(row) if self.watch else {}
+        codecs = {"codec_up": step.codec_up, "codec_down": step.codec_down}
         return RoundRecord(
             round=opened.round,
             version=self.learner.version,
-            cursor=self.cursor.give_back(self.dispatcher.outstanding).dumps(),  # open rounds may be planned anew
+            settings=step.settings,
+            codec_up=step.codec_up,
+            codec_down=step.codec_down,
+            cursor=self.cursor.give_back(self.dispatcher.outstanding).dumps(),  # open rounds may be planned again
             receipts=tuple(self.network.sign(r) for r in made),
-            weights=weights,
-            ranker=json.dumps(self.ranker.state_dict()),
-            metrics={**row, **coverage.metrics(), **executor, **metrics, **links},
+            weights=ranking.weights,
+            ranker=ranking.state,
+            metrics={**row, **coverage.metrics(), **executor, **step.settings, **seconds, **codecs, **links},
         )
 
     def _warn_if_too_short(self, receipt: Receipt, outcome: Outcome) -> None:
@@ -399,8 +469,8 @@ class Market:
             raise ValueError(f"round {record.round}: the payload of {gone} is gone from the spool")
         contributions = [self.dispatcher.verify(orders[name], received[name]) for name in accepted]
         if contributions:
-            self.learner.codec = str(record.metrics.get("codec_down", self.learner.codec))
-            self.learner.step(self.aggregate(contributions), kept_settings(record.metrics))
+            self.learner.codec = record.codec_down
+            self.learner.step(self.aggregate(contributions), record.settings)
             self.learner.advance()
         if self.learner.version != record.version:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Share of accepted work: a miner earns by the examples or tokens that were verified and went into the model."""
+"""Pay miners for the examples or tokens that were verified and went into the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from protocol import Hotkey
 
 
 class AcceptedWork:
-    """score = work accepted, halved every `half_life` rounds: who leaves fades, and who joins catches up.
+    """Score the accepted work, halved every `half_life` rounds: old work fades, and newcomers catch up.
 
     Not covered: whether accepted work was useful. A miner whose gradients pass the checks is paid by volume.
     """
@@ -35,7 +35,7 @@ class AcceptedWork:
         }
 
     def weights(self) -> Mapping[Hotkey, float]:
-        total = math.fsum(self.work.values())  # exact, so in any order the same: a restart sorts them
+        total = math.fsum(self.work.values())  # exact, so the same in any order: a restart sorts them
         return {hotkey: work / total for hotkey, work in sorted(self.work.items())} if total > 0 else {}
 
     def state_dict(self) -> dict[str, Any]:

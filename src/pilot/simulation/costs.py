@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tasks import Task
 
-COUNTED = ("batch", "evaluate")  # by their number; all others by the megabyte
+COUNTED = ("batch", "score", "evaluate")  # by their number; all others by the megabyte
 
 
 class CodecCost(NamedTuple):
@@ -72,6 +72,12 @@ class CostConfig:
 
     step: float = 0.0003
     """Seconds a megabyte of parameters, for the optimizer's step."""
+
+    measure: float = 0.0003
+    """Seconds a megabyte of all gradients together, for what the ranker asks for."""
+
+    score: float = 0.0
+    """Seconds an order, for the ranker."""
 
     digest: float = 0.00025
     """Seconds a megabyte of model, for the proof that miners have the same."""

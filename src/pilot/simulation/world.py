@@ -168,14 +168,14 @@ class World:
         lives = [asyncio.create_task(self._live(machine)) for machine in self.machines]
         loop.call_at(seconds, market.request_stop)
         try:
-            await market.fill(rounds)
+            await market.open_rounds(rounds)
             while market.in_flight:
-                await market.play(rounds)
+                await market.run_round(rounds)
                 self._raise_failures(lives)
                 await self._look_after(last=market.stopping and not market.in_flight)
                 yield self._moment()
                 if not market.in_flight:
-                    await market.fill(rounds)
+                    await market.open_rounds(rounds)
             await market.finish()
         finally:
             for life in lives:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pilot.interfaces import RoundRecord
-from pilot.storage.schema import VERSION, upgrade
+from pilot.storage.schema import RELEASES, TABLES, VERSION
 from protocol import Digest, Fault, Hotkey, Order, Range, Receipt, Reply, Signed
 
 
@@ -89,6 +89,7 @@ WITH ranges AS (
 )
 SELECT coalesce(sum(stop - start), 0), coalesce(sum(max(0, stop - max(start, coalesce(reached, 0)))), 0) FROM beyond
 """
+_ROUND = "round, version, settings, codec_up, codec_down, cursor, ranker, metrics"
 _INSERT_LATE = """
 INSERT INTO late (round, hotkey, done, seconds, reply, receipt) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
 """
@@ -102,7 +103,7 @@ class Ledger:
     """Usable from any thread: one connection under one lock, and every write durable when its method returns."""
 
     def __init__(self, path: Path) -> None:
-        """Opens the ledger, or makes an empty one. Raises ValueError for a newer schema or a file of another kind."""
+        """Open the ledger, or make an empty one. Raises ValueError for another schema or a file of another kind."""
         self._lock = threading.Lock()
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
@@ -118,22 +119,20 @@ class Ledger:
 
     def _prepare(self, path: Path) -> None:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version > VERSION:
+        if version not in (0, VERSION):
+            release = f"Pilot {RELEASES[version]}" if version in RELEASES else "a newer Pilot"
             raise ValueError(
-                f"{path}: ledger schema {version}, this Pilot reads up to {VERSION}; "
-                "update Pilot, or choose another --run"
+                f"{path}: {release} made this run (ledger schema {version}, this Pilot reads {VERSION}); "
+                "finish it with that release, or start another --run"
             )
         self._connection.execute("PRAGMA journal_mode = WAL")
         self._connection.execute("PRAGMA synchronous = FULL")  # in WAL mode NORMAL may lose the last commits
         self._connection.execute("PRAGMA foreign_keys = ON")
-        if version < VERSION:
-            self._upgrade()
-
-    def _upgrade(self) -> None:
-        with self._transaction() as db:  # in which nobody else does
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            for statement in upgrade(version):
-                db.execute(statement)
+        if not version:
+            with self._transaction() as db:
+                for statement in TABLES.split(";\n"):  # each ends a line
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {VERSION}")
 
     def close(self) -> None:
         with self._lock:
@@ -196,10 +195,19 @@ class Ledger:
             carried = {order.digest for order in _unsettled(db, record.round - 1)}
             receipts = [_receipt_row(record.round, signed, carried) for signed in record.receipts]
             db.execute(
-                "INSERT INTO rounds (round, version, cursor, ranker, metrics) VALUES (?, ?, ?, ?, ?)",
-                (record.round, record.version, record.cursor, record.ranker, json.dumps(dict(record.metrics))),
+                f"INSERT INTO rounds ({_ROUND}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    record.round,
+                    record.version,
+                    json.dumps(dict(record.settings)),
+                    record.codec_up,
+                    record.codec_down,
+                    record.cursor,
+                    record.ranker,
+                    json.dumps(dict(record.metrics)),
+                ),
             )
-            db.executemany("INSERT INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", receipts)
+            db.executemany("INSERT INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", receipts)
             db.executemany(
                 "INSERT INTO weights VALUES (?, ?, ?)",
                 [(record.round, hotkey, weight) for hotkey, weight in sorted(record.weights.items())],
@@ -221,9 +229,7 @@ class Ledger:
 
     def committed(self, since: int) -> list[RoundRecord]:
         """The committed rounds from `since` on, in order."""
-        rounds = self._rows(
-            "SELECT round, version, cursor, ranker, metrics FROM rounds WHERE round >= ? ORDER BY round", since
-        )
+        rounds = self._rows(f"SELECT {_ROUND} FROM rounds WHERE round >= ? ORDER BY round", since)
         receipts: dict[int, list[Signed]] = {}
         query = "SELECT settled, signer, body, signature FROM receipts WHERE round >= ? - 1 ORDER BY hotkey, round"
         for round, *row in self._rows(query, since):
@@ -237,13 +243,16 @@ class Ledger:
             RoundRecord(
                 round=round,
                 version=version,
+                settings=json.loads(settings),
+                codec_up=codec_up,
+                codec_down=codec_down,
                 cursor=cursor,
                 receipts=tuple(receipts.get(round, ())),
                 weights=weights.get(round, {}),
                 ranker=ranker,
                 metrics=json.loads(metrics),
             )
-            for round, version, cursor, ranker, metrics in rounds
+            for round, version, settings, codec_up, codec_down, cursor, ranker, metrics in rounds
         ]
 
     def oldest_needed(self, round: int) -> int:
@@ -406,6 +415,7 @@ def _receipt_row(round: int, signed: Signed, carried: Collection[Digest]) -> tup
         json.dumps(receipt.done),
         receipt.work,
         json.dumps(receipt.scores),
+        json.dumps(receipt.measures),
         receipt.weight,
         signed.body,
         signed.signer,

@@ -1,4 +1,4 @@
-"""The ledger's tables, as the steps that made them: a new ledger takes all of them, an older one those it lacks."""
+"""Define the ledger's tables. A ledger of another version is refused: no release reads another's runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ CREATE TABLE rounds (
     round INTEGER PRIMARY KEY,
     version TEXT NOT NULL,       -- of the model, after the round
     cursor TEXT NOT NULL,        -- JSON: the next index to order, and the ranges that came back
+    settings TEXT NOT NULL,      -- JSON: of the optimizer's step, name to number: what a replay needs
+    codec_up TEXT NOT NULL,
+    codec_down TEXT NOT NULL,
     ranker TEXT NOT NULL,        -- JSON: its state
     metrics TEXT NOT NULL,       -- JSON
     committed_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
@@ -33,10 +36,12 @@ CREATE TABLE receipts (
     done TEXT NOT NULL,          -- JSON: the accepted index ranges [[start, stop], …]
     work INTEGER NOT NULL,       -- examples or tokens in them, by the validator's own count
     scores TEXT NOT NULL,        -- JSON: name to number
+    measures TEXT NOT NULL,      -- JSON: name to number
     weight REAL NOT NULL,        -- what it earned in this round
     body TEXT NOT NULL,
     signer TEXT NOT NULL,
     signature TEXT NOT NULL,
+    settled INTEGER NOT NULL,    -- the round whose commit brought it: its order's own, or the next
     PRIMARY KEY (round, hotkey),
     FOREIGN KEY (round, hotkey) REFERENCES orders (round, hotkey)
 );
@@ -52,9 +57,7 @@ CREATE TABLE evaluations (
     value REAL,                  -- NULL: not a number
     PRIMARY KEY (round, name)
 );
-"""
-LATE = """
-CREATE TABLE IF NOT EXISTS late (  -- work that came after its round was closed: it is not in the model
+CREATE TABLE late (             -- work that came after its round was closed: it is not in the model
     round INTEGER NOT NULL,
     hotkey TEXT NOT NULL,
     done TEXT NOT NULL,          -- JSON: the index ranges that were computed [[start, stop], …]
@@ -66,15 +69,9 @@ CREATE TABLE IF NOT EXISTS late (  -- work that came after its round was closed:
     FOREIGN KEY (round, hotkey) REFERENCES orders (round, hotkey)
 );
 """
-SETTLED = """  -- by which round's commit it came: its order's own, or the next
-ALTER TABLE receipts ADD COLUMN settled INTEGER NOT NULL DEFAULT 0;
-UPDATE receipts SET settled = round;
-"""
-STEPS: Final = (TABLES, LATE, SETTLED)  # never changed once released: add another
-VERSION: Final = len(STEPS)  # PRAGMA user_version
-
-
-def upgrade(version: int) -> list[str]:
-    """The statements that bring a ledger of this version to the newest, for one transaction."""
-    statements = "".join(STEPS[version:]).split(";\n")  # each ends a line
-    return [*statements, f"PRAGMA user_version = {VERSION}"]
+VERSION: Final = 4  # PRAGMA user_version
+RELEASES: Final = {
+    1: "0.1 (protocol pilot/1)",
+    2: "0.1 (protocol pilot/1)",
+    3: "0.1 (protocol pilot/1)",
+}  # what made them
