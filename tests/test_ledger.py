@@ -382,7 +382,7 @@ def test_another_schema_is_refused_in_one_line_that_says_what_to_do(path: Path, 
 
 
 def test_a_ledger_of_this_schema_reads_as_it_was_written(path: Path) -> None:
-    """The golden file holds rounds 0 and 1 and the open round 2: a release that cannot read it needs another version."""
+    """The golden file holds rounds 0 and 1 and open round 2. A release that cannot read it needs another version."""
     with sqlite3.connect(path) as golden:
         golden.executescript((Path(__file__).parent / "golden" / f"ledger_{VERSION}.sql").read_text())
     ledger, fresh = Ledger(path), Ledger(path.with_name("fresh.sqlite"))
