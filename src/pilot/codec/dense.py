@@ -68,14 +68,15 @@ class Dense:
                 flat[start : start + step].add_(values if weight == 1.0 else values * weight)
 
     def read(self, payload: Buffer, specs: Specs, start: int, stop: int) -> torch.Tensor:
-        views, out = self._views(payload, specs), torch.empty(stop - start)
-        for piece in pieces_of(specs, start, stop):
+        pieces, views = pieces_of(specs, start, stop), self._views(payload, specs)
+        out = torch.empty(stop - start)
+        for piece in pieces:
             size = piece.stop - piece.start
             out[piece.at : piece.at + size] = views[piece.name].view(-1)[piece.start : piece.stop]
         return out
 
     def _views(self, payload: Buffer, specs: Specs) -> Tensors:
-        """Return the tensors as views of the payload, in their own dtype. Raises ProtocolError unless exactly `specs`."""
+        """Return the tensors as views of the payload, in their own dtype. Raises ProtocolError unless it fits."""
         data = memoryview(payload).cast("B")
         header = self._header(specs)
         if data[: len(header)] != header:

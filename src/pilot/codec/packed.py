@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,6 +28,16 @@ MAGIC = b"pilot/q1"
 HEADER = 32
 CPU = torch.device("cpu")
 FP32_MAX = float(torch.finfo(torch.float32).max)
+
+
+class Window(NamedTuple):
+    """A part of a tensor that decoded values are added to."""
+
+    first: int  # the place in the tensor of `values[0]`
+    values: torch.Tensor  # [n] fp32, contiguous
+
+
+Windows = Mapping[str, Window]
 
 
 class Packed(ABC):
@@ -49,12 +59,8 @@ class Packed(ABC):
         """Return the Euclidean norm. Raises ProtocolError for a body that does not encode such tensors."""
 
     @abstractmethod
-    def add_body(self, body: Bytes, into: Tensors, weight: float) -> None:
-        """Compute into[name] += weight * decoded[name]."""
-
-    @abstractmethod
-    def read_body(self, body: Bytes, specs: Specs, pieces: list[Piece], out: torch.Tensor) -> None:
-        """Write the decoded values of `pieces` to `out`, which is zero."""
+    def add_body(self, body: Bytes, specs: Specs, windows: Windows, weight: float) -> None:
+        """Add weight * decoded values to the windows, which cover one range of coordinates without gaps."""
 
     def encode(self, tensors: Mapping[str, torch.Tensor]) -> memoryview:
         body = self.encode_body({name: t.detach() for name, t in tensors.items()})
@@ -70,19 +76,22 @@ class Packed(ABC):
         body = self._open(payload, specs)
         self.check_body(body, specs)
         into = {name: torch.zeros(shape) for name, shape in specs.items()}
-        self.add_body(body, into, 1.0)
+        self.add_body(body, specs, {name: Window(0, t.view(-1)) for name, t in into.items()}, 1.0)
         return into
 
     def check(self, payload: Buffer, specs: Specs) -> float:
         return self.check_body(self._open(payload, specs), specs)
 
     def add(self, payload: Buffer, into: Tensors, weight: float = 1.0) -> None:
-        body = self._open(payload, {name: t.shape for name, t in into.items()})
-        self.add_body(body, {name: t.detach() for name, t in into.items()}, weight)
+        specs = {name: t.shape for name, t in into.items()}
+        windows = {name: Window(0, t.detach().view(-1)) for name, t in into.items()}
+        self.add_body(self._open(payload, specs), specs, windows, weight)
 
     def read(self, payload: Buffer, specs: Specs, start: int, stop: int) -> torch.Tensor:
+        pieces, body = pieces_of(specs, start, stop), self._open(payload, specs)
         out = torch.zeros(stop - start)
-        self.read_body(self._open(payload, specs), specs, pieces_of(specs, start, stop), out)
+        windows = {p.name: Window(p.start, out[p.at : p.at + p.stop - p.start]) for p in pieces}
+        self.add_body(body, specs, windows, 1.0)
         return out
 
     def _open(self, payload: Buffer, specs: Specs) -> Bytes:
@@ -96,8 +105,8 @@ class Packed(ABC):
         return np.frombuffer(data[HEADER:], np.uint8)
 
 
-def device_of(tensors: Tensors) -> torch.device:
-    return next((t.device for t in tensors.values()), CPU)
+def device_of(tensors: Iterable[torch.Tensor]) -> torch.device:
+    return next((t.device for t in tensors), CPU)
 
 
 # --- blocks of the flat gradient --------------------------------------------------------------------------------------
@@ -159,9 +168,13 @@ class Blocks:
                 counts[end - 1] = size % self.width
         return counts
 
+    def tensor_of(self, block: int) -> int:
+        """Return the place in `names` of the tensor that a block belongs to."""
+        return int(np.searchsorted(self.ends, block, side="right")) - 1
+
     def runs(self, start: int, stop: int) -> Iterator[Run]:
         """Yield blocks `start`, …, `stop` - 1, a tensor at a time."""
-        at = int(np.searchsorted(self.ends, start, side="right")) - 1
+        at = self.tensor_of(start)
         while start < min(stop, self.number):
             end = min(stop, int(self.ends[at + 1]))
             offset = (start - int(self.ends[at])) * self.width
@@ -170,11 +183,25 @@ class Blocks:
                 yield Run(self.names[at], start, end, offset, size)
             start, at = end, at + 1
 
-    def covering(self, piece: Piece) -> tuple[int, int, int]:
-        """Return the blocks [first, last) that hold a piece, and where it begins in the first."""
-        tensor = int(self.ends[self.names.index(piece.name)])
-        first, last = tensor + piece.start // self.width, tensor + -(-piece.stop // self.width)
-        return first, last, piece.start % self.width
+    def covering(self, windows: Windows) -> tuple[int, int]:
+        """Return the blocks [first, stop) that hold the values of the windows."""
+        if not windows:
+            return 0, 0
+        first, last = min(windows), max(windows)
+        end = windows[last].first + len(windows[last].values)
+        return (
+            int(self.ends[self.names.index(first)]) + windows[first].first // self.width,
+            int(self.ends[self.names.index(last)]) - (-end // self.width),
+        )
+
+    def add(self, start: int, values: torch.Tensor, windows: Windows) -> None:
+        """Add the values of the blocks from `start` on, [blocks, width], to the windows."""
+        flat = values.view(-1)
+        for run in self.runs(start, start + len(values)):
+            first, target = windows[run.name]
+            low, high = max(run.offset, first), min(run.offset + run.size, first + len(target))
+            at = (run.start - start) * self.width + low - run.offset
+            target[low - first : high - first].add_(flat[at : at + high - low])
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------
@@ -186,10 +213,11 @@ def scale_bytes(scales: torch.Tensor) -> Bytes:
     return np.ascontiguousarray(pairs.T[::-1]).reshape(-1)
 
 
-def scale_bits(part: Bytes) -> npt.NDArray[np.uint16]:
-    """Return the bits of the bf16 values from which `scale_bytes` made `part`."""
-    high, low = part.reshape(2, -1)
-    return (high.astype(np.uint16) << np.uint16(8)) | low
+def scale_bits(part: Bytes, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint16]:
+    """Return the bits of scales [start, stop) of the bf16 values from which `scale_bytes` made `part`."""
+    high, low = part.reshape(2, -1)[:, start:stop]
+    bits: npt.NDArray[np.uint16] = (high.astype(np.uint16) << np.uint16(8)) | low
+    return bits
 
 
 def widened(bits: npt.NDArray[np.uint16]) -> torch.Tensor:

@@ -25,7 +25,7 @@ from pilot.codec.packed import (
     Blocks,
     Bytes,
     Packed,
-    Piece,
+    Windows,
     check_scales,
     device_of,
     scale_bits,
@@ -57,69 +57,52 @@ class Coded(Packed):
         """Return the bytes of the scales, after which the rows begin."""
 
     @abstractmethod
-    def scaler(self, body: Bytes, specs: Specs, device: torch.device) -> Scaler:
-        """Return the function that multiplies levels of blocks by their scales."""
+    def scaler(self, body: Bytes, specs: Specs, first: int, stop: int, device: torch.device) -> Scaler:
+        """Return the function that multiplies levels of blocks [first, stop) by their scales."""
 
     def body_size(self, specs: Specs) -> int:
         return self.scale_bytes(specs) + WIDTH * -(-Blocks(specs, WIDTH).number // self.digits)
 
-    def add_body(self, body: Bytes, into: Tensors, weight: float) -> None:
-        specs = {name: t.shape for name, t in into.items()}
-        flat, device = {name: t.view(-1) for name, t in into.items()}, device_of(into)
-        blocks, scale = Blocks(specs, WIDTH), self.scaler(body, specs, device)
-        for start, levels in self.iterate_levels(body[self.scale_bytes(specs) :], blocks, device):
+    def add_body(self, body: Bytes, specs: Specs, windows: Windows, weight: float) -> None:
+        blocks, device = Blocks(specs, WIDTH), device_of(window.values for window in windows.values())
+        first, stop = blocks.covering(windows)
+        scale = self.scaler(body, specs, first, stop, device)
+        for start, levels in self.iterate_levels(body[self.scale_bytes(specs) :], first, stop, device):
             values = scale(start, levels)
             if weight != 1.0:
                 values.mul_(weight)
-            values = values.view(-1)
-            for run in blocks.runs(start, start + len(levels)):
-                at = (run.start - start) * WIDTH
-                flat[run.name][run.offset : run.offset + run.size].add_(values[at : at + run.size])
+            blocks.add(start, values, windows)
 
-    def read_body(self, body: Bytes, specs: Specs, pieces: list[Piece], out: torch.Tensor) -> None:
-        blocks, scale = Blocks(specs, WIDTH), self.scaler(body, specs, CPU)
-        rows = body[self.scale_bytes(specs) :].reshape(-1, WIDTH)
-        for piece in pieces:
-            first, last, skip = blocks.covering(piece)
-            for low in range(first, last, CPU_ROWS):
-                high = min(low + CPU_ROWS, last)
-                values = scale(low, self.levels(self._digits_of(rows, low, high))).view(-1)
-                begin = skip if low == first else 0
-                at = piece.at + (low - first) * WIDTH + begin - skip
-                size = min(len(values) - begin, piece.at + piece.stop - piece.start - at)
-                out[at : at + size] = values[begin : begin + size]
+    def iterate_levels(
+        self, rows: Bytes, first: int, stop: int, device: torch.device
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the number of a block and levels from there on, [blocks, 128] int8, for blocks [first, stop).
 
-    def _digits_of(self, rows: Bytes, low: int, high: int) -> torch.Tensor:
-        """Return the digits of blocks [low, high), [blocks, 128] uint8, from any place of the body."""
-        found, height = np.empty((high - low, WIDTH), np.uint8), len(rows)
-        block = low
-        while block < high:
-            plane, row = divmod(block, height)
-            end = min(high, (plane + 1) * height)
-            divisor = np.uint16(self.base**plane)
-            digits = rows[row : row + end - block].astype(np.uint16) // divisor % np.uint16(self.base)
-            found[block - low : end - low] = digits
-            block = end
-        return torch.from_numpy(found)
-
-    def iterate_levels(self, rows: Bytes, blocks: Blocks, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield the first block's number and levels [blocks, 128] int8, a chunk at a time, plane by plane of a row."""
+        A chunk of rows at a time, digit by digit: so the order of the blocks is that of the layout.
+        """
         height = len(rows) // WIDTH
-        for low, high in row_chunks(height, device):
-            chunk = rows[low * WIDTH : high * WIDTH]
-            row = torch.from_numpy(chunk if chunk.flags.writeable else chunk.copy()).view(-1, WIDTH).to(device)
+        if first == stop:
+            return
+        if stop - first >= height:
+            parts = [(0, height)]
+        else:  # the rows of a few blocks, which may go on in the top rows, at the next digit
+            low, high = first % height, (stop - 1) % height + 1
+            parts = [(low, high)] if low < high else [(low, height), (0, high)]
+        for low, high in (chunk for part in parts for chunk in row_chunks(*part, device)):
+            found = rows[low * WIDTH : high * WIDTH]
+            row = torch.from_numpy(found if found.flags.writeable else found.copy()).view(-1, WIDTH).to(device)
             for plane in range(self.digits):
-                start = plane * height + low
-                stop = min(start + high - low, blocks.number)
-                digits, row = self.split_digit(row)
-                if stop > start:
-                    yield start, self.levels(digits[: stop - start])
+                start, end = max(plane * height + low, first), min(plane * height + high, stop)
+                if start < end:
+                    skip = plane * height + low
+                    yield start, self.levels(self.digit(row[start - skip : end - skip], plane))
 
-    def split_digit(self, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the lowest digit of each byte, and the rest of it."""
+    def digit(self, row: torch.Tensor, plane: int) -> torch.Tensor:
+        """Return digit `plane` of each byte, 0 for the lowest."""
         if self.digits == 1:
-            return row, row
-        return row & (self.base - 1), row >> self.base.bit_length() - 1
+            return row
+        shifted = row >> plane * (self.base.bit_length() - 1)
+        return shifted if plane == self.digits - 1 else shifted & (self.base - 1)
 
     def check_codes(self, rows: Bytes) -> None:
         """Raise ProtocolError for a byte that is not `digits` digits of `base`."""
@@ -129,14 +112,15 @@ class Coded(Packed):
 
 
 class Scaler:
-    """Multiply levels by the scales of their blocks."""
+    """Multiply levels by the scales of their blocks, from block `first` on."""
 
-    def __init__(self, scales: torch.Tensor) -> None:
-        self._scales = scales  # [blocks, 1] fp32
+    def __init__(self, first: int, scales: torch.Tensor) -> None:
+        self._first, self._scales = first, scales  # [blocks, 1] fp32
 
     def __call__(self, start: int, levels: torch.Tensor) -> torch.Tensor:
         """Return the values of the blocks from `start` on, [blocks, 128] fp32, of levels [blocks, 128] int8."""
-        return levels.to(torch.float32).mul_(self._scales[start : start + len(levels)])
+        at = start - self._first
+        return levels.to(torch.float32).mul_(self._scales[at : at + len(levels)])
 
 
 class Quantised(Coded):
@@ -151,20 +135,21 @@ class Quantised(Coded):
     def scale_bytes(self, specs: Specs) -> int:
         return 2 * Blocks(specs, WIDTH).number
 
-    def scaler(self, body: Bytes, specs: Specs, device: torch.device) -> Scaler:
-        return Scaler(widened(scale_bits(body[: self.scale_bytes(specs)])).to(device).view(-1, 1))
+    def scaler(self, body: Bytes, specs: Specs, first: int, stop: int, device: torch.device) -> Scaler:
+        bits = scale_bits(body[: self.scale_bytes(specs)], first, stop)
+        return Scaler(first, widened(bits).to(device).view(-1, 1))
 
     def encode_body(self, tensors: Mapping[str, torch.Tensor]) -> Bytes:
         blocks = Blocks({name: t.shape for name, t in tensors.items()}, WIDTH)
         flat = {name: t.reshape(-1) for name, t in tensors.items()}
-        device = device_of(flat)
+        device = device_of(flat.values())
         height = -(-blocks.number // self.digits)
         scales = torch.zeros(height * self.digits, dtype=torch.bfloat16, device=device)
         counts = torch.ones(len(scales), 1, device=device)
         counts[: blocks.number, 0] = torch.from_numpy(blocks.counts()).to(device)
         body = np.empty(2 * blocks.number + WIDTH * height, np.uint8)
         packed = torch.from_numpy(body[2 * blocks.number :]).view(-1, WIDTH)
-        for low, high in row_chunks(height, device):
+        for low, high in row_chunks(0, height, device):
             row = torch.zeros(high - low, WIDTH, dtype=torch.uint8, device=device)
             for plane in reversed(range(self.digits)):
                 here = slice(plane * height + low, plane * height + high)
@@ -184,7 +169,7 @@ class Quantised(Coded):
         self.check_codes(rows)
         counts = torch.from_numpy(blocks.counts())
         total, column = 0.0, torch.arange(WIDTH)
-        for start, levels in self.iterate_levels(rows, blocks, CPU):
+        for start, levels in self.iterate_levels(rows, 0, blocks.number, CPU):
             here = slice(start, start + len(levels))
             wide = levels.to(torch.float32)
             if int(counts[here].min()) < WIDTH:  # a tensor ends here: the rest of its last block is padding
@@ -277,11 +262,11 @@ def _bf16_above(values: torch.Tensor) -> torch.Tensor:
 # --- chunks -----------------------------------------------------------------------------------------------------------
 
 
-def row_chunks(height: int, device: torch.device, wide: int = 1) -> Iterator[tuple[int, int]]:
+def row_chunks(first: int, stop: int, device: torch.device, wide: int = 1) -> Iterator[tuple[int, int]]:
     """Yield ranges of rows, each row `wide` blocks, small enough for a CPU's cache or large enough for a GPU."""
     rows = max(1, (CPU_ROWS if device.type == "cpu" else GPU_ROWS) // wide)
-    for low in range(0, height, rows):
-        yield low, min(low + rows, height)
+    for low in range(first, stop, rows):
+        yield low, min(low + rows, stop)
 
 
 def gather(flat: Tensors, blocks: Blocks, start: int, stop: int, device: torch.device) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Keep the 64 largest magnitudes of each 4,096 values: their indices, and two bits for each value.
 
-The tensors lie one after the other by name, each cut into chunks of 4,096. The last chunk of a tensor may be
-shorter: of n values it keeps ceil(64 n / 4096). A kept value is sign x (base + step x code), with the chunk's own base and step in
-bf16. The body, every part in the order of the chunks:
+The tensors lie one after the other by name, each cut into chunks of 4,096. The last chunk of a tensor may be shorter:
+of n values it keeps ceil(64 n / 4096). A kept value is sign x (base + step x code), with the chunk's own base and step
+in bf16. The body, every part in the order of the chunks:
 
     base, step       all high bytes, then all low bytes, of each
     codes, signs     two planes of bits
@@ -27,7 +27,7 @@ from pilot.codec.packed import (
     Blocks,
     Bytes,
     Packed,
-    Piece,
+    Windows,
     check_scales,
     device_of,
     scale_bits,
@@ -48,45 +48,53 @@ DECODE_ROWS = 1024
 GPU_ROWS = 1 << 15
 PIECE = 1 << 17  # values packed at a time on the CPU, a multiple of 8
 
-Entries = tuple[int, int, torch.Tensor, torch.Tensor]  # chunks [start, stop), positions from the first one's on, values
+
+class Layout:
+    """The sizes that follow from the shapes."""
+
+    def __init__(self, specs: Specs) -> None:
+        self.blocks = Blocks(specs, CHUNK)
+        self._ends = np.cumsum([0, *(-(-size * KEPT // CHUNK) for size in self.blocks.values)], dtype=np.int64)
+        self.total = int(self._ends[-1])  # values kept
+
+    def kept_before(self, chunk: int) -> int:
+        """Return the number of values kept of all chunks before this one."""
+        tensor = self.blocks.tensor_of(chunk)
+        return int(self._ends[tensor]) + KEPT * (chunk - int(self.blocks.ends[tensor]))
+
+    def sizes(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Return the number of values of each of chunks [start, stop)."""
+        sizes = np.full(stop - start, CHUNK, np.int64)
+        for run in self.blocks.runs(start, stop):
+            sizes[run.stop - start - 1] = run.size - CHUNK * (run.stop - run.start - 1)
+        return sizes
 
 
-class Layout(NamedTuple):
-    """What follows from the shapes."""
+class Entries(NamedTuple):
+    """The kept values of chunks [start, stop)."""
 
-    blocks: Blocks
-    kept: npt.NDArray[np.int64]  # [chunks] values kept
-    sizes: npt.NDArray[np.int64]  # [chunks] values
-    starts: npt.NDArray[np.int64]  # [chunks + 1] the first kept value of each chunk, and the number of all
-
-    @property
-    def total(self) -> int:
-        return int(self.starts[-1])
-
-
-def layout_of(specs: Specs) -> Layout:
-    blocks = Blocks(specs, CHUNK)
-    sizes = blocks.counts()
-    kept = -(-KEPT * sizes // CHUNK)
-    return Layout(blocks, kept, sizes, np.concatenate([[0], np.cumsum(kept)]))
+    start: int
+    stop: int
+    places: torch.Tensor  # [kept] int32, counted from the first value of chunk `start`
+    values: torch.Tensor  # [kept] fp32
 
 
 class TopK(Packed):
     def body_size(self, specs: Specs) -> int:
-        layout = layout_of(specs)
+        layout = Layout(specs)
         return 4 * layout.blocks.number + planes_size(layout.total, VALUE_BITS) + planes_size(layout.total, INDEX_BITS)
 
     def encode_body(self, tensors: Mapping[str, torch.Tensor]) -> Bytes:
-        layout = layout_of({name: t.shape for name, t in tensors.items()})
+        layout = Layout({name: t.shape for name, t in tensors.items()})
         flat = {name: t.reshape(-1) for name, t in tensors.items()}
-        device = device_of(flat)
+        device = device_of(flat.values())
         indices = torch.empty(layout.total, dtype=torch.int16, device=device)
         codes = torch.empty(layout.total, dtype=torch.uint8, device=device)
         scales = torch.empty(2, layout.blocks.number, dtype=torch.bfloat16, device=device)
         for start, stop, values in _equal_chunks(flat, layout.blocks):
-            index = _largest(values, int(layout.kept[start]))
+            index = _largest(values, -(-values.shape[1] * KEPT // CHUNK))
             found = values.gather(1, index)
-            here = slice(int(layout.starts[start]), int(layout.starts[stop]))
+            here = slice(layout.kept_before(start), layout.kept_before(stop))
             base, step, code = _two_levels(found.abs())
             scales[0, start:stop], scales[1, start:stop] = base[:, 0], step[:, 0]
             codes[here] = code.add_(torch.signbit(found).to(torch.uint8) << VALUE_BITS - 1).view(-1)
@@ -96,33 +104,29 @@ class TopK(Packed):
         return np.concatenate([*parts, pack_planes(indices, INDEX_BITS)])
 
     def check_body(self, body: Bytes, specs: Specs) -> float:
-        layout, total = layout_of(specs), 0.0
+        layout, total = Layout(specs), 0.0
         number = layout.blocks.number
         for scales in (body[: 2 * number], body[2 * number : 4 * number]):
             check_scales(scale_bits(scales), FP32_MAX / 16)
-        for _, _, _, values in self._entries(body, layout, CPU, 0, number):
-            total += float(values.double().square_().sum())
+        for entries in self._entries(body, layout, CPU, 0, number):
+            total += float(entries.values.double().square_().sum())
         return math.sqrt(total)
 
-    def add_body(self, body: Bytes, into: Tensors, weight: float) -> None:
-        layout = layout_of({name: t.shape for name, t in into.items()})
-        flat, device = {name: t.view(-1) for name, t in into.items()}, device_of(into)
-        for start, stop, positions, values in self._entries(body, layout, device, 0, layout.blocks.number):
+    def add_body(self, body: Bytes, specs: Specs, windows: Windows, weight: float) -> None:
+        layout, device = Layout(specs), device_of(window.values for window in windows.values())
+        first, last = layout.blocks.covering(windows)
+        for start, stop, places, values in self._entries(body, layout, device, first, last):
             if weight != 1.0:
                 values.mul_(weight)
+            before = layout.kept_before(start)
             for run in layout.blocks.runs(start, stop):
-                low, high = (int(layout.starts[i] - layout.starts[start]) for i in (run.start, run.stop))
-                at = positions[low:high] + (run.offset - (run.start - start) * CHUNK)
-                flat[run.name].index_add_(0, at, values[low:high])
-
-    def read_body(self, body: Bytes, specs: Specs, pieces: list[Piece], out: torch.Tensor) -> None:
-        layout = layout_of(specs)
-        for piece in pieces:
-            first, last, skip = layout.blocks.covering(piece)
-            for start, _, positions, values in self._entries(body, layout, CPU, first, last):
-                at = positions.to(torch.int64) + ((start - first) * CHUNK - skip)
-                inside = (at >= 0) & (at < piece.stop - piece.start)
-                out[piece.at + at[inside]] = values[inside]
+                begin, target = windows[run.name]
+                low, high = layout.kept_before(run.start) - before, layout.kept_before(run.stop) - before
+                at, found = places[low:high] + (run.offset - (run.start - start) * CHUNK - begin), values[low:high]
+                if begin > run.offset or begin + len(target) < run.offset + run.size:  # only a part of the chunks
+                    inside = (at >= 0) & (at < len(target))
+                    at, found = at[inside], found[inside]
+                target.index_add_(0, at, found)
 
     def _entries(self, body: Bytes, layout: Layout, device: torch.device, first: int, last: int) -> Iterator[Entries]:
         """Yield what chunks [first, last) keep. Raises ProtocolError for indices that do not ascend in their chunk."""
@@ -130,26 +134,25 @@ class TopK(Packed):
         for size in (2 * number, 2 * number, planes_size(total, VALUE_BITS), planes_size(total, INDEX_BITS)):
             parts.append(body[end : end + size])
             end += size
-        base_bits, step_bits = (scale_bits(part) for part in parts[:2])
         rows = DECODE_ROWS if device.type == "cpu" else max(last - first, 1)
         for start in range(first, last, rows):
             stop = min(start + rows, last)
-            low, high = int(layout.starts[start]), int(layout.starts[stop])
-            kept = torch.from_numpy(layout.kept[start:stop]).to(device)
+            low, high = layout.kept_before(start), layout.kept_before(stop)
+            sizes = torch.from_numpy(layout.sizes(start, stop)).to(device)
+            kept = (sizes * KEPT + CHUNK - 1) // CHUNK
             codes = unpack_planes(parts[2], VALUE_BITS, low, high, device)
             found = unpack_planes(parts[3], INDEX_BITS, low, high, device)
             shift = torch.arange(0, (stop - start) * CHUNK, CHUNK, dtype=torch.int32, device=device)
             found += shift.repeat_interleave(kept, output_size=high - low)
-            sizes = torch.from_numpy(layout.sizes[start:stop]).to(device)
             if bool((found.diff() <= 0).any()):
                 raise ProtocolError(f"{self.name}: indices that do not ascend")
             if bool((found[kept.cumsum(0) - 1] - torch.arange(stop - start, device=device) * CHUNK >= sizes).any()):
                 raise ProtocolError(f"{self.name}: an index beyond its chunk")
-            base, step = (widened(bits[start:stop]).to(device) for bits in (base_bits, step_bits))
+            base, step = (widened(scale_bits(part, start, stop)).to(device) for part in parts[:2])
             magnitude = (codes & (1 << VALUE_BITS - 1) - 1).to(torch.float32)
             magnitude.mul_(step.repeat_interleave(kept, output_size=high - low))
             magnitude.add_(base.repeat_interleave(kept, output_size=high - low))
-            yield start, stop, found, magnitude.mul_(1 - 2 * (codes >> VALUE_BITS - 1))
+            yield Entries(start, stop, found, magnitude.mul_(1 - 2 * (codes >> VALUE_BITS - 1)))
 
 
 TOPK64 = TopK("topk64")
