@@ -86,7 +86,7 @@ class Bulk:
         raise Refused(404, "a bench")
 
     def accept_order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
-        if self.writer is None or not self.writer.whole or self.writer.ref != order.update.refs[0]:
+        if self.writer is None or not self.writer.complete or self.writer.ref != order.update.refs[0]:
             raise Refused(409, "send it", missing=[order.update.refs[0]])
         self.orders = {digest: order}
         return self.status()

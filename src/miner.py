@@ -254,7 +254,7 @@ def activity(worker: Worker, refused: int) -> Activity:
     from pilot.display.console import Activity
     from pilot.training.ranges import size
 
-    figures = (*worker.figures, *([f"{refused} refused"] if refused else []))
+    figures = (*worker.summary, *([f"{refused} refused"] if refused else []))
     arriving, job = worker.inbox.arriving, worker.job
     if arriving is not None:
         held, whole = arriving.held, arriving.ref.bytes

@@ -184,12 +184,31 @@ def new_nonce() -> str:
     return secrets.token_hex(16)
 
 
+# Where a blob lies: a name, never a URL or a path. A miner's own configuration says what it means; a miner that does
+# not know it asks the validator. Left out of messages where it is None: the validator sends the blob.
+Source = Annotated[Name | None, Field(exclude_if=lambda source: source is None)]
+
+
 class BlobRef(Part):
-    """Bytes by digest: a model state (safetensors), a delta between two, a token file, a vocabulary."""
+    """Bytes by digest: a model state (safetensors), a delta between two, a token file, a vocabulary.
+
+    References to the same bytes are equal, wherever these lie.
+    """
 
     kind: BlobKind
     digest: Digest
     bytes: Annotated[int, Field(ge=1, le=MAX_BLOB_BYTES)]
+    source: Source = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BlobRef) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[str, Digest, int]:
+        return self.kind, self.digest, self.bytes
 
 
 class TaskSpec(Part):
@@ -228,10 +247,11 @@ class VersionStep(Part):
     codec: Name
     digest: Digest
     bytes: Annotated[int, Field(ge=1, le=MAX_BLOB_BYTES)]
+    source: Source = None
 
     @property
     def ref(self) -> BlobRef:
-        return BlobRef(kind=self.kind, digest=self.digest, bytes=self.bytes)
+        return BlobRef(kind=self.kind, digest=self.digest, bytes=self.bytes, source=self.source)
 
 
 class StateSnapshot(Part):
@@ -249,7 +269,8 @@ class StateSnapshot(Part):
     @property
     def step(self) -> VersionStep:
         """It takes the place of whatever a miner has."""
-        return VersionStep(kind="state", codec="fp32", digest=self.blob.digest, bytes=self.blob.bytes)
+        blob = self.blob
+        return VersionStep(kind="state", codec="fp32", digest=blob.digest, bytes=blob.bytes, source=blob.source)
 
 
 class Update(Part):

@@ -145,7 +145,7 @@ def test_our_own_fault_in_a_miner_ends_the_play(tmp_path: Path) -> None:
         def sabotage() -> None:
             worker = world.machines[0].worker
             assert worker is not None
-            worker.replica.states = None  # type: ignore[assignment]
+            worker.replica.blobs = None  # type: ignore[assignment]
 
         asyncio.get_running_loop().call_at(90.0, sabotage)
         async for _ in world.play(HOUR_S):

@@ -27,7 +27,7 @@ from pilot.storage.miner_store import FileMinerStore
 from pilot.training.executor import TimedExecutor
 from pilot.training.gradient import GradientResult
 from pilot.transport.auth import sign_message
-from pilot.worker.error_feedback import PATIENCE, ErrorFeedback, residual_digest
+from pilot.worker.error_feedback import MAX_PLAIN, ErrorFeedback, residual_digest
 from pilot.worker.job import Job
 from protocol import (
     BlobRef,
@@ -114,7 +114,7 @@ class Miner:
     def encode(self, order: Order, gradient: Tensors, caller: str = CALLER) -> Reply:
         """As the worker does it, but for the waiting."""
         job = Job(order, digest(order.kind, order.text().encode()), caller, 0.0)
-        self.feedback.open(order, job.digest, caller, gradient)
+        self.feedback.load(order, job.digest, caller, gradient)
         job.encode(load_codec(order.codec_up), Done(order, gradient), 1.0, self.feedback)  # type: ignore[arg-type]
         assert job.reply is not None
         assert job.payload is not None
@@ -125,7 +125,7 @@ class Miner:
         """As the worker takes it: kept, then heard."""
         receipt = make_verdict(reply, verdict)
         self.cache.add_receipt(sign_message(caller, receipt))
-        self.feedback.heard(caller.ss58_address, receipt)
+        self.feedback.record_receipt(caller.ss58_address, receipt)
 
 
 class Textbook:
@@ -262,11 +262,11 @@ def test_without_the_verdict_an_encoding_is_plain_and_the_residual_waits(tmp_pat
 def test_a_receipt_that_never_comes_is_given_up(tmp_path: Path) -> None:
     miner = Miner(tmp_path)
     miner.encode(miner.order(0), gradient(0))
-    for round in range(1, PATIENCE + 1):
+    for round in range(1, MAX_PLAIN + 1):
         assert miner.encode(miner.order(round), gradient(round)).residual_before is None
-    reply = miner.encode(miner.order(PATIENCE + 1), gradient(9))
+    reply = miner.encode(miner.order(MAX_PLAIN + 1), gradient(9))
     assert reply.residual_before == residual_digest(zeros())
-    assert miner.said == ["error feedback begins anew: no receipt for round 0 came"]
+    assert miner.said == ["error feedback starts over: no receipt for round 0 came"]
 
 
 def test_an_order_in_the_place_of_another_means_that_this_was_not_applied(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_a_residual_does_not_leak_into_what_it_is_not_of(
         miner.restart()
     reply = miner.encode(miner.order(1, **change), gradient(1))
     assert reply.residual_before == residual_digest(zeros())
-    assert miner.said == [f"error feedback begins anew: what is left is of another {what}"]
+    assert miner.said == [f"error feedback starts over: the residual is of another {what}"]
 
 
 def test_another_validator_and_a_run_that_begins_anew_get_nothing_of_it(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_without_error_feedback_an_order_leaves_it_alone(tmp_path: Path) -> None
     miner.hear(miner.encode(miner.order(0), gradient(0)))
     order = miner.order(1, feedback=0.0)
     job = Job(order, "1" * 64, CALLER, 0.0)
-    asyncio.run(miner.feedback.ready(job, gradient(1), TimedExecutor(None, lambda: 0.0), 0.0))
+    asyncio.run(miner.feedback.wait_for_verdict(job, gradient(1), TimedExecutor(None, lambda: 0.0), 0.0))
     job.encode(load_codec("ternary-rc"), Done(order, gradient(1)), 1.0, miner.feedback)  # type: ignore[arg-type]
     assert job.reply is not None
     assert job.reply.residual_before is None
@@ -378,7 +378,7 @@ def waited(
             loop.call_later(says, miner.hear, first)
         if stops is not None:
             loop.call_later(stops, job.stopping.set)
-        await miner.feedback.ready(job, gradient(1), TimedExecutor(None, loop.time), handing_over_s=0.5)
+        await miner.feedback.wait_for_verdict(job, gradient(1), TimedExecutor(None, loop.time), handover_s=0.5)
         job.encode(load_codec("ternary-rc"), Done(order, gradient(1)), 1.0, miner.feedback)  # type: ignore[arg-type]
         assert job.reply is not None
         return loop.time(), job.reply.residual_before

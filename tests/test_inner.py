@@ -12,7 +12,7 @@ from torch import nn
 
 from nanochat.config import MuonAdamWConfig
 from pilot.training.gradient import GradientAccumulator
-from pilot.training.inner_loop import InnerLoop, WorkStarter
+from pilot.training.inner_loop import AccumulatorFactory, InnerLoop
 from protocol import Fault, InnerSteps, Order, ProtocolError, Range, Update, VersionStep
 from tasks import Task
 from tasks.config import AdamWConfig, NanochatConfig
@@ -153,14 +153,14 @@ def order_of(task: Task, inner: InnerSteps | None, run: str = "tiny") -> Order:
     )  # fmt: skip
 
 
-def begin(starter: WorkStarter, task: Task, model: nn.Module, order: Order) -> InnerLoop:
-    loop = starter.begin(order, task, model, lambda: values(task, model))
+def begin(factory: AccumulatorFactory, task: Task, model: nn.Module, order: Order) -> InnerLoop:
+    loop = factory.create(order, task, model, lambda: values(task, model))
     assert isinstance(loop, InnerLoop)
     return loop
 
 
-def work(starter: WorkStarter, task: Task, model: nn.Module, order: Order, indices: Sequence[int]) -> InnerLoop:
-    loop = begin(starter, task, model, order)
+def work(factory: AccumulatorFactory, task: Task, model: nn.Module, order: Order, indices: Sequence[int]) -> InnerLoop:
+    loop = begin(factory, task, model, order)
     for index in indices:
         loop.add(index)
     loop.result()
@@ -169,13 +169,13 @@ def work(starter: WorkStarter, task: Task, model: nn.Module, order: Order, indic
 
 def test_an_optimizer_that_is_kept_goes_on(task: GPT2) -> None:
     """Two orders of two steps are then four steps of plain AdamW; where it is reset they are not."""
-    model, starter = task.build_model(CPU, initial=True), WorkStarter()
+    model, factory = task.build_model(CPU, initial=True), AccumulatorFactory()
     for first, indices in ((5, range(4)), (7, range(4, 8))):
-        work(starter, task, model, order_of(task, inner_of(ADAMW, keep=True, first_step=first)), indices)
+        work(factory, task, model, order_of(task, inner_of(ADAMW, keep=True, first_step=first)), indices)
     plain = values(task, plain_adamw(task, ADAMW, [[0, 1], [2, 3], [4, 5], [6, 7]], first=5, of=20))
     assert equal(values(task, model), plain)
 
-    other, fresh = task.build_model(CPU, initial=True), WorkStarter()
+    other, fresh = task.build_model(CPU, initial=True), AccumulatorFactory()
     for first, indices in ((5, range(4)), (7, range(4, 8))):
         work(fresh, task, other, order_of(task, inner_of(ADAMW, first_step=first)), indices)
     assert not equal(values(task, other), plain)
@@ -183,13 +183,13 @@ def test_an_optimizer_that_is_kept_goes_on(task: GPT2) -> None:
 
 @pytest.mark.parametrize("what", ["reset", "run", "flags", "model"])
 def test_an_optimizer_is_kept_for_the_same_run_flags_and_model_only(task: GPT2, what: str) -> None:
-    model, starter = task.build_model(CPU, initial=True), WorkStarter()
+    model, factory = task.build_model(CPU, initial=True), AccumulatorFactory()
     order = order_of(task, inner_of(ADAMW, keep=True))
-    before = work(starter, task, model, order, [0, 1]).optimizer
+    before = work(factory, task, model, order, [0, 1]).optimizer
     assert (
-        starter.begin(order_of(task, None), task, model, dict).__class__ is GradientAccumulator
+        factory.create(order_of(task, None), task, model, dict).__class__ is GradientAccumulator
     )  # a gradient round between
-    assert begin(starter, task, model, order).optimizer is before
+    assert begin(factory, task, model, order).optimizer is before
     if what == "model":
         model = task.build_model(CPU, initial=True)
     changed = {
@@ -198,14 +198,14 @@ def test_an_optimizer_is_kept_for_the_same_run_flags_and_model_only(task: GPT2, 
         "flags": order_of(task, inner_of(replace(ADAMW, beta1=0.5), keep=True)),
         "model": order,
     }
-    assert not begin(starter, task, model, changed[what]).optimizer.state
+    assert not begin(factory, task, model, changed[what]).optimizer.state
     if what != "model":
-        assert not begin(starter, task, model, order).optimizer.state  # the one before is gone
+        assert not begin(factory, task, model, order).optimizer.state  # the one before is gone
 
 
 def test_a_kept_optimizer_gets_over_nan(task: GPT2) -> None:
-    model, starter = task.build_model(CPU, initial=True), WorkStarter()
-    loop = begin(starter, task, model, order_of(task, inner_of(ADAMW, keep=True)))
+    model, factory = task.build_model(CPU, initial=True), AccumulatorFactory()
+    loop = begin(factory, task, model, order_of(task, inner_of(ADAMW, keep=True)))
     loop.add(0)
     for p in loop.parameters.values():
         assert p.grad is not None
@@ -216,7 +216,7 @@ def test_a_kept_optimizer_gets_over_nan(task: GPT2) -> None:
     with torch.no_grad():
         for name, p in loop.parameters.items():
             p.copy_(loop.base[name])
-    work(starter, task, model, order_of(task, inner_of(ADAMW, keep=True)), [0, 1])
+    work(factory, task, model, order_of(task, inner_of(ADAMW, keep=True)), [0, 1])
 
 
 def ended(loop: InnerLoop) -> Fault | None:

@@ -13,7 +13,7 @@ from typing_extensions import Buffer
 
 from pilot.codec import load_codec
 from pilot.training.learner import Learner
-from pilot.worker.replica import apply
+from pilot.worker.replica import apply_step
 from protocol import BlobRef, ProtocolError, digest, next_version
 from tasks.config import AdamWConfig
 from tasks.optimizer import adamw
@@ -220,7 +220,7 @@ def test_replica_is_what_was_broadcast(codec: str) -> None:
     train(learner, 2)
     model = learner.task.build_model(CPU, initial=False)
     replica = tensors_of(learner, model)
-    apply(learner.update.steps[-1], blob_of(learner), replica)
+    apply_step(learner.update.steps[-1], blob_of(learner), replica)
     rounded = {"fp32": torch.float32, "bf16": torch.bfloat16}[codec]
     for name, t in state_of(learner).items():
         assert torch.equal(replica[name], t.to(rounded).to(torch.float32))
@@ -232,10 +232,10 @@ def test_who_knows_only_fp32_has_the_model_of_the_others() -> None:
     train(learner, 2)
     [step] = learner.update.steps
     others, its = ({name: torch.zeros_like(t) for name, t in state_of(learner).items()} for _ in range(2))
-    apply(step, blob_of(learner), others)
+    apply_step(step, blob_of(learner), others)
     [snapshot] = learner.snapshot_now().snapshots
     assert snapshot.step.codec == "fp32"
-    apply(snapshot.step, learner.blobs[snapshot.blob.digest], its)
+    apply_step(snapshot.step, learner.blobs[snapshot.blob.digest], its)
     assert all(torch.equal(its[name], others[name]) for name in others)
 
 
@@ -272,5 +272,5 @@ def test_replica_takes_no_other_tensors() -> None:
         state | {"0.bias": torch.ones(7)},
     ):
         with pytest.raises(ProtocolError, match="tensor"):
-            apply(learner.update.steps[-1], FP32.encode(wrong), tensors_of(learner, model))
+            apply_step(learner.update.steps[-1], FP32.encode(wrong), tensors_of(learner, model))
         assert all(torch.equal(p, before[n]) for n, p in learner.task.trainable(model).items())

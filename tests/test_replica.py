@@ -16,7 +16,7 @@ from nanochat.gpt import GPT
 from pilot.codec import load_codec
 from pilot.storage.blob_store import FileBlobStore
 from pilot.training.learner import Learner, state_digest
-from pilot.worker.replica import apply
+from pilot.worker.replica import apply_step
 from protocol import Update, VersionStep, digest
 from tests.test_learner import Norms, gradients, tensors_of
 from tests.tiny import CPU, OPTIMIZER
@@ -57,7 +57,7 @@ def join(learner: Learner, into: Tensors, snapshot: bool = False) -> None:
     wholes += [(at, step) for at, step in enumerate(update.steps, 1) if step.kind == "state"]
     at, whole = (max if snapshot else min)(wholes, key=lambda found: found[0])
     for step in (whole, *update.steps[at:]):
-        apply(step, learner.blobs[step.digest], into)
+        apply_step(step, learner.blobs[step.digest], into)
 
 
 # --- the validator's --------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def followed(codec: str, into: Tensors) -> bytes:
         into[name].copy_(t)
     for data in deltas:
         step = VersionStep(kind="delta", codec=codec, digest=digest("delta", data), bytes=memoryview(data).nbytes)
-        apply(step, data, into)
+        apply_step(step, data, into)
     return bits(into)
 
 

@@ -233,14 +233,14 @@ def test_a_pause_of_the_validator_is_no_time_that_sending_takes(tmp_path: Path, 
         await play(place.market, 1)
         name = next(iter(worker.jobs))
         worker.jobs[name].settled.clear()
-        worker.uploads.clear()
-        worker.jobs[name].fetching_at = 0.0
+        worker.upload_seconds.clear()
+        worker.jobs[name].upload_started_at = 0.0
         await asyncio.sleep(3600.0)
         worker.read_payload(caller, name)
         worker.mark_delivered(caller, name)
-        assert list(worker.uploads) == [0.0]
-        worker.uploads.clear()
-        worker.uploads.append(1e6)  # and should it be so, one micro-batch is tried all the same
+        assert list(worker.upload_seconds) == [0.0]
+        worker.upload_seconds.clear()
+        worker.upload_seconds.append(1e6)  # and should it be so, one micro-batch is tried all the same
         await play(place.market, 2)
         assert receipts(place.store, 1)[A].verdict == "ACCEPTED"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import pytest
 import torch
 
 from pilot.codec import known_codecs, load_codec
-from pilot.interfaces import Refused
+from pilot.interfaces import BlobWriter, Refused
 from pilot.simulation.network import run
+from pilot.storage.blob_store import FolderSource
 from pilot.training.gradient import compute
 from pilot.training.learner import Learner
 from pilot.transport.auth import sign_message
@@ -26,6 +28,7 @@ from protocol import (
     BlobRef,
     DataSpec,
     Fault,
+    Order,
     ProtocolError,
     Range,
     Receipt,
@@ -141,7 +144,7 @@ def test_next_order_on_the_same_version_asks_for_nothing(desk: MakeDesk) -> None
         assert [ref.kind for ref in missing] == ["state", "data"]
         await d.reply(d.send(d.order()))
         assert (
-            d.learner.update.refs[0].digest not in d.worker.replica.states
+            d.learner.update.refs[0].digest not in d.worker.replica.blobs
         )  # it is in the model now, and needs no memory of its own
         second = d.order((Range(2, 3),), round=1)
         d.worker.accept_order(CALLER, second, "1" * 64)  # accepted
@@ -561,3 +564,124 @@ def test_receipts_are_kept_and_said(tmp_path: Path, desk: MakeDesk) -> None:
         ]
 
     run(main())
+
+
+# --- blobs from elsewhere ---------------------------------------------------------------------------------------------
+
+
+class CountingSource(FolderSource):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.asked: list[BlobRef] = []
+
+    def fetch(self, ref: BlobRef, into: BlobWriter) -> None:
+        self.asked.append(ref)
+        super().fetch(ref, into)
+
+
+def published(d: Gateway, folder: Path, source: str | None = "bucket", **changes: Any) -> Order:
+    """Return an order whose state and data lie in `folder` by digest, under the source's name."""
+    folder.mkdir(exist_ok=True)
+    update, data = d.learner.update, d.task.data_spec
+    for ref in (*update.refs, data.tokens):
+        (folder / ref.digest).write_bytes(bytes(d.blob(ref)))
+    steps = tuple(step.model_copy(update={"source": source}) for step in update.steps)
+    tokens = data.tokens.model_copy(update={"source": source})
+    order = d.order(update=update.model_copy(update={"steps": steps}), **changes)
+    return order.model_copy(update={"data": data.model_copy(update={"tokens": tokens})})
+
+
+def test_blobs_come_from_a_source_and_the_validator_is_not_asked(tmp_path: Path, desk: MakeDesk) -> None:
+    async def main() -> None:
+        d = desk()
+        source = d.worker.sources["bucket"] = CountingSource(tmp_path / "bucket")
+        sent = d.send(published(d, tmp_path / "bucket"))
+        reply = await d.reply(sent)
+        assert (reply.version, reply.done) == (d.learner.version, (Range(0, 2),))
+        assert [ref.kind for ref in source.asked] == ["state", "data"]
+        assert d.sent == []
+        await d.reply(d.send(published(d, tmp_path / "bucket", round=1)))  # all of it is here now
+        assert len(source.asked) == 2
+
+    run(main())
+
+
+@pytest.mark.parametrize("kind", ["state", "data"])
+@pytest.mark.parametrize("damage", ["missing", "corrupt", "short", "long"])
+def test_a_source_without_the_right_bytes_falls_back_to_the_validator(
+    tmp_path: Path, desk: MakeDesk, kind: BlobKind, damage: str
+) -> None:
+    async def main() -> None:
+        d = desk()
+        source = d.worker.sources["bucket"] = CountingSource(tmp_path / "bucket")
+        order = published(d, tmp_path / "bucket")
+        ref = {"state": order.update.refs[0], "data": order.data.tokens}[kind]
+        path = tmp_path / "bucket" / ref.digest
+        right = path.read_bytes()
+        wrong = {"corrupt": b"\0" * len(right), "short": right[:-1], "long": right + b"\0"}
+        path.unlink() if damage == "missing" else path.write_bytes(wrong[damage])
+        refusal = await d.refusal(d.send(order))
+        assert (refusal.status, refusal.missing) == (409, (ref,))
+        assert d.sent == []
+        reply = await d.reply(d.send(order))
+        assert reply.version == d.learner.version
+        assert d.sent == [ref]
+        assert [r.digest for r in source.asked].count(ref.digest) == 1  # the order came again, the source is not asked
+        assert any(f"{kind} not fetched from bucket" in line for line in d.said)
+        assert not d.worker.failed.done()
+
+    run(main())
+
+
+@pytest.mark.parametrize("source", ["nowhere", "..", None])
+def test_an_unknown_source_falls_back_to_the_validator(tmp_path: Path, desk: MakeDesk, source: str | None) -> None:
+    """The name is never a path: what is not configured is not looked for."""
+
+    async def main() -> None:
+        d = desk()
+        known = d.worker.sources["bucket"] = CountingSource(tmp_path / "bucket")
+        order = published(d, tmp_path / "bucket", source)
+        await d.reply(d.send(order))
+        assert [ref.kind for ref in d.sent] == ["state", "data"]
+        assert known.asked == []
+
+    run(main())
+
+
+def test_a_source_that_hangs_ends_with_the_order(tmp_path: Path, desk: MakeDesk) -> None:
+    """On a real loop and thread. The next order is served meanwhile, from the validator."""
+    hanging = threading.Event()
+
+    class Hanging(FolderSource):
+        def fetch(self, ref: BlobRef, into: BlobWriter) -> None:
+            hanging.wait(60)
+            raise OSError("gone")
+
+    async def main() -> None:
+        d = desk()
+        d.worker.sources["bucket"] = Hanging(tmp_path / "bucket")
+        slow = d.send(published(d, tmp_path / "bucket", deadline_s=60.0))
+        waiting = asyncio.create_task(d.refusal(slow))
+        await asyncio.sleep(0.1)
+        assert d.worker.status().state == "working"
+        following = d.order(round=1)  # replaces it, and counted on its blobs
+        assert (await d.refusal(d.send(following))).missing
+        await d.reply(d.send(following))
+        assert (await waiting).missing
+        hanging.set()
+        d.worker.close()
+
+    asyncio.run(main())
+
+
+def test_references_to_the_same_bytes_are_equal_wherever_they_lie() -> None:
+    here = BlobRef(kind="delta", digest="a" * 64, bytes=7)
+    there = here.model_copy(update={"source": "bucket"})
+    assert here == there
+    assert len({here, there}) == 1
+    assert here != here.model_copy(update={"bytes": 8})
+    assert "source" not in here.model_dump_json()
+    assert BlobRef.model_validate_json(there.model_dump_json()).source == "bucket"
+    for path in ("http://example.org/a", "../a", "/etc/passwd", ""):
+        with pytest.raises(ValueError, match="source"):
+            BlobRef(kind="delta", digest="a" * 64, bytes=7, source=path)

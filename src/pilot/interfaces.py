@@ -5,6 +5,7 @@
     BlobStore      bytes by digest: states and deltas           storage.blob_store, training.versions
     MinerService   what a miner answers                         worker.worker
     MinerStore     the files that a miner keeps                 storage.miner_store
+    BlobSource     blobs from elsewhere than the validator      storage.blob_store
     ResidualStore  a miner's error feedback on disk             storage.residuals
 
 Nothing here does I/O or imports anything of ours but the messages of `protocol`.
@@ -12,6 +13,7 @@ Nothing here does I/O or imports anything of ours but the messages of `protocol`
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +25,13 @@ from protocol import (
     BlobRef,
     Digest,
     Fault,
+    Hasher,
     Health,
     Hello,
     Hotkey,
     Message,
     Order,
+    ProtocolError,
     Receipt,
     Reply,
     Signed,
@@ -217,6 +221,63 @@ class BlobWriter(Protocol):
 
     def abort(self) -> None:
         """Drop what is held. Does nothing after `commit`."""
+
+
+class VerifiedWriter(ABC):
+    """The checks of a `BlobWriter`: it takes no more bytes than the reference names, and only those of its digest.
+
+    A subclass says where the bytes go. Whenever a check or the subclass fails, nothing is held any more.
+    """
+
+    def __init__(self, ref: BlobRef) -> None:
+        self.ref, self.held, self._hasher = ref, 0, Hasher(ref.kind)
+
+    def write(self, chunk: Buffer) -> None:
+        data = memoryview(chunk).cast("B")
+        if self.held + len(data) > self.ref.bytes:
+            self._restart()
+            raise ProtocolError(f"{self.ref.kind}: more than the {self.ref.bytes} bytes announced")
+        try:
+            self._append(data)
+        except OSError:
+            self._restart()
+            raise
+        self._hasher.update(data)
+        self.held += len(data)
+
+    def commit(self) -> None:
+        if self.held != self.ref.bytes or self._hasher.hexdigest() != self.ref.digest:
+            held = self.held
+            self._restart()
+            raise ProtocolError(f"{self.ref.kind}: {held} bytes that are not the {self.ref.bytes} announced")
+        try:
+            self._keep()
+        except OSError:
+            self._restart()
+            raise
+
+    def _restart(self) -> None:
+        self.held, self._hasher = 0, Hasher(self.ref.kind)
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Drop what is held. Does nothing after `commit`."""
+
+    @abstractmethod
+    def _append(self, data: memoryview) -> None:
+        """Write `data` behind the first `held` bytes."""
+
+    @abstractmethod
+    def _keep(self) -> None:
+        """Keep the blob, which is whole."""
+
+
+class BlobSource(Protocol):
+    """Give blobs from elsewhere than the validator, which orders name by a `BlobRef.source` (storage.blob_store)."""
+
+    def fetch(self, ref: BlobRef, into: BlobWriter) -> None:
+        """Write the blob's bytes; the caller commits. Runs in a thread. Raises OSError, ProtocolError."""
+        ...
 
 
 class MinerService(Protocol):

@@ -104,7 +104,7 @@ def test_a_damaged_file_is_no_residual(tmp_path: Path, damage: Damage) -> None:
     reply = miner.encode(miner.order(1), gradient(1))
     assert reply.residual_before == residual_digest(zeros())
     [line] = miner.said
-    assert line.startswith("error feedback begins anew: ")
+    assert line.startswith("error feedback starts over: ")
     assert "\n" not in line
     goes_on(miner, reply)
 
@@ -126,7 +126,7 @@ def test_a_file_of_another_model_is_no_residual(tmp_path: Path, shapes: dict[str
     reply = miner.encode(miner.order(1), of_this)
     nothing = {name: torch.zeros(shape) for name, shape in shapes.items()}
     assert reply.residual_before == residual_digest(nothing)
-    assert miner.said == ["error feedback begins anew: what is left is of another model"]
+    assert miner.said == ["error feedback starts over: the residual is of another model"]
 
 
 def test_a_file_of_a_larger_model_is_not_even_read(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_full_disk_costs_the_residual_only_at_a_restart(tmp_path: Path) -> Non
     textbook.encode(gradient(1))
     textbook.settle(True)
     reply = miner.encode(miner.order(1), gradient(1))
-    assert miner.said == ["error feedback is not kept, the disk is full: after a restart it begins anew"]
+    assert miner.said == ["the disk is full, so error feedback is not saved: after a restart it starts over"]
     miner.hear(reply)
     miner.cache.residuals.drop()
     third = miner.encode(miner.order(2), gradient(2))
@@ -297,7 +297,7 @@ def test_a_receipt_that_is_replayed_moves_nothing(tmp_path: Path) -> None:
         signed, receipt = sign_message(VALIDATOR, make_verdict(reply)), make_verdict(reply)
         for _ in range(100):
             miner.cache.add_receipt(signed)
-            miner.feedback.heard(CALLER, receipt)
+            miner.feedback.record_receipt(CALLER, receipt)
     assert miner.encode(miner.order(3), gradient(3)).residual_before == residual_digest(textbook.e)
     assert len((tmp_path / "receipts.jsonl").read_text().splitlines()) == 3
 
@@ -307,7 +307,7 @@ def test_a_flood_of_receipts_costs_little_memory_and_at_most_one_verdict(tmp_pat
     reply = miner.encode(miner.order(0), gradient(0))
     for i in range(10_000):
         receipt: Receipt = make_verdict(reply.model_copy(update={"order": f"{i:064x}"}), Fault.LATE)
-        miner.feedback.heard(MALLORY.ss58_address, receipt)
+        miner.feedback.record_receipt(MALLORY.ss58_address, receipt)
     assert len(miner.feedback._verdicts) <= 64
     miner.hear(reply)
     assert miner.encode(miner.order(1), gradient(1)).residual_before == reply.residual_after

@@ -1,9 +1,9 @@
-"""The bytes of the chain of versions, a file each: what a restart finds need not be made, or sent to anybody, again.
+"""The states and deltas that lead to the newest version, a file each, so that a restart need not make them again.
 
     versions/<digest>    a delta, or the whole state of a snapshot, as miners get it
 
-Files appear whole. They are not durable by themselves: what comes after a snapshot of the validator a replay makes
-again, so `sync` before one is all that a power cut leaves to be done.
+Files are written atomically, but they are durable only after `sync`, which the validator calls before each of its own
+snapshots: a replay makes the blobs that come after one again.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from pathlib import Path
 
 from typing_extensions import Buffer
 
-from pilot.common.files import hash_rest, make_folder, replacing, sync_file
+from pilot.common.files import CHUNK_BYTES, hash_rest, make_folder, replacing, sync_file
+from pilot.interfaces import BlobWriter
 from protocol import BlobRef, Digest, Hasher
 
 
 class FileBlobStore:
-    """A `pilot.interfaces.Keep`."""
+    """A folder of blobs by digest. A `pilot.interfaces.BlobStore`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = make_folder(folder)
 
     def put(self, ref: BlobRef, data: Buffer) -> Buffer:
-        """The same bytes, mapped: their pages are the kernel's to drop. Raises OSError; then the file is not there."""
+        """Return the same bytes, memory-mapped. Raises OSError; then the file does not exist."""
         path = self._folder / ref.digest
         with replacing(path, sync=False) as file:
             file.write(data)
         return _mapped(path)
 
     def get(self, ref: BlobRef) -> Buffer | None:
-        """None where the file is not here, or is not what its name says."""
+        """Return the bytes, memory-mapped; None if the file is missing or has another digest than its name says."""
         path, hasher = self._folder / ref.digest, Hasher(ref.kind)
         try:
             with open(path, "rb") as file:
@@ -48,11 +49,26 @@ class FileBlobStore:
                 path.unlink()
 
     def sync(self) -> None:
-        """Everything that is here is durable."""
+        """Make every file durable."""
         for path in self._folder.iterdir():
-            with suppress(FileNotFoundError):  # it has taken its name since
+            with suppress(FileNotFoundError):  # a temporary file has been renamed
                 sync_file(path)
         sync_file(self._folder)
+
+
+class FolderSource:
+    """A folder of blobs by digest, on a mounted disk or object store, such as a validator's versions/.
+
+    A `pilot.interfaces.BlobSource`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def fetch(self, ref: BlobRef, into: BlobWriter) -> None:
+        with open(self._folder / ref.digest, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                into.write(chunk)
 
 
 def _mapped(path: Path) -> Buffer:

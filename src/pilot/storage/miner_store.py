@@ -19,70 +19,49 @@ from collections import deque
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import Buffer
 
 from pilot.common.files import TEMPORARY, make_folder, replacing, sync_file
+from pilot.interfaces import VerifiedWriter
 from pilot.storage.residuals import ResidualFile
-from protocol import BlobRef, Digest, Hasher, Hotkey, ProtocolError, Receipt, Signed
+from protocol import BlobRef, Digest, Hotkey, ProtocolError, Receipt, Signed
 
 LAST_RECEIPTS = 64
 
 _HOTKEY: TypeAdapter[str] = TypeAdapter(Hotkey)
 
 
-class FileBlobWriter:
-    """A blob on its way in, `held` bytes of it in a temporary file until `commit` or `abort`."""
+class FileBlobWriter(VerifiedWriter):
+    """Receives a blob into a temporary file, which takes its name with `commit`."""
 
     def __init__(self, ref: BlobRef, path: Path) -> None:
-        self._ref = ref
+        super().__init__(ref)
         self._path = path
-        self._hasher = Hasher(ref.kind)
-        self.held = 0
         descriptor, name = tempfile.mkstemp(suffix=TEMPORARY, dir=path.parent)
         self._temporary = Path(name)
         self._file = os.fdopen(descriptor, "wb", buffering=0)
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells a live writer's file from one that a killed process left
 
-    def write(self, chunk: Buffer) -> None:
-        """Raises ProtocolError beyond the length that the reference names, and OSError: then nothing is held."""
-        data = memoryview(chunk).cast("B")
-        if self.held + len(data) > self._ref.bytes:
-            self._restart()
-            raise ProtocolError(f"blob: more than the {self._ref.bytes} bytes announced")
-        try:
-            while data:
-                count = self._file.write(data)
-                self._hasher.update(data[:count])
-                self.held += count
-                data = data[count:]
-        except OSError:
-            self._restart()
-            raise
-
     def commit(self) -> None:
-        """The blob is durable in the cache. Raises ProtocolError for another length or digest: then nothing is held."""
-        if self.held != self._ref.bytes or self._hasher.hexdigest() != self._ref.digest:
-            held = self.held
-            self._restart()
-            raise ProtocolError(f"blob: {held} bytes that are not the {self._ref.bytes} announced")
-        try:
-            os.fsync(self._file.fileno())
-            os.replace(self._temporary, self._path)
-        except OSError:
-            self._restart()
-            raise
+        super().commit()
         self._file.close()
         sync_file(self._path.parent)
 
     def abort(self) -> None:
-        """Forget what is held. After a `commit` nothing happens."""
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 
+    def _append(self, data: memoryview) -> None:
+        while data:
+            data = data[self._file.write(data) :]
+
+    def _keep(self) -> None:
+        os.fsync(self._file.fileno())
+        os.replace(self._temporary, self._path)
+
     def _restart(self) -> None:
+        super()._restart()
         self._file.seek(0)
         self._file.truncate()
-        self.held, self._hasher = 0, Hasher(self._ref.kind)
 
 
 class FileMinerStore:

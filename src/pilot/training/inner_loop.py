@@ -1,10 +1,10 @@
-"""A miner's part of a DiLoCo round: steps with an optimizer of its own, and how far they came.
+"""A miner's part of a DiLoCo round (Douillard et al. 2023): steps with an optimizer of its own, and their sum.
 
     micro-batches ─▶ gradients, accumulated ─▶ mean, clipped ─▶ inner step ─▶ …        p(0) ─▶ p(1) ─▶ … ─▶ p(n)
                                                                     pseudo-gradient of each parameter: p(0) - p(n)
 
-The optimizer, its flags and its schedule are the order's, so they are the validator's own; which of the two forms of
-work an order asks for makes no difference to whoever runs it: an `InnerLoop` is used as a `work.Computation` is.
+The optimizer, its flags and its schedule are the order's, and so the validator's. An `InnerLoop` is used like any
+`GradientAccumulator`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tasks.optimizer import apply_settings, from_parameters
 
 
 class InnerLoop(GradientAccumulator):
-    """Inner steps from the model as it is, over `inner.batches` micro-batches each; the model moves.
+    """Inner steps over `inner.batches` micro-batches each, which change the model.
 
-    Where the work ends within a step, that one is made with the mean over what there is of it.
+    If the work ends within a step, that step is made with the mean over its micro-batches so far.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class InnerLoop(GradientAccumulator):
         base: Mapping[str, torch.Tensor],
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        """`base` is a copy of the parameters, by name. Without an `optimizer` a new one begins.
+        """`base` is a copy of the parameters, by name. Without an `optimizer` a new one is made.
 
-        Raises ProtocolError for optimizer flags that the task has not.
+        Raises ProtocolError for optimizer flags that the task does not have.
         """
         super().__init__(task, model)
         self.inner, self.base = inner, base
@@ -45,17 +45,17 @@ class InnerLoop(GradientAccumulator):
         self.clip: float = getattr(self.config, "clip", 0.0)
         self.optimizer = optimizer or task.optimizer(model, self.config)
         self.steps = 0
-        self._gathered: list[int] = []  # micro-batches of the step to come
+        self._accumulated: list[int] = []  # micro-batches of the next step
 
     def add(self, index: int) -> None:
-        """Micro-batch `index`, forward and backward; with the last one of an inner step also that."""
+        """Add the gradient of micro-batch `index`; after the last one of an inner step, make the step."""
         super().add(index)
-        self._gathered.append(index)
-        if len(self._gathered) == self.inner.batches:
+        self._accumulated.append(index)
+        if len(self._accumulated) == self.inner.batches:
             self._step()
 
     def _step(self) -> None:
-        units = sum(map(self.task.count, self._gathered))
+        units = sum(map(self.task.count, self._accumulated))
         for p in self.parameters.values():
             if p.grad is not None:
                 p.grad.div_(units)
@@ -67,30 +67,30 @@ class InnerLoop(GradientAccumulator):
         for p in self.parameters.values():
             p.grad = None
         self.steps += 1
-        self._gathered = []
+        self._accumulated = []
 
     @torch.no_grad()
     def result(self) -> GradientResult:
-        """The pseudo-gradient over what is done. ProtocolError where the steps led to NaN or infinity."""
-        if self._gathered:
+        """Return the pseudo-gradient over what is done. Raises ProtocolError if the steps led to NaN or infinity."""
+        if self._accumulated:
             self._step()
         gradient = {name: self.base[name] - p for name, p in self.parameters.items()}
         if not all(bool(g.isfinite().all()) for g in gradient.values()):
-            self.optimizer.state.clear()  # or a kept one would never get over it
+            self.optimizer.state.clear()  # which the next order might reuse
             raise ProtocolError(f"{self.steps} inner steps led to NaN or infinity", Fault.NONFINITE)
         return GradientResult(merge(self.done), gradient, self.count, self.loss / self.count)
 
 
-class WorkStarter:
-    """Begins a miner's orders, and keeps between them what they say shall be kept: the optimizer of inner steps."""
+class AccumulatorFactory:
+    """Makes the gradient accumulator of each order, and keeps the inner optimizer between orders that say so."""
 
     def __init__(self) -> None:
         self._kept: tuple[nn.Module, object, torch.optim.Optimizer] | None = None
 
-    def begin(
-        self, order: Order, task: Task, model: nn.Module, lend: Callable[[], Mapping[str, torch.Tensor]]
+    def create(
+        self, order: Order, task: Task, model: nn.Module, copy_parameters: Callable[[], Mapping[str, torch.Tensor]]
     ) -> GradientAccumulator:
-        """The order's work, not yet begun. `lend` copies the parameters, which inner steps move.
+        """Return the accumulator for an order. `copy_parameters` is called if inner steps will change the model.
 
         Raises ProtocolError as `InnerLoop` does.
         """
@@ -99,7 +99,7 @@ class WorkStarter:
             return GradientAccumulator(task, model)
         use = (order.run, dict(inner.optimizer)) if inner.keep else None
         kept = self._kept[2] if self._kept and use and self._kept[0] is model and self._kept[1] == use else None
-        self._kept = None  # another's memory is this one's
-        loop = InnerLoop(task, model, inner, lend(), kept)
+        self._kept = None  # frees its memory for a new one
+        loop = InnerLoop(task, model, inner, copy_parameters(), kept)
         self._kept = (model, use, loop.optimizer) if use else None
         return loop

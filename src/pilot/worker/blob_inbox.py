@@ -1,104 +1,93 @@
-"""What is on its way into a miner: states and deltas into memory that is used again, data into its cache."""
+"""The blobs that a miner receives: states and deltas into memory that is reused, data into its store."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
-from typing_extensions import Buffer
 
-from pilot.interfaces import BlobWriter, Refused
-from protocol import BlobRef, Digest, Hasher, ProtocolError, VersionStep
+from pilot.interfaces import BlobWriter, Refused, VerifiedWriter
+from protocol import BlobRef, Digest, VersionStep
+
+IN_MEMORY = ("state", "delta")  # kinds that go into the model, and need no file
 
 
-class BufferWriter:
-    """A state or delta on its way into memory, hashed as it comes; `whole` once it is what the order named."""
+class BufferWriter(VerifiedWriter):
+    """Receives a state or a delta into memory, and hashes it on the way. `complete` after `commit`."""
 
     def __init__(self, ref: BlobRef, buffer: memoryview) -> None:
-        self.ref, self.buffer = ref, buffer
-        self.held = 0
-        self.whole = False
-        self.hasher = Hasher(ref.kind)
-
-    def write(self, chunk: Buffer) -> None:
-        data = memoryview(chunk).cast("B")
-        end = self.held + len(data)
-        if end > self.ref.bytes:
-            self._restart()
-            raise ProtocolError(f"{self.ref.kind}: more than the {self.ref.bytes} bytes promised")
-        there = np.frombuffer(self.buffer, np.uint8)[self.held : end]
-        np.copyto(there, np.frombuffer(data, np.uint8))  # lets go of the GIL, which a slice of memoryviews does not
-        self.hasher.update(data)
-        self.held = end
-
-    def commit(self) -> None:
-        if self.held != self.ref.bytes or self.hasher.hexdigest() != self.ref.digest:
-            held, promised = self.held, self.ref.bytes
-            self._restart()
-            raise ProtocolError(f"{self.ref.kind}: {held} bytes that are not the {promised} that the order names")
-        self.whole = True
-
-    def _restart(self) -> None:
-        self.held, self.hasher = 0, Hasher(self.ref.kind)
+        super().__init__(ref)
+        self.buffer = buffer
+        self.complete = False
 
     def abort(self) -> None:
-        """Nothing to clear away: the memory goes with its last user."""
+        """Do nothing: the memory is freed with its last user."""
+
+    def _append(self, data: memoryview) -> None:
+        target = np.frombuffer(self.buffer, np.uint8)[self.held : self.held + len(data)]
+        np.copyto(target, np.frombuffer(data, np.uint8))  # releases the GIL; assigning to a memoryview does not
+
+    def _keep(self) -> None:
+        self.complete = True
 
 
 class BlobBuffers:
-    """Those that are here, whole, and that jobs still need."""
+    """The complete states and deltas that jobs still need, in memory."""
 
     def __init__(self) -> None:
-        self._whole: dict[Digest, memoryview] = {}
-        self._spare: memoryview | None = None  # pages that need no clearing again
+        self._buffers: dict[Digest, memoryview] = {}
+        self._spare: memoryview | None = None  # its pages are mapped already, so the kernel need not clear new ones
 
-    def __contains__(self, name: Digest) -> bool:
-        return name in self._whole
+    def __contains__(self, digest: Digest) -> bool:
+        return digest in self._buffers
 
-    def writer(self, ref: BlobRef) -> BufferWriter:
-        buffer, self._spare = self._spare, None  # a second writer of the same gets memory of its own
+    def open_writer(self, ref: BlobRef) -> BufferWriter:
+        buffer, self._spare = self._spare, None
         if buffer is None or len(buffer) != ref.bytes:
             buffer = np.empty(ref.bytes, np.uint8).data
         return BufferWriter(ref, buffer)
 
-    def adopt(self, writer: BufferWriter) -> None:
-        """One that is whole."""
-        self._whole[writer.ref.digest] = writer.buffer
+    def add(self, writer: BufferWriter) -> None:
+        """Add the blob of a complete writer."""
+        self._buffers[writer.ref.digest] = writer.buffer
 
-    def get(self, name: Digest) -> memoryview | None:
-        return self._whole.get(name)
+    def get(self, digest: Digest) -> memoryview | None:
+        return self._buffers.get(digest)
 
-    def keep(self, needed: Collection[Digest]) -> None:
-        """The others' memory is the next one's."""
-        for name in list(self._whole):
-            if name not in needed:
-                self._spare = self._whole.pop(name)
+    def retain(self, needed: Collection[Digest]) -> None:
+        """Drop all others; the memory of one of them is used for the next blob of its size."""
+        for digest in list(self._buffers):
+            if digest not in needed:
+                self._spare = self._buffers.pop(digest)
 
 
 class BlobInbox:
-    """The blobs that the last refused order lacks; nothing else is taken. What is held of one waits for its rest."""
+    """Takes from the validator the blobs that the last refused order lacks, and no others.
 
-    def __init__(self, states: BlobBuffers, store: Callable[[BlobRef], BlobWriter]) -> None:
-        """`store` is for data and vocabularies."""
-        self._states, self._store = states, store
+    A transfer that breaks off is resumed: what is held of a blob stays while orders still need it.
+    """
+
+    def __init__(self, buffers: BlobBuffers, store: Callable[[BlobRef], BlobWriter]) -> None:
+        """`store` opens a writer for a blob that is not a state or a delta."""
+        self._buffers, self._store = buffers, store
         self._wanted: dict[Digest, BlobRef] = {}
         self._writers: dict[Digest, BlobWriter] = {}
 
-    def ask(self, needed: Sequence[BlobRef]) -> None:
-        """Raises Refused with those that are missing. States and deltas are taken together, with the last of all."""
-        whole = {name: w for name, w in self._writers.items() if isinstance(w, BufferWriter) and w.whole}
-        missing = [ref for ref in needed if ref.digest not in whole]
+    def require(self, needed: Sequence[BlobRef]) -> None:
+        """Move the needed states and deltas to the buffers. Raises Refused with the missing ones if any is missing."""
+        complete = {d: w for d, w in self._writers.items() if isinstance(w, BufferWriter) and w.complete}
+        missing = [ref for ref in needed if ref.digest not in complete]
         self._wanted = {ref.digest: ref for ref in needed} if missing else {}
         for ref in () if missing else needed:
-            self._states.adopt(whole[ref.digest])
-        for name in self._writers.keys() - self._wanted.keys():
-            self._writers.pop(name).abort()
+            self._buffers.add(complete[ref.digest])
+        for digest in self._writers.keys() - self._wanted.keys():
+            self._writers.pop(digest).abort()
         if missing:
-            held = {name: writer.held for name, writer in self._writers.items()}
+            held = {digest: writer.held for digest, writer in self._writers.items()}
             raise Refused(409, "send the blobs that are missing, then the order again", missing=missing, held=held)
 
-    def receive(self, ref: BlobRef, offset: int) -> BlobWriter:
-        """Raises Refused where nobody asked for it, or it does not go on from where it broke off."""
+    def open_writer(self, ref: BlobRef, offset: int) -> BlobWriter:
+        """Raises Refused if no order asked for the blob, or if another offset is due."""
         if self._wanted.get(ref.digest) != ref:
             raise Refused(409, f"no order asked for this {ref.kind}")
         writer = self._writers.get(ref.digest)
@@ -106,18 +95,20 @@ class BlobInbox:
             held = {ref.digest: writer.held} if writer else {}
             raise Refused(409, f"another part of the {ref.kind} is held", missing=[ref], held=held)
         if writer is None:
-            in_memory = ref.kind in ("state", "delta")
-            writer = self._writers[ref.digest] = self._states.writer(ref) if in_memory else self._store(ref)
+            writer = self._writers[ref.digest] = self.new_writer(ref)
         return writer
 
-    def missing(self, step: VersionStep) -> int:
-        """Bytes of a step that are not here yet."""
-        if step.digest in self._states:
+    def new_writer(self, ref: BlobRef) -> BlobWriter:
+        return self._buffers.open_writer(ref) if ref.kind in IN_MEMORY else self._store(ref)
+
+    def missing_bytes(self, step: VersionStep) -> int:
+        """Return how many bytes of a step are not here yet."""
+        if step.digest in self._buffers:
             return 0
         writer = self._writers.get(step.digest)
         return step.bytes - (writer.held if writer else 0)
 
     @property
     def arriving(self) -> BufferWriter | None:
-        """The state or delta that is on its way in."""
-        return next((w for w in self._writers.values() if isinstance(w, BufferWriter) and not w.whole), None)
+        """The state or delta that is arriving from the validator."""
+        return next((w for w in self._writers.values() if isinstance(w, BufferWriter) and not w.complete), None)

@@ -1,8 +1,8 @@
-"""The miner's side of a round: what it holds, what it is doing, and what it refuses.
+"""The miner's side of a round: accept an order, bring the model to its version, compute, encode, hand over.
 
-It keeps no optimizer and no state between rounds but the model version it has, its data, and its last reply, which
-stays fetchable until the next order. Typed messages in, typed messages out: bytes, signatures and sockets are the
-transport's.
+A miner keeps no optimizer between rounds (except DiLoCo's, if an order says so): only the model at one version, its
+data, and the last replies, so that a validator may fetch them again. Messages come and go typed; bytes,
+signatures and sockets are the transport's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeVar
 
@@ -21,12 +21,11 @@ from typing_extensions import Buffer
 
 from pilot.codec import bits, known_codecs, load_codec
 from pilot.common.units import fp32_megabytes
-from pilot.interfaces import BlobWriter, MinerStore, Refused
+from pilot.interfaces import BlobSource, BlobWriter, MinerStore, Refused
 from pilot.training.executor import Charge, TimedExecutor
 from pilot.training.gradient import GradientAccumulator
-from pilot.training.inner_loop import WorkStarter
-from pilot.training.versions import UpdatePath
-from pilot.worker.blob_inbox import BlobInbox
+from pilot.training.inner_loop import AccumulatorFactory
+from pilot.worker.blob_inbox import BlobInbox, BufferWriter
 from pilot.worker.error_feedback import ErrorFeedback
 from pilot.worker.job import Job
 from pilot.worker.replica import Replica
@@ -46,17 +45,18 @@ from protocol import (
     Signed,
     Status,
     Stop,
-    Version,
 )
 from tasks.tokens import Tokens
 
-KEPT_JOBS = 4  # replies stay answerable for so many orders: one that comes too late is noted all the same
+KEPT_JOBS = 4  # orders whose replies may still be fetched: the validator records one that comes too late
+FETCHES = 4  # blobs that are fetched from sources at the same time
+POLL_S = 0.05
 
 V = TypeVar("V")
 
 
 class Worker:
-    """Serves the orders of one validator at a time. Everything but the computing runs on the event loop."""
+    """Serves the orders of one validator at a time. Everything but computing and fetching runs on the event loop."""
 
     def __init__(
         self,
@@ -69,32 +69,39 @@ class Worker:
         clock: Callable[[], float] = time.monotonic,
         compiled: bool = False,
         charge: Charge | None = None,
+        sources: Mapping[str, BlobSource] | None = None,
     ) -> None:
-        """`charge` is for emulations: a micro-batch then takes what it lets pass (`pilot.training.executor`)."""
+        """`sources` are what orders may name as a blob's source; the validator sends blobs of all others.
+
+        `charge` is for simulations: it lets the virtual time pass that a phase takes (`pilot.training.executor`).
+        """
         self.hotkey, self.tasks, self.cache, self.say, self.clock = hotkey, tasks, cache, say, clock
-        self.jobs: dict[Digest, Job] = {}  # of the last orders
+        self.sources = dict(sources or {})
         self.codecs = known_codecs()
         self.feedback = ErrorFeedback(cache.residuals, cache.receipts, say)
         self.replica = Replica(device, find_tokens, compiled, lambda codec: codec in self.codecs)
-        self.inbox = BlobInbox(self.replica.states, cache.store)
-        self.starter = WorkStarter()
+        self.inbox = BlobInbox(self.replica.blobs, cache.store)
+        self.accumulators = AccumulatorFactory()
         self.leaving = False
-        self.heard: dict[Digest, float] = {}  # when each of the last orders was first offered
+        self.jobs: dict[Digest, Job] = {}  # the last orders that were accepted
+        self.offered_at: dict[Digest, float] = {}  # when each of the last orders was first offered
         self.stopped: dict[Digest, None] = {}  # orders that were stopped before they came
-        self.figures: tuple[str, ...] = ()  # of the last gradient, for display
-        self.refusals: dict[Hotkey, str] = {}  # the reason that each caller got last, so that it is said once
-        self.encodings: deque[float] = deque(maxlen=5)  # seconds
-        self.uploads: deque[float] = deque(maxlen=5)  # seconds from a payload's first byte asked for to its last
+        self.unavailable: dict[Digest, None] = {}  # blobs that their source did not have
+        self.refusals: dict[Hotkey, str] = {}  # the last reason for each caller, so that it is logged once
+        self.summary: tuple[str, ...] = ()  # loss and speed of the last gradient, for display
+        self.encode_seconds: deque[float] = deque(maxlen=5)
+        self.upload_seconds: deque[float] = deque(maxlen=5)  # from the first request for a payload to its last byte
         self._loop = asyncio.get_running_loop()
-        self.failed: asyncio.Future[object] = self._loop.create_future()
+        self.failed: asyncio.Future[object] = self._loop.create_future()  # gets the exception of a bug of ours
         self._thread = ThreadPoolExecutor(1, "compute")  # one thread: one OpenMP team, and jobs never overlap
-        self._alone = charge is not None  # under virtual time one micro-batch is computed at a time
+        self._fetch_threads = ThreadPoolExecutor(FETCHES, "fetch")
+        self._simulated = charge is not None  # then each call to the compute thread is one micro-batch
         self._executor = TimedExecutor(self._thread, lambda: self.clock(), charge)
         self._running: set[asyncio.Task[None]] = set()
 
     @property
     def job(self) -> Job | None:
-        """The one at work, else the newest."""
+        """The job that is running, or else the newest."""
         return next(iter(self._unfinished()), None) or next(reversed(self.jobs.values()), None)
 
     def _unfinished(self) -> list[Job]:
@@ -103,7 +110,7 @@ class Worker:
     async def leave(self, grace_s: float) -> bool:
         """Take no more orders, end the work after its micro-batch, and hand over what was done.
 
-        True where nothing is left that a validator waits for; False where that took longer than `grace_s`.
+        Returns False if a validator still waits for something after `grace_s`.
         """
         self.leaving = True
         for job in self.jobs.values():
@@ -111,19 +118,20 @@ class Worker:
         try:
             async with asyncio.timeout(grace_s):
                 for job in list(self.jobs.values()):
-                    if self._awaited(job):
+                    if self._is_awaited(job):
                         await job.settled.wait()
         except TimeoutError:
             return False
         return True
 
     def close(self) -> None:
-        """Ends the work after its micro-batch, for which it does not wait."""
+        """End the work after its micro-batch, without waiting for it."""
         for job in self.jobs.values():
             job.stopping.set()
         for running in self._running:
             running.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._fetch_threads.shutdown(wait=False, cancel_futures=True)
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -166,25 +174,25 @@ class Worker:
         )
 
     def accept_order(self, caller: Hotkey, order: Order, order_digest: Digest) -> Status:
-        """Accept at once, and work in the background. The same order again is the same job, not another.
+        """Accept an order, and work on it in the background. The same order again is the same job.
 
         Raises Refused: BUSY, an order that contradicts itself, or `missing` blobs.
         """
         try:
-            status = self._accept(caller, order, order_digest)
+            self._accept(caller, order, order_digest)
         except Refused as refused:
             if not refused.missing and self.refusals.get(caller) != refused.reason:
                 self.refusals[caller] = refused.reason
                 self.say(f"round {order.round}: order of {caller[:8]} refused, {refused.reason}")
             raise
         self.refusals.pop(caller, None)
-        return status
+        return self.status()
 
-    def _accept(self, caller: Hotkey, order: Order, order_digest: Digest) -> Status:
+    def _accept(self, caller: Hotkey, order: Order, order_digest: Digest) -> None:
         known = self.jobs.get(order_digest)
         if known and known.owner == caller and not (known.finished.is_set() and known.payload is None):
-            return self.status()  # else it was refused, or its payload has made room: it is done again
-        busy = [job for job in self.jobs.values() if job.owner != caller and self._awaited(job)]
+            return  # a job that was refused, or whose payload was dropped, is done again
+        busy = [job for job in self.jobs.values() if job.owner != caller and self._is_awaited(job)]
         if busy:
             raise Refused(409, f"working for {busy[0].owner[:8]} on round {busy[0].order.round}", Fault.BUSY)
         if self.leaving:
@@ -192,83 +200,26 @@ class Worker:
         if order_digest in self.stopped:
             raise Refused(409, "stopped before it came", Fault.LATE)
         self._check(order)
-        if self.clock() - self.heard.get(order_digest, -math.inf) >= order.deadline_s:
-            _remember(self.heard, order_digest, self.clock())
-        self.inbox.ask(self._needed(order))
-        self._begin(Job(order, order_digest, caller, self.heard[order_digest]))
-        return self.status()
+        if self.clock() - self.offered_at.get(order_digest, -math.inf) >= order.deadline_s:
+            _add_bounded(self.offered_at, order_digest, self.clock())
 
-    def _begin(self, job: Job) -> None:
-        """An order takes the place of those before it; one that says staleness 1 waits for the one at work."""
+        needed = self._needed(order)
+        fetches = [ref for ref in needed if self._has_source(ref)]
+        self.inbox.require([ref for ref in needed if ref not in fetches])
+
+        # The order replaces those before it; if it allows a staleness of 1, the last of them goes on, and it waits.
         before = self._unfinished()
-        stays = job.order.staleness  # so many of the last ones
-        for other in before[: len(before) - stays]:
+        for other in before[: len(before) - order.staleness]:
             other.stopping.set()
             other.settled.set()
-        for other in list(self.jobs.values())[: len(self.jobs) - stays]:
+        for other in list(self.jobs.values())[: len(self.jobs) - order.staleness]:
             other.payload = None
-        self.jobs.pop(job.digest, None)  # refused before, it is at the end now
-        _remember(self.jobs, job.digest, job, KEPT_JOBS)
-        running = asyncio.create_task(self._run(job, before))
+        job = Job(order, order_digest, caller, self.offered_at[order_digest])
+        self.jobs.pop(order_digest, None)  # if it was refused before: the newest job is the last one
+        _add_bounded(self.jobs, order_digest, job, KEPT_JOBS)
+        running = asyncio.create_task(self._run(job, before, fetches))
         self._running.add(running)
         running.add_done_callback(self._ended)
-
-    def open_blob(self, caller: Hotkey, ref: BlobRef, offset: int) -> BlobWriter:
-        """Only blobs that the last order was refused for are taken, from where they broke off."""
-        return self.inbox.receive(ref, offset)
-
-    async def wait_for_reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
-        """The reply, or None while the work goes on after `wait_s` seconds."""
-        job = self._job(caller, order)
-        try:
-            async with asyncio.timeout(wait_s):  # wait_for may lose a cancellation, until Python 3.12
-                await job.finished.wait()
-        except TimeoutError:
-            return None
-        if job.refusal is not None:
-            job.settled.set()
-            raise job.refusal
-        return job.reply
-
-    def read_payload(self, caller: Hotkey, order: Digest) -> Buffer:
-        job = self._job(caller, order)
-        if job.payload is None:
-            raise Refused(404, "no payload for this order yet, or no longer")
-        job.fetching_at = job.fetching_at or self.clock()
-        return job.payload
-
-    def mark_delivered(self, caller: Hotkey, order: Digest) -> None:
-        job = self.jobs.get(order)
-        if job is not None and job.owner == caller and not job.settled.is_set():
-            job.settled.set()
-            self.uploads.append(self.clock() - job.fetching_at)
-
-    def stop_order(self, caller: Hotkey, stop: Stop) -> Status:
-        """Ends the order's work after its micro-batch; before it began, before it came, or twice, it is as good."""
-        job = self.jobs.get(stop.order)
-        if job is None:
-            _remember(self.stopped, stop.order, None)
-        else:
-            self._job(caller, stop.order).stopping.set()
-        return self.status()
-
-    def accept_receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status:
-        if receipt.hotkey != self.hotkey:
-            raise Refused(400, f"a receipt for {receipt.hotkey[:8]}", Fault.MALFORMED)
-        new = self.cache.add_receipt(signed)
-        self.feedback.heard(caller, receipt)
-        if not new:
-            return self.status()
-        job = self.jobs.get(receipt.order)
-        if job is not None and job.owner == caller:
-            self._loop.call_soon_threadsafe(job.settled.set)
-        self.say(
-            f"round {receipt.round}: {receipt.verdict}, {receipt.reason}; weight {receipt.weight:.3f}"
-            + "".join(f", {name} {value:.4g}" for name, value in receipt.scores.items())
-        )
-        return self.status()
-
-    # --- the order's way ------------------------------------------------------------------------------------------
 
     def _check(self, order: Order) -> None:
         if order.hotkey != self.hotkey:
@@ -284,36 +235,95 @@ class Worker:
             raise Refused(400, "the version does not follow from its base and its update", Fault.MALFORMED)
 
     def _needed(self, order: Order) -> list[BlobRef]:
-        """What is not here of its data, and of its way from the version that its turn will find in the model."""
+        """Return the blobs that are not here: of the data, and of the path from the version before the order's."""
         before = self._unfinished()
-        way = self._way(order, before[-1].order.version if before else self.replica.version)
-        needed = [step.ref for step in way if step.digest not in self.replica.states]
+        version = before[-1].order.version if before else self.replica.version
+        path = self.replica.path_to(order, version, self.inbox.missing_bytes)
+        needed = [step.ref for step in path if step.digest not in self.replica.blobs]
         tokens, vocabulary = order.data.tokens, order.data.vocabulary
         if self.cache.blob(tokens) is None:
-            if tokens.bytes <= MAX_SERVED_BYTES:
+            if tokens.bytes <= MAX_SERVED_BYTES or self._has_source(tokens):
                 needed.append(tokens)
             elif vocabulary is not None and self.cache.blob(vocabulary) is None:
                 needed.append(vocabulary)
         return list(dict.fromkeys(needed))  # two deltas may be the same
 
-    def _way(self, order: Order, version: Version | None) -> UpdatePath:
-        return self.replica.way(order, version, self.inbox.missing)
+    def _has_source(self, ref: BlobRef) -> bool:
+        return ref.source in self.sources and ref.digest not in self.unavailable
 
-    def _awaited(self, job: Job) -> bool:
-        """Until it is delivered or refused, or its deadline is over."""
-        return not job.settled.is_set() and self.clock() - job.heard < job.order.deadline_s
+    def open_blob(self, caller: Hotkey, ref: BlobRef, offset: int) -> BlobWriter:
+        """Open a blob that the last order was refused for, from where its transfer broke off."""
+        return self.inbox.open_writer(ref, offset)
 
-    def _job(self, caller: Hotkey, order: Digest) -> Job:
+    async def wait_for_reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
+        """Return the reply, or None if the work still goes on after `wait_s` seconds."""
+        job = self._find_job(caller, order)
+        try:
+            async with asyncio.timeout(wait_s):  # wait_for may lose a cancellation, until Python 3.12
+                await job.finished.wait()
+        except TimeoutError:
+            return None
+        if job.refusal is not None:
+            job.settled.set()
+            raise job.refusal
+        return job.reply
+
+    def read_payload(self, caller: Hotkey, order: Digest) -> Buffer:
+        job = self._find_job(caller, order)
+        if job.payload is None:
+            raise Refused(404, "no payload for this order yet, or no longer")
+        job.upload_started_at = job.upload_started_at or self.clock()
+        return job.payload
+
+    def mark_delivered(self, caller: Hotkey, order: Digest) -> None:
+        job = self.jobs.get(order)
+        if job is not None and job.owner == caller and not job.settled.is_set():
+            job.settled.set()
+            self.upload_seconds.append(self.clock() - job.upload_started_at)
+
+    def stop_order(self, caller: Hotkey, stop: Stop) -> Status:
+        """End the order's work after its micro-batch, or prevent it if the order has not begun or not come yet."""
+        job = self.jobs.get(stop.order)
+        if job is None:
+            _add_bounded(self.stopped, stop.order, None)
+        else:
+            self._find_job(caller, stop.order).stopping.set()
+        return self.status()
+
+    def accept_receipt(self, caller: Hotkey, receipt: Receipt, signed: Signed) -> Status:
+        if receipt.hotkey != self.hotkey:
+            raise Refused(400, f"a receipt for {receipt.hotkey[:8]}", Fault.MALFORMED)
+        new = self.cache.add_receipt(signed)
+        self.feedback.record_receipt(caller, receipt)
+        if not new:
+            return self.status()
+        job = self.jobs.get(receipt.order)
+        if job is not None and job.owner == caller:
+            self._loop.call_soon_threadsafe(job.settled.set)
+        self.say(
+            f"round {receipt.round}: {receipt.verdict}, {receipt.reason}; weight {receipt.weight:.3f}"
+            + "".join(f", {name} {value:.4g}" for name, value in receipt.scores.items())
+        )
+        return self.status()
+
+    def _find_job(self, caller: Hotkey, order: Digest) -> Job:
         job = self.jobs.get(order)
         if job is None or job.owner != caller:
             raise Refused(404, "no such order here")
         return job
 
-    async def _run(self, job: Job, before: Sequence[Job]) -> None:
-        """After the micro-batch, or the end, of those before it."""
-        for other in before:
-            await other.finished.wait()
+    def _is_awaited(self, job: Job) -> bool:
+        """Return whether its validator still waits for it: not delivered, not refused, not past its deadline."""
+        return not job.settled.is_set() and self.clock() - job.received_at < job.order.deadline_s
+
+    # --- the work on an order -------------------------------------------------------------------------------------
+
+    async def _run(self, job: Job, before: Sequence[Job], fetches: Sequence[BlobRef]) -> None:
+        """Work on a job when those before it have ended. Its reply or refusal is there at the end."""
         try:
+            await self._fetch(job, fetches)
+            for other in before:
+                await other.finished.wait()
             await self._work(job)
         except Refused as refusal:
             job.refusal = refusal
@@ -324,87 +334,127 @@ class Worker:
             raise
         finally:
             job.finished.set()
-            self._forget_states()
+            self._drop_blobs()
         if job.refusal is not None:
             self.say(f"round {job.order.round}: refused, {job.refusal}")
 
-    def _forget_states(self) -> None:
-        """Those that are not on the way to an order's version, or to the newest one's."""
+    async def _fetch(self, job: Job, refs: Sequence[BlobRef]) -> None:
+        """Fetch blobs from their sources, until the deadline. Raises Refused with those that failed."""
+        missing = []
+        for ref in refs:
+            assert ref.source is not None  # see _has_source
+            try:
+                writer = self.inbox.new_writer(ref)
+            except OSError as error:  # the disk is full
+                missing.append(ref)
+                self.say(f"round {job.order.round}: {ref.kind} not fetched from {ref.source}: {error}")
+                continue
+            fetching = self._loop.run_in_executor(
+                self._fetch_threads, _fetch_blob, self.sources[ref.source], ref, writer
+            )
+            while not fetching.done() and not job.stopping.is_set() and self.clock() < job.deadline:
+                await asyncio.wait({fetching}, timeout=POLL_S)
+            problem = fetching.result() if fetching.done() else "it takes too long"
+            if problem is not None:
+                missing.append(ref)
+                self.say(f"round {job.order.round}: {ref.kind} not fetched from {ref.source}: {problem}")
+            elif isinstance(writer, BufferWriter):
+                self.replica.blobs.add(writer)
+        for ref in missing:
+            _add_bounded(self.unavailable, ref.digest, None)
+        if missing:
+            raise Refused(409, "a source does not have what it should: send the order again", missing=missing)
+
+    async def _work(self, job: Job) -> None:
+        """Bring model and data to the order's version, compute the gradient, encode it: each in the compute thread."""
+        order = job.order
+        if job.stopping.is_set():  # replaced or stopped in the queue: the model stays at the version it has
+            raise Refused(409, "stopped before it began", Fault.LATE)
+
+        load_started = self.clock()
+        path = self.replica.path_to(order, self.replica.version, self.inbox.missing_bytes)
+        megabytes = sum(step.bytes * 32 / bits(step.codec) for step in path) / 1e6
+        task, model = await self._executor.run("load", megabytes, self.replica.prepare, order)
+        self._drop_blobs()
+
+        job.started_at = self.clock()
+        amount = f"{order.budget_s:g} s of micro-batches" if order.budget_s else f"{job.batches_left} micro-batches"
+        self.say(f"round {order.round}: {amount} on version {order.version[:12]}")
+        accumulator = await self._executor.run(
+            "load", 0.0, self.accumulators.create, order, task, model, self.replica.copy_version
+        )
+        while not job.should_stop(self.clock(), self._handover_s):
+            batch_started = self.clock()
+            await self._executor.run("batch", 1.0, self._compute, job, accumulator)
+            if self._simulated:
+                job.record_batch(self.clock() - batch_started)
+        if not accumulator.done:
+            why = "stopped" if job.stopping.is_set() else "no time left"
+            raise Refused(409, f"{why} before the first micro-batch was done", Fault.LATE)
+        compute_s = self.clock() - job.started_at
+
+        codec = load_codec(order.codec_up)
+        megabytes = fp32_megabytes(p.shape for p in accumulator.parameters.values())
+        await self.feedback.wait_for_verdict(job, accumulator.parameters, self._executor, self._handover_s)
+        encode_started = self.clock()
+        await self._executor.run("encode", megabytes, job.encode, codec, accumulator, compute_s, self.feedback)
+        self.encode_seconds.append(self.clock() - encode_started)
+
+        loss, per_s = accumulator.loss / accumulator.count, accumulator.count / max(compute_s, 1e-9)
+        self.summary = (f"loss {loss:.3f}", f"{per_s:,.0f} {task.unit}/s")
+        self.say(
+            f"round {order.round}: loss {loss:.4f} over {accumulator.count} {task.unit}; "
+            f"load {job.started_at - load_started:.3f} s, compute {compute_s:.3f} s, "
+            f"encode {self.encode_seconds[-1]:.3f} s"
+        )
+
+    def _compute(self, job: Job, accumulator: GradientAccumulator) -> None:
+        """In the compute thread, add micro-batches until the job should stop; under virtual time only one."""
+        for index in job.indices:
+            started = self.clock()
+            accumulator.add(index)
+            job.batches_left -= 1
+            job.batches_done += 1
+            job.record_batch(self.clock() - started)
+            if self._simulated or job.should_stop(self.clock(), self._handover_s):
+                break
+
+    @property
+    def _handover_s(self) -> float:
+        """Seconds to encode and send: the least of the last times, since a pause of either side says nothing."""
+        return min(self.encode_seconds, default=0.0) + min(self.upload_seconds, default=0.0)
+
+    def _drop_blobs(self) -> None:
+        """Drop states and deltas that do not lead to the version of an unfinished job, or of the newest one."""
         jobs = self._unfinished() or list(self.jobs.values())[-1:]
         needed: set[Digest] = set()
         for job in jobs:
-            with contextlib.suppress(Refused):  # for want of a way to its version, and it was told so
-                needed |= {step.digest for step in self._way(job.order, self.replica.version)}
-        self.replica.states.keep(needed)
+            with contextlib.suppress(Refused):  # no path leads to its version: its validator was told so
+                path = self.replica.path_to(job.order, self.replica.version, self.inbox.missing_bytes)
+                needed |= {step.digest for step in path}
+        self.replica.blobs.retain(needed)
 
     def _ended(self, running: asyncio.Task[None]) -> None:
-        """Our own fault ends the process: `failed` is what miner.py waits on."""
+        """Report a bug of ours to `failed`, on which miner.py waits."""
         self._running.discard(running)
         error = None if running.cancelled() else running.exception()
         if error is not None and not self.failed.done():
             self.failed.set_exception(error)
 
-    async def _work(self, job: Job) -> None:
-        """Model and data, the gradient, its encoding: each in the compute thread."""
-        order = job.order
-        if job.stopping.is_set():  # replaced or stopped in the queue: the model stays at the version it has
-            raise Refused(409, "stopped before it began", Fault.LATE)
-        began = self.clock()
-        way = self._way(order, self.replica.version)
-        megabytes = sum(step.bytes * 32 / bits(step.codec) for step in way) / 1e6
-        task, model = await self._executor.run("load", megabytes, self.replica.prepare, order)
-        self._forget_states()
-        job.began = self.clock()
-        asked = f"{order.budget_s:g} s of micro-batches" if order.budget_s else f"{job.left} micro-batches"
-        self.say(f"round {order.round}: {asked} on version {order.version[:12]}")
-        computation = await self._executor.run("load", 0.0, self.starter.begin, order, task, model, self.replica.lend)
-        while not self._enough(job):
-            looked = self.clock()
-            await self._executor.run("batch", 1.0, self._compute, job, computation)
-            if self._alone:
-                job.did(self.clock() - looked)
-        if not computation.done:
-            why = "stopped" if job.stopping.is_set() else "no time left"
-            raise Refused(409, f"{why} before the first micro-batch was done", Fault.LATE)
-        computed = self.clock()
-        codec = load_codec(order.codec_up)
-        megabytes = fp32_megabytes(p.shape for p in computation.parameters.values())
-        await self.feedback.ready(job, computation.parameters, self._executor, self._handing_over_s)
-        began_encoding = self.clock()
-        await self._executor.run(
-            "encode", megabytes, job.encode, codec, computation, computed - job.began, self.feedback
-        )
-        self.encodings.append(self.clock() - began_encoding)
-        per_s = computation.count / max(computed - job.began, 1e-9)
-        loss = computation.loss / computation.count
-        self.figures = (f"loss {loss:.3f}", f"{per_s:,.0f} {task.unit}/s")
-        self.say(
-            f"round {order.round}: loss {loss:.4f} over {computation.count} {task.unit}; "
-            f"load {job.began - began:.3f} s, compute {computed - job.began:.3f} s, encode {self.encodings[-1]:.3f} s"
-        )
 
-    @property
-    def _handing_over_s(self) -> float:
-        """The least of the last times: one that held a pause of anybody's says nothing about the next."""
-        return min(self.encodings, default=0.0) + min(self.uploads, default=0.0)
-
-    def _enough(self, job: Job) -> bool:
-        return job.enough(self.clock(), self._handing_over_s)
-
-    def _compute(self, job: Job, computation: GradientAccumulator) -> None:
-        """In the compute thread: micro-batches until it is enough; under virtual time only one."""
-        for index in job.todo:
-            began = self.clock()
-            computation.add(index)
-            job.left -= 1
-            job.batches_done += 1
-            job.did(self.clock() - began)
-            if self._alone or self._enough(job):
-                break
+def _fetch_blob(source: BlobSource, ref: BlobRef, into: BlobWriter) -> str | None:
+    """Fetch a blob, in a thread. Returns what went wrong, if anything."""
+    try:
+        source.fetch(ref, into)
+        into.commit()
+    except (OSError, ProtocolError) as error:
+        into.abort()
+        return str(error)
+    return None
 
 
-def _remember(kept: dict[Digest, V], key: Digest, value: V, most: int = 64) -> None:
-    """The last ones; a stranger's orders shall not pile up."""
-    kept[key] = value
-    while len(kept) > most:
-        del kept[next(iter(kept))]
+def _add_bounded(entries: dict[Digest, V], key: Digest, value: V, most: int = 64) -> None:
+    """Add an entry, and drop the oldest beyond `most`: a peer's orders must not fill the memory."""
+    entries[key] = value
+    while len(entries) > most:
+        del entries[next(iter(entries))]
