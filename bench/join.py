@@ -1,11 +1,11 @@
-"""What it takes to join at round 1,000: bytes until a newcomer has the model, and seconds until it has worked on it.
+"""Measure joining at round 1,000: the bytes until a newcomer has the model, and the seconds until it has worked on it.
 
     python -m bench.join
 
-The chain of 1,000 versions is made as a validator makes it, of 2-bit deltas of 10.6 million parameters that walk at
-random. A miner that has nothing but its data is then ordered one micro-batch over loopback sockets, and a second one on
-the same version: what the first took more is the joining, with the model's building and the proof that it is the
-validator's replica. The peer is a chain without snapshots: the first state and all deltas.
+The 1,000 versions are made as by a validator, with 2-bit deltas of 10.6 million parameters on a random walk. A miner
+that has only its data then gets an order for one micro-batch over loopback sockets, and a second one on the same
+version. The difference is the cost of joining, which includes building the model and checking its digest. The peer is a
+history without snapshots: the first state and all deltas.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def prepare(folder: Path) -> Task:
 
 
 def grow(learner: Learner) -> int:
-    """1,000 versions. Returns the bytes of the first state and of all deltas."""
+    """Make 1,000 versions, and return the bytes of the first state and of all deltas."""
     steps = {n: 1e-3 * torch.randn(p.shape) for n, p in learner.parameters.items()}
     total = sum(step.bytes for step in learner.update.steps)
     for round in range(ROUNDS):
         with torch.no_grad():
             for name, p in learner.parameters.items():
-                p.add_(steps[name].roll(round), alpha=(-1) ** round)  # as good as a random one, and cheaper
+                p.add_(steps[name].roll(round), alpha=(-1) ** round)  # as good as random steps, and cheaper
         learner.advance()
         total += learner.update.steps[-1].bytes
     return total
@@ -87,7 +87,7 @@ def find_tokens(cache: FileMinerStore, spec: DataSpec) -> Tokens:
 
 
 async def join(folder: Path, task: Task, learner: Learner) -> Sequence[tuple[int, float]]:
-    """Bytes down and seconds of the orders of two rounds."""
+    """Return bytes down and seconds of two orders."""
     cache = FileMinerStore(folder / "miner")
     worker = Worker(
         MINER.ss58_address, frozenset(["gpt2"]), torch.device("cpu"), cache, partial(find_tokens, cache), lambda _: None
@@ -103,9 +103,9 @@ async def join(folder: Path, task: Task, learner: Learner) -> Sequence[tuple[int
         writer.write(task.blobs()[task.data_digest])
         writer.commit()
         for round in range(2):
-            asked = order(task, learner, round)  # both prove the version
+            request = order(task, learner, round)  # the second on the same version
             began = time.perf_counter()
-            received = await network.exchange(asked, network.sign(asked), learner.blobs, folder / f"payload{round}")
+            received = await network.exchange(request, network.sign(request), learner.blobs, folder / f"payload{round}")
             found.append((received.bytes_down, time.perf_counter() - began))
         return found
     finally:

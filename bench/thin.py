@@ -1,12 +1,12 @@
-"""A thin link: what of the time GPT-2's 124 million parameters leave for computing at 100 Mbit/s and 50 ms one way.
+"""Measure the share of time left for computing with GPT-2's 124 million parameters at 100 Mbit/s and 50 ms one way.
 
-    python -m bench.thin             # some minutes; what each was made of goes to stderr
+    python -m bench.thin             # some minutes; details go to stderr
 
-Rounds of a minute in virtual time (emulation): market, miners, codecs and files are the real ones, links and computing
-are emulated. A small model stands for the large one: its payloads count for as many bytes as the real codec makes of
+Rounds of a minute in virtual time: market, miners, codecs and files are the real ones, links and computing are
+simulated. A small model stands for the large one: its payloads count for as many bytes as the real codec makes of
 GPT-2's own tensors, each way (a vector's scales are not a matrix's), and encoding, checking and adding for as many
 seconds as this machine takes for these, on one core.
-Utilisation is seconds of computing micro-batches in a second of being up, after two rounds.
+Utilisation is the share of the miners' time spent on micro-batches, after two rounds.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from tasks.quadratic import Quadratic
 
 MINERS = 4
 SECONDS = HOUR_S / 2
-BATCH_S = 0.5  # of a micro-batch at a miner of speed 1
+BATCH_S = 0.5  # per micro-batch at a miner of speed 1
 LINK = LinkSpec(up_bps=100e6, down_bps=100e6, latency_s=0.05)
 RATE = Rate(LINK.up_bps, LINK.down_bps, 2 * LINK.latency_s)
-SMALL = QuadraticConfig(dimension=1 << 16)  # large enough that headers weigh next to nothing
+SMALL = QuadraticConfig(dimension=1 << 16)  # large enough that headers hardly count
 WARM_UP = 2  # rounds
-# As the flags: in DiLoCo as many micro-batches as no miner does in a minute, so that it is the time that ends a round.
+# In DiLoCo with more micro-batches than a miner computes in a minute, so that the time ends a round.
 MODES = {
     "gradient": RoundConfig(task="quadratic", round_seconds=60.0, rounds=1000),
     "diloco": RoundConfig(
@@ -51,7 +51,7 @@ MEMORY = Path("/dev/shm")
 
 
 def gpt2() -> dict[str, torch.Tensor]:
-    """Values like a gradient's, in the shapes of GPT-2's parameters."""
+    """Return random values like a gradient's, in the shapes of GPT-2's parameters."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     with torch.device("meta"):
@@ -65,26 +65,26 @@ def count(tensors: Mapping[str, torch.Tensor]) -> int:
 
 
 def size(codec: str, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Of the payload."""
+    """Return the bytes of the payload."""
     return memoryview(load_codec(codec).encode(tensors)).nbytes
 
 
 def play(config: RoundConfig, costs: CostConfig, parameters: int, sizes: tuple[int, int]) -> tuple[float, float, float]:
-    """Utilisation, and megabytes up and down a round and miner. `sizes`: of the large model's payloads."""
+    """Return utilisation, and megabytes up and down per round and miner, for payloads of these `sizes`."""
 
     async def main(folder: Path) -> tuple[float, float, float]:
         task = Quadratic.prepare(SMALL, seed=0, cache=folder)
         scale = parameters / SMALL.dimension
         small = {"x": 1e-3 * torch.randn(SMALL.dimension, generator=torch.Generator().manual_seed(0))}
         up, down = (real / size(codec, small) for real, codec in zip(sizes, config.codecs, strict=True))
-        trace = make_trace("calm", MINERS, 2 * SECONDS, seed=0)
+        trace = make_trace("steady", MINERS, 2 * SECONDS, seed=0)
         policy = config.policy("thin", 1 << 30)
         conditions = Conditions(costs, LINK, scale=scale, wire=(up, down))
         world = World(folder, task, AdamWConfig(), policy, conditions, trace, config.rounds)
         watch = world.market.watch = link_watch(config, world.market.learner, world.network.miner_states, say, scale)
         say(watch.budget.line(RATE, "a link"))
-        moments = [moment async for moment in world.play(SECONDS)]
-        first, last = moments[WARM_UP - 1], moments[-2]  # the last is cut short
+        states = [state async for state in world.play(SECONDS)]
+        first, last = states[WARM_UP - 1], states[-2]  # the last is cut short
         rounds = MINERS * (last.rounds - first.rounds)
         sent = ((last.bytes_up - first.bytes_up) / rounds, (last.bytes_down - first.bytes_down) / rounds)
         say(f"  {last}")
@@ -112,7 +112,11 @@ def main() -> None:
             sizes = up_bytes, down_bytes
             used, *sent = play(replace(config, overlap=overlap), costs, parameters, sizes)
             for megabytes, real in zip(sent, sizes, strict=True):
-                assert 1e-6 * real < megabytes < 1.02e-6 * real, (mode, megabytes, real)  # orders and replies are more
+                assert 1e-6 * real < megabytes < 1.02e-6 * real, (
+                    mode,
+                    megabytes,
+                    real,
+                )  # orders and replies add a little
             suffix = "_overlap" if overlap else ""
             Figure(f"wire.utilisation_100mbit.{mode}{suffix}", used, "of the time")
 

@@ -1,10 +1,11 @@
-"""Volatile machines in virtual time: what a marketplace gets out of them. Some minutes; figures as JSON lines.
+"""Measure what a marketplace gets out of volatile machines, in virtual time. Takes some minutes.
 
-    python -m bench.volatile         # what each was made of goes to stderr
+    python -m bench.volatile         # figures as JSON lines on stdout, details on stderr
 
 The market, miners and files are the real ones; each link has 100 Mbit/s and 50 ms one way, 42 MB of state go down and
-42 MB of gradient up a round, uncompressed; micro-batches take a second at a miner of speed 1 (pilot.simulation.costs). So the
-figures are the same on every machine. Utilisation is seconds of computing in a second of being up, after two rounds.
+42 MB of gradient up a round, uncompressed; micro-batches take a second at a miner of speed 1
+(pilot.simulation.costs). So the figures are the same on every machine. Utilisation is the share of the miners' time
+spent on micro-batches, after two rounds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pilot.simulation.costs import CostConfig
 from pilot.simulation.link_model import LinkSpec
 from pilot.simulation.network import run
 from pilot.simulation.traces import HOUR_S, Interval, make_trace
-from pilot.simulation.world import Conditions, Moment, World
+from pilot.simulation.world import Conditions, World, WorldState
 from tasks.config import AdamWConfig, QuadraticConfig
 from tasks.quadratic import Quadratic
 
@@ -32,37 +33,39 @@ MINERS = 9
 STATE_BYTES = 42e6
 LINK = LinkSpec(up_bps=100e6, down_bps=100e6, latency_s=0.05)
 COSTS = CostConfig(batch=1.0, evaluate=0.0)
-MINUTES = RoundPolicy("volatile", 4, 300.0, 1 << 30, "fp32", "fp32", round_s=60.0)  # as --round-seconds 60 makes them
-FIXED = RoundPolicy("volatile", 4, 300.0, 1 << 30, "fp32", "fp32")  # the defaults: four micro-batches each
-SLOW = CostConfig(batch=10.0, evaluate=0.0)  # where the trace names no speed
+MINUTES = RoundPolicy("volatile", 4, 300.0, 1 << 30, "fp32", "fp32", round_s=60.0)  # as with --round-seconds 60
+FIXED = RoundPolicy("volatile", 4, 300.0, 1 << 30, "fp32", "fp32")  # the defaults: four micro-batches per miner
+SLOW = CostConfig(batch=10.0, evaluate=0.0)  # speeds come from the trace
 WARM_UP = 2  # rounds
 UP_S, AWAY_S = 600.0, 300.0
 TRACES = {"spot": 4.0, "diurnal": 24.0, "flaky": 4.0}  # hours
 MEMORY = Path("/dev/shm")
 
 
-def play(policy: RoundPolicy, intervals: Sequence[Interval], seconds: float, costs: CostConfig = COSTS) -> list[Moment]:
-    """A moment a round."""
+def play(
+    policy: RoundPolicy, intervals: Sequence[Interval], seconds: float, costs: CostConfig = COSTS
+) -> list[WorldState]:
+    """A state a round."""
 
-    async def main(folder: Path) -> list[Moment]:
+    async def main(folder: Path) -> list[WorldState]:
         task = Quadratic.prepare(QuadraticConfig(), seed=0, cache=folder)
         scale = STATE_BYTES / (4 * QuadraticConfig().dimension)
         world = World(folder, task, AdamWConfig(), policy, Conditions(costs, LINK, scale=scale), intervals, 200)
-        return [moment async for moment in world.play(seconds)]
+        return [state async for state in world.play(seconds)]
 
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as name:
-        moments = run(main(Path(name)))
-    say(f"  {moments[-1]}")
-    return moments
+        states = run(main(Path(name)))
+    say(f"  {states[-1]}")
+    return states
 
 
-def utilisation(moments: Sequence[Moment]) -> float:
-    """Until the run's end is near, where a round is cut short."""
-    return moments[-2].utilisation(moments[WARM_UP - 1])
+def utilisation(states: Sequence[WorldState]) -> float:
+    """Return the utilisation without the first two rounds and the last, which is cut short."""
+    return states[-2].utilisation(states[WARM_UP - 1])
 
 
 def preempted(seconds: float) -> list[Interval]:
-    """Every ten minutes another third of the miners is told to end, each within a minute, and is away for five."""
+    """Preempt another third of the miners every ten minutes, each with notice, for five minutes."""
     rng = random.Random(0)
     intervals = []
     for number in range(MINERS):
@@ -73,18 +76,18 @@ def preempted(seconds: float) -> list[Interval]:
     return intervals
 
 
-def accepted_per_hour(moments: Sequence[Moment]) -> float:
-    return moments[-1].work / moments[-1].time * HOUR_S
+def accepted_per_hour(states: Sequence[WorldState]) -> float:
+    return states[-1].work / states[-1].time * HOUR_S
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    calm = make_trace("calm", MINERS, 2 * HOUR_S, seed=0)  # nobody's time ends with the run's
-    say("rounds of a minute, everybody there")
-    undisturbed = play(MINUTES, calm, HOUR_S)
+    steady = make_trace("steady", MINERS, 2 * HOUR_S, seed=0)  # longer than the run, so that no miner leaves at its end
+    say("rounds of a minute, all miners up")
+    undisturbed = play(MINUTES, steady, HOUR_S)
     Figure("round.utilisation", utilisation(undisturbed), "of the time")
     say("the same with --overlap 1")
-    Figure("round.utilisation_overlap", utilisation(play(replace(MINUTES, overlap=1), calm, HOUR_S)), "of the time")
+    Figure("round.utilisation_overlap", utilisation(play(replace(MINUTES, overlap=1), steady, HOUR_S)), "of the time")
 
     say("a third of the miners preempted every ten minutes, five minutes away")
     taken = play(MINUTES, preempted(2 * HOUR_S), HOUR_S)

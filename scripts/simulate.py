@@ -1,4 +1,4 @@
-"""Days of a marketplace in seconds: plays a trace of who was up when, on an emulated network, in virtual time.
+"""Simulate days of a marketplace in seconds: play a trace of miners that come and go, in virtual time.
 
 python scripts/simulate.py --make spot                          # eight spot machines, a day, the quadratic task
 python scripts/simulate.py --make diurnal --out homes.csv       # only make the trace
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     import torch
 
     from pilot.simulation.traces import Interval
-    from pilot.simulation.world import Conditions, Moment, World
+    from pilot.simulation.world import Conditions, World, WorldState
     from tasks import Task
 
 PROGRAM = "simulate.py"
-LINES = 24  # of the table
+LINES = 24  # rows of the table
 HOUR_S = 3600.0
-PATIENCE = 1 << 30  # rounds without a good reply: nights are long
-MEMORY = Path("/dev/shm")  # files in memory: a disk would be asked some thousand times to have written
+PATIENCE = 1 << 30  # rounds without a good reply, after which a market gives up
+MEMORY = Path("/dev/shm")  # keeps files in memory: on a disk the thousands of fsync calls take most of the time
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,7 +64,7 @@ def trace_of(config: SimulateConfig) -> tuple[Interval, ...]:
         return read_trace(config.trace)
     intervals = make_trace(config.make, config.miners, HOUR_S * (config.hours or 24), config.seed)
     if not intervals:
-        raise ValueError(f"--make {config.make}: nobody is ever up; give more --miners, or more --hours")
+        raise ValueError(f"--make {config.make}: no miner is ever up; give more --miners, or more --hours")
     return intervals
 
 
@@ -76,8 +76,8 @@ def write(config: SimulateConfig, out: Path, intervals: Sequence[Interval]) -> N
     except OSError as error:
         raise ValueError(f"--out {out}: cannot write it ({error.strerror or error})") from None
     up_s = sum(i.end - i.start for i in intervals)
-    print(f"{out}: {len(intervals)} times that one of {len({i.miner for i in intervals})} miners is up, ", end="")
-    print(f"{up_s / HOUR_S:.1f} hours in all; play it with --trace {out}")
+    print(f"{out}: {len(intervals)} intervals of {len({i.miner for i in intervals})} miners, ", end="")
+    print(f"{up_s / HOUR_S:.1f} hours in all; simulate it with --trace {out}")
 
 
 @contextmanager
@@ -93,7 +93,6 @@ def folder_of(config: SimulateConfig) -> Iterator[Path]:
 def simulate(config: SimulateConfig, folder: Path, intervals: Sequence[Interval]) -> None:
     from pilot.simulation.costs import measure
     from pilot.simulation.network import run
-    from pilot.simulation.plot import plot_moments
     from tasks import load_task
 
     with cli.mistakes(PROGRAM):
@@ -105,19 +104,19 @@ def simulate(config: SimulateConfig, folder: Path, intervals: Sequence[Interval]
         costs = measure(task, config.optimizer_flags, *config.codecs)
         config = replace(config, costs=replace(config.costs, **costs))
     began = time.perf_counter()
-    moments = run(play(config, folder, task, device, intervals))
+    states = run(play(config, folder, task, device, intervals))
     real_s = time.perf_counter() - began
-    plot_moments(config.plot, moments, task.unit, f"{config.task}: {config.trace or config.make}")
-    summary = {**totals(moments, task.unit), "real_seconds": round(real_s, 2)}
+    plot(config.plot, states, task.unit, f"{config.task}: {config.trace or config.make}")
+    summary = {**totals(states, task.unit), "real_seconds": round(real_s, 2)}
     print("\n".join(f"{name.replace('_', ' '):36} {value}" for name, value in summary.items()))
-    print(f"picture in {config.plot}" + (f", run in {config.keep}" if config.keep else ""))
+    print(f"plot in {config.plot}" + (f", run in {config.keep}" if config.keep else ""))
     print(json.dumps(summary))
 
 
 async def play(
     config: SimulateConfig, folder: Path, task: Task, device: torch.device, intervals: Sequence[Interval]
-) -> list[Moment]:
-    """Prints the table as time goes on. Returns a moment a round."""
+) -> list[WorldState]:
+    """Print the table as time goes on. Returns the state after each round."""
     from pilot.app.build_validator import link_watch
     from pilot.simulation.world import World
 
@@ -129,14 +128,14 @@ async def play(
     world.market.watch = link_watch(config, world.market.learner, world.network.miner_states, print, conditions.scale)
     print("\n".join(introduction(config, world, task)))
     print(f"{'hours':>7} {'up':>5} {'util.':>6} {'MB up':>10} {'MB down':>10} {task.unit:>10} {'loss':>10}  faults")
-    moments: list[Moment] = []
-    shown: Moment | None = None
-    async for moment in world.play(seconds):
-        moments.append(moment)
-        if moment.time - (shown.time if shown else 0.0) >= seconds / LINES:
-            print(line(moment, shown), flush=True)
-            shown = moment
-    return moments
+    states: list[WorldState] = []
+    shown: WorldState | None = None
+    async for state in world.play(seconds):
+        states.append(state)
+        if state.time - (shown.time if shown else 0.0) >= seconds / LINES:
+            print(line(state, shown), flush=True)
+            shown = state
+    return states
 
 
 def conditions_of(config: SimulateConfig, task: Task) -> Conditions:
@@ -157,7 +156,7 @@ def conditions_of(config: SimulateConfig, task: Task) -> Conditions:
 
 
 def introduction(config: SimulateConfig, world: World, task: Task) -> list[str]:
-    """The cost model, and what else holds."""
+    """Return lines that describe the miners, the model, the links and the costs."""
     from pilot.market.link_budget import Rate
 
     link, scale, watch = config.link, world.conditions.scale, world.market.watch
@@ -177,20 +176,35 @@ def introduction(config: SimulateConfig, world: World, task: Task) -> list[str]:
     ]
 
 
-def line(moment: Moment, before: Moment | None) -> str:
-    """What happened since the line before."""
+def line(state: WorldState, before: WorldState | None) -> str:
+    """Format a row of the table: what happened since the row before it."""
     past = asdict(before) if before else defaultdict(int)
-    up, down, work = (getattr(moment, name) - past[name] for name in ("bytes_up", "bytes_down", "work"))
-    faults = ", ".join(f"{count} {fault}" for fault, count in sorted(moment.faults.items()))
+    up, down, work = (getattr(state, name) - past[name] for name in ("bytes_up", "bytes_down", "work"))
+    faults = ", ".join(f"{count} {fault}" for fault, count in sorted(state.faults.items()))
     return (
-        f"{moment.time / HOUR_S:7.2f} {moment.up:5} {moment.utilisation(before):6.3f} {up / 1e6:10,.0f} "
-        f"{down / 1e6:10,.0f} {work:10,} {moment.loss:10.6f}  {faults}"
+        f"{state.time / HOUR_S:7.2f} {state.up:5} {state.utilisation(before):6.3f} {up / 1e6:10,.0f} "
+        f"{down / 1e6:10,.0f} {work:10,} {state.loss:10.6f}  {faults}"
     )
 
 
-def totals(moments: Sequence[Moment], unit: str) -> dict[str, float | int | str]:
-    """Of the whole time; the loss is that of the last model."""
-    end = moments[-1]
+def plot(path: Path, states: Sequence[WorldState], unit: str, title: str) -> None:
+    """Plot miners, utilisation, accepted work and loss over the hours."""
+    from pilot.display.plots import Panel, panel_plot
+
+    pairs = list(zip([None, *states[:-1]], states, strict=True))
+    work = [(s.work - (b.work if b else 0)) / max(s.time - (b.time if b else 0.0), 1e-9) for b, s in pairs]
+    panels = [
+        Panel("miners up", [s.up for s in states], steps=True),
+        Panel("utilisation of these", [s.utilisation(before) for before, s in pairs]),
+        Panel(f"accepted {unit} per second", work),
+        Panel("training loss", [s.loss for s in states], from_zero=False),
+    ]
+    panel_plot(path, [s.time / HOUR_S for s in states], panels, title, "hours")
+
+
+def totals(states: Sequence[WorldState], unit: str) -> dict[str, float | int | str]:
+    """Return the figures of the whole run; the loss is that of the last model."""
+    end = states[-1]
     row: dict[str, float | int | str] = {
         "virtual_seconds": round(end.time, 1),
         "rounds": end.rounds,

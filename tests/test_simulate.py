@@ -1,4 +1,4 @@
-"""scripts/simulate.py from the outside: a trace made, played and plotted; mistakes in one line."""
+"""Test scripts/simulate.py: make, play and plot a trace; report mistakes in one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_a_trace_is_made_then_played(tmp_path: Path, capsys: pytest.CaptureFixtu
     trace, plot = tmp_path / "spot.csv", tmp_path / "spot.png"
     common = ["--cache", str(tmp_path / "cache"), "--plot", str(plot)]
     simulate.main(["--make", "spot", "--out", str(trace), "--miners", "3", "--hours", "3", "--seed", "2", *common])
-    assert "play it with --trace" in capsys.readouterr().out
+    assert "simulate it with --trace" in capsys.readouterr().out
     assert not plot.exists()
     simulate.main(["--trace", str(trace), "--keep", str(tmp_path / "run"), "--costs.batch", "60", *common])
     lines = capsys.readouterr().out.splitlines()
@@ -44,7 +44,7 @@ def test_the_same_seed_plays_the_same(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_large_model_on_a_thin_link_in_diloco(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--make", "calm", "--miners", "2", "--hours", "0.5", "--round-seconds", "60", "--state-mb", "497.8"]
+    flags = ["--make", "steady", "--miners", "2", "--hours", "0.5", "--round-seconds", "60", "--state-mb", "497.8"]
     flags += ["--mode", "diloco", "--tau", "60", "--batches", "1", "--warmup-sync", "0.1", "--codec.up", "auto"]
     flags += ["--costs.batch", "2", "--quadratic.dimension", "16384"]
     simulate.main([*flags, "--cache", str(tmp_path), "--plot", str(tmp_path / "p.png")])
@@ -104,4 +104,4 @@ def test_a_bad_trace_is_named_with_its_line(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit) as ended:
         simulate.main(["--trace", str(tmp_path / "trace.csv")])
     assert ended.value.code == 2
-    assert f"{tmp_path}/trace.csv:3: a from 5 s on is up already" in capsys.readouterr().err
+    assert f"{tmp_path}/trace.csv:3: a is up twice at 5 s" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Traces: what is read, what is refused, what is made by a seed."""
+"""Test traces: reading, refusing mistakes, and making them from a seed."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def test_reads_rows_by_their_start_with_what_they_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (f"{HEADER}\na,0,10\nb,0,5\na,9,20\n", ":4: a from 9 s on is up already, from 0 to 10 s"),
-        (f"{HEADER}\na,5,10\na,0,30\n", ":2: a from 5 s on is up already, from 0 to 30 s"),
+        (f"{HEADER}\na,0,10\nb,0,5\na,9,20\n", ":4: a is up twice at 9 s: it is up from 0 to 10 s"),
+        (f"{HEADER}\na,5,10\na,0,30\n", ":2: a is up twice at 5 s: it is up from 0 to 30 s"),
         (f"{HEADER}\na,-1,10\n", ":2: start -1: must be 0 or more"),
         (f"{HEADER}\na,10,9\n", ":2: ends at 9 s, but starts at 10 s"),
         (f"{HEADER}\na,10,10\n", ":2: ends at 10 s, but starts at 10 s"),
         (f"{HEADER}\na,nan,9\n", ":2: start nan: must be finite"),
         (f"{HEADER}\na,0,inf\n", ":2: end inf: must be finite"),
-        (f"{HEADER}\na,0,soon\n", ":2: end 'soon' is no number"),
+        (f"{HEADER}\na,0,soon\n", ":2: end 'soon' is not a number"),
         (f"{HEADER}\na,0,\n", ":2: end is empty"),
         (f"{HEADER}\na,0\n", ":2: 2 values under 3 columns"),
         (f"{HEADER}\na b,0,1\n", ":2: miner 'a b': must be a name"),
@@ -48,13 +48,13 @@ def test_reads_rows_by_their_start_with_what_they_say(tmp_path: Path) -> None:
         (f"{HEADER},price\na,0,1,-2\n", ":2: price -2: must be 0 or more"),
         (f"{HEADER},ending\na,0,1,softly\n", ":2: ending 'softly': must be notice, kill, cut"),
         (f"{HEADER},colour\na,0,1,red\n", ":1: unknown column 'colour'; known: miner, start"),
-        (f"{HEADER},end\na,0,1,1\n", ":1: a column is there twice"),
+        (f"{HEADER},end\na,0,1,1\n", ":1: a column appears twice"),
         ("miner,start\na,0\n", ":1: no column 'end'"),
-        (f"{HEADER}\n", "says of nobody when it is up"),
-        ("", "says of nobody when it is up"),
+        (f"{HEADER}\n", "has no rows"),
+        ("", "has no rows"),
     ],
 )
-def test_what_is_wrong_is_one_line_with_its_place(tmp_path: Path, rows: str, said: str) -> None:
+def test_a_mistake_is_one_line_that_names_the_file_and_the_line(tmp_path: Path, rows: str, said: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         read(tmp_path, rows)
     assert said in str(caught.value)
@@ -90,14 +90,14 @@ def test_what_is_written_is_read_back(tmp_path: Path, kind: str) -> None:
     assert trace
     write_trace(tmp_path / "trace.csv", trace)
     assert read_trace(tmp_path / "trace.csv") == trace
-    assert trace != make_trace(kind, 4, 2 * DAY_S, seed=2) or kind == "calm"
+    assert trace != make_trace(kind, 4, 2 * DAY_S, seed=2) or kind == "steady"
 
 
-def test_kinds_are_what_they_say() -> None:
+def test_kinds_have_the_availability_that_they_describe() -> None:
     days, miners = 20, 20
     shares = {kind: make_trace(kind, miners, days * DAY_S, seed=0) for kind in MAKERS}
     up = {kind: sum(i.end - i.start for i in trace) / (miners * days * DAY_S) for kind, trace in shares.items()}
-    assert up["calm"] == 1
+    assert up["steady"] == 1
     assert up["spot"] == pytest.approx(6 / 7, abs=0.02)  # an hour up, ten minutes away
     assert 0.05 < up["diurnal"] < 0.6  # of the nights, those hours that are cheap enough
     assert up["flaky"] == pytest.approx(1200 / 1365, abs=0.02)  # twenty minutes up, half a minute to five away

@@ -1,8 +1,8 @@
-"""What computing takes in an emulation: figures of a table, charged to the virtual clock, never elapsed time.
+"""Charge the time that computing takes in a simulation to the virtual clock, from a table of costs.
 
-The defaults are what `measure` said once, on one core of a server: of GPT-2 "small" with 256 tokens, for one sequence
-of 1,024 tokens and for an optimizer's step; and of each codec over 124 million values. A megabyte is one of the fp32
-values that a phase is about, whatever small model stands for them, and however few bytes carry them.
+The defaults were measured once with `measure`, on one core of a server: GPT-2 "small" with 256 tokens on one sequence
+of 1,024 tokens, an optimizer's step, and each codec on 124 million values. A megabyte counts fp32 values, however few
+bytes encode them, and of the model that is simulated, however small the one that runs.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
     from tasks import Task
 
-COUNTED = ("batch", "score", "evaluate")  # by their number; all others by the megabyte
+COUNTED = ("batch", "score", "evaluate")  # phases that cost seconds each; all others cost seconds per megabyte
 
 
 class CodecCost(NamedTuple):
-    """Seconds a megabyte of fp32."""
+    """Seconds per megabyte of fp32."""
 
-    encode: float  # into bytes, and their digest
+    encode: float  # including the digest of the bytes
     check: float
-    add: float  # to other tensors
+    add: float  # decode, and add to other tensors
 
 
 CODECS = {
@@ -49,64 +49,66 @@ CODECS = {
 
 @dataclass(frozen=True)
 class CostConfig:
-    """Seconds that a phase takes (pilot.training.executor), at a miner of speed 1 and at the validator. Where it says None, it is
-    what was measured once of the codec."""
+    """Seconds that each phase takes (pilot.training.executor), at a miner of speed 1 and at the validator.
+
+    None stands for the value that was measured for the codec.
+    """
 
     batch: float = 9.0
-    """Seconds a micro-batch."""
+    """Seconds per micro-batch."""
 
     load: float | None = None
-    """Seconds a megabyte of model, from a delta's or a state's bytes into a miner's model."""
+    """Seconds per megabyte of model, to load a delta or a state into a miner's model."""
 
     encode: float | None = None
-    """Seconds a megabyte of gradient, into bytes, and their digest, at a miner."""
+    """Seconds per megabyte of gradient, to encode it and hash the bytes, at a miner."""
 
     broadcast: float | None = None
-    """Seconds a megabyte of model, its change into bytes, at the validator."""
+    """Seconds per megabyte of model, to encode its change, at the validator."""
 
     verify: float | None = None
-    """Seconds a megabyte of gradient, to check a reply, at the validator."""
+    """Seconds per megabyte of gradient, to check a reply, at the validator."""
 
     aggregate: float | None = None
-    """Seconds a megabyte of all gradients together, to add them up."""
+    """Seconds per megabyte of all gradients together, to add them up."""
 
     step: float = 0.0003
-    """Seconds a megabyte of parameters, for the optimizer's step."""
+    """Seconds per megabyte of parameters, for the optimizer's step."""
 
     measure: float = 0.0003
-    """Seconds a megabyte of all gradients together, for what the ranker asks for."""
+    """Seconds per megabyte of all gradients together, for the measures that the ranker asks for."""
 
     score: float = 0.0
-    """Seconds an order, for the ranker."""
+    """Seconds per order, for the ranker."""
 
     digest: float = 0.00025
-    """Seconds a megabyte of model, for the proof that miners have the same."""
+    """Seconds per megabyte of model, for the digest of its state."""
 
     evaluate: float = 2.5
-    """Seconds an evaluation."""
+    """Seconds per evaluation."""
 
     spread: float = 0.3
-    """The miners' speeds are lognormal about 1, with this standard deviation of their logarithm."""
+    """Standard deviation of the logarithm of the miners' speeds, whose median is 1."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if value is not None and not (0 <= value < math.inf and (value or name != "batch")):
                 raise ValueError(f"--costs.{name} {value}: must be {'above 0' if name == 'batch' else '0 or more'}")
 
-    def settled(self, up: str, down: str) -> Self:
-        """With what these codecs take, where nothing else is said."""
+    def for_codecs(self, up: str, down: str) -> Self:
+        """Return the costs with each None replaced by what these codecs take."""
         taken = codec_phases(CODECS[up], CODECS[down])
         return replace(self, **{name: value for name, value in taken.items() if getattr(self, name) is None})
 
     @property
     def validator(self) -> Self:
-        """With the validator's own encoding in the place of the miners'."""
+        """Return the costs at the validator, whose encoding is that of the broadcast."""
         return replace(self, encode=self.broadcast)
 
     def charge(self, speed: float, scale: float, spent: Callable[[str, float], None]) -> Charge:
-        """Lets a phase's time pass in the running loop; `spent` hears of it, also where it is broken off.
+        """Return a function that lets the time of a phase pass in the running loop, and reports it to `spent`.
 
-        `speed` is of a miner's micro-batches. A megabyte counts for `scale` of them, as in the network.
+        A cancelled phase reports the time until then. `speed` applies to micro-batches, `scale` to megabytes.
         """
 
         async def charge(phase: str, amount: float) -> None:
@@ -120,7 +122,7 @@ class CostConfig:
 
     def seconds(self, phase: str, amount: float, speed: float = 1.0, scale: float = 1.0) -> float:
         each: float | None = getattr(self, phase)
-        assert each is not None, "settled before use"
+        assert each is not None, "call for_codecs first"
         return each * amount * (1 / speed if phase == "batch" else 1.0 if phase in COUNTED else scale)
 
     def speed(self, seed: int, miner: str) -> float:
@@ -130,13 +132,13 @@ class CostConfig:
         lines = []
         for name, value in asdict(self).items():
             if name != "spread" and value is not None:
-                unit = "s a micro-batch" if name == "batch" else "s" if name in COUNTED else "s a MB"
+                unit = "s per micro-batch" if name == "batch" else "s" if name in COUNTED else "s per MB"
                 lines.append(f"  {name:10} {value:9.5f} {unit}")
         return lines
 
 
 def codec_phases(up: CodecCost, down: CodecCost) -> dict[str, float]:
-    """What phases take that a codec decides."""
+    """Return the costs of the phases that depend on a codec."""
     return {
         "load": down.check + down.add,
         "encode": up.encode,
@@ -147,33 +149,33 @@ def codec_phases(up: CodecCost, down: CodecCost) -> dict[str, float]:
 
 
 def measure_codec(name: str, tensors: Mapping[str, torch.Tensor]) -> CodecCost:
-    """With these tensors, on this machine: the best of three, in seconds of one core, whatever else it is doing."""
+    """Measure a codec on these tensors: the best of three, in CPU seconds, which other processes do not affect."""
     import torch
 
     from pilot.codec import load_codec
 
     codec, specs = load_codec(name), {key: t.shape for key, t in tensors.items()}
     payload, into = codec.encode(tensors), {key: torch.zeros_like(t) for key, t in tensors.items()}
-    executor = (
+    phases = (
         lambda: digest("payload", codec.encode(tensors)),
         lambda: codec.check(payload, specs),
         lambda: codec.add(payload, into),
     )
     megabytes = fp32_megabytes(t.shape for t in tensors.values())
-    return CodecCost(*(_best(phase, clock=time.process_time) / megabytes for phase in executor))
+    return CodecCost(*(_best(phase, clock=time.process_time) / megabytes for phase in phases))
 
 
 def measure(task: Task, optimizer: Any, codec_up: str, codec_down: str) -> dict[str, float]:
-    """What each phase takes on this machine, with the task's own model and micro-batches: the best of three."""
+    """Measure each phase on this machine, with the task's own model and micro-batches: the best of three."""
     import torch
 
     from pilot.training.gradient import GradientAccumulator
     from pilot.training.learner import Learner
 
     learner = Learner(task, optimizer, torch.device("cpu"))
-    computation = GradientAccumulator(task, task.build_model("cpu", initial=False))
-    batch = _best(lambda: computation.add(0))
-    gradient = computation.result().gradient
+    accumulator = GradientAccumulator(task, task.build_model("cpu", initial=False))
+    batch = _best(lambda: accumulator.add(0))
+    gradient = accumulator.result().gradient
     settings = task.settings(optimizer, 0, 1, task.count(0))
     step = _best(lambda: learner.step({name: g.clone() for name, g in gradient.items()}, settings))
     return {
@@ -186,7 +188,7 @@ def measure(task: Task, optimizer: Any, codec_up: str, codec_down: str) -> dict[
 
 
 def _best(function: Callable[[], object], times: int = 3, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds."""
+    """Return the least seconds that a function took."""
     took = []
     for _ in range(times):
         began = clock()

@@ -61,9 +61,9 @@ class SimulateConfig(RoundConfig):
     trace: Path | None = arg(None, TRACE, short=True)
     """CSV file with a line for each time that a miner is up: miner,start,end in seconds. Further columns may be
     price,speed,bandwidth_mbps,latency_ms,ending."""
-    make: Literal["", "spot", "diurnal", "flaky", "calm"] = arg("", TRACE, short=True)
+    make: Literal["", "spot", "diurnal", "flaky", "steady"] = arg("", TRACE, short=True)
     """Make a trace by --seed instead of reading one. spot: machines are taken away and come back. diurnal: day and
-    night, with energy prices. flaky: slow links that break. calm: all miners are always up."""
+    night, with energy prices. flaky: slow links that break. steady: all miners are always up."""
     out: Path | None = arg(None, TRACE, short=True)
     """File to write the trace of --make to, without simulating it."""
     miners: int = arg(8, TRACE, short=True)

@@ -182,6 +182,8 @@ class Loopback:
         except ProtocolError as error:
             raise Faulted(error.fault, str(error)) from None
         except Refused as refused:
+            if order.hotkey in self._away:  # the answer of a process that was killed never arrives
+                raise Faulted(Fault.SILENT, "went away") from None
             raise Faulted(refused.fault or Fault.SILENT, f"refused with {refused.status}: {refused.reason}") from None
         except _Gone:
             raise Faulted(Fault.SILENT, "went away") from None

@@ -1,11 +1,11 @@
-"""Traces: who was up when, as a CSV file with a header.
+"""Read, write and make traces, CSV files that say when each miner was up.
 
     miner,start,end,price,speed,bandwidth_mbps,latency_ms,ending
     m1,0,5400,0.31,1.0,100,25,notice
 
 `start` and `end` are seconds from the beginning. The other columns may be missing, or empty in a row: the `price` of
-energy or of the machine, for display; the miner's `speed`; its link; and its `ending`: notice (told to end, as by
-SIGTERM, at `end`), kill (gone at once) or cut (only the line is dead: the machine works on until it is back).
+energy or of the machine, which is not used; the miner's `speed`; its link; and its `ending`: notice (SIGTERM at `end`),
+kill (gone at once) or cut (only the link is dead: the machine works on until it is back).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAME = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 
 @dataclass(frozen=True)
 class Interval:
-    """A time that a miner is up, with what it is like then. None: as the simulation's flags say."""
+    """A time during which a miner is up. None stands for the simulation's flags."""
 
     miner: str
     start: float
@@ -42,12 +42,12 @@ class Interval:
 
 
 COLUMNS = tuple(f.name for f in fields(Interval))
-NEEDED = COLUMNS[:3]
+REQUIRED = COLUMNS[:3]
 ABOVE_ZERO = ("speed", "bandwidth_mbps")
 
 
 def read_trace(path: Path) -> tuple[Interval, ...]:
-    """By their start. Raises ValueError, as FILE:LINE: and what is wrong there."""
+    """Read a trace, sorted by start. Raises ValueError with FILE:LINE and what is wrong there."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(_rows(path, csv.reader(file)))
@@ -56,18 +56,18 @@ def read_trace(path: Path) -> tuple[Interval, ...]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"--trace {path}: not a CSV file ({error})") from None
     if not rows:
-        raise ValueError(f"--trace {path}: says of nobody when it is up; a row is {','.join(NEEDED)}")
+        raise ValueError(f"--trace {path}: has no rows; a row is {','.join(REQUIRED)}")
     ordered = sorted(rows, key=lambda row: (row[1].miner, row[1].start))
     for (_, a), (line, b) in pairwise(ordered):
         if a.miner == b.miner and b.start < a.end:
             raise ValueError(
-                f"{path}:{line}: {b.miner} from {b.start:g} s on is up already, from {a.start:g} to {a.end:g} s"
+                f"{path}:{line}: {b.miner} is up twice at {b.start:g} s: it is up from {a.start:g} to {a.end:g} s"
             )
     return tuple(sorted((interval for _, interval in rows), key=lambda i: (i.start, i.miner)))
 
 
 def _rows(path: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, Interval]]:
-    """Line numbers and what the lines say."""
+    """Yield the intervals with their line numbers."""
     header: list[str] | None = None
     for line, row in enumerate(reader, 1):
         cells = [cell.strip() for cell in row]
@@ -85,10 +85,10 @@ def _rows(path: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, Interv
 def _check_header(where: str, header: Sequence[str]) -> None:
     if unknown := [name for name in header if name not in COLUMNS]:
         raise ValueError(f"{where}: unknown column {unknown[0]!r}; known: {', '.join(COLUMNS)}")
-    if missing := [name for name in NEEDED if name not in header]:
-        raise ValueError(f"{where}: no column {missing[0]!r}; the first line names them: {','.join(NEEDED)}")
+    if missing := [name for name in REQUIRED if name not in header]:
+        raise ValueError(f"{where}: no column {missing[0]!r}; the first line names them: {','.join(REQUIRED)}")
     if len(set(header)) < len(header):
-        raise ValueError(f"{where}: a column is there twice")
+        raise ValueError(f"{where}: a column appears twice")
 
 
 def _interval(where: str, cells: Mapping[str, str]) -> Interval:
@@ -98,7 +98,7 @@ def _interval(where: str, cells: Mapping[str, str]) -> Interval:
     if ending and ending not in get_args(Ending):
         raise ValueError(f"{where}: ending {ending!r}: must be {', '.join(get_args(Ending))}")
     numbers = {name: _number(where, name, cells[name]) for name in COLUMNS[1:-1] if cells.get(name)}
-    for name in NEEDED[1:]:
+    for name in REQUIRED[1:]:
         if name not in numbers:
             raise ValueError(f"{where}: {name} is empty")
     if numbers["end"] <= numbers["start"]:
@@ -110,7 +110,7 @@ def _number(where: str, name: str, text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        raise ValueError(f"{where}: {name} {text!r} is no number") from None
+        raise ValueError(f"{where}: {name} {text!r} is not a number") from None
     if not math.isfinite(value):
         raise ValueError(f"{where}: {name} {text}: must be finite")
     if value < 0 or (name in ABOVE_ZERO and not value):
@@ -119,9 +119,9 @@ def _number(where: str, name: str, text: str) -> float:
 
 
 def write_trace(path: Path, intervals: Iterable[Interval]) -> None:
-    """Columns that no interval uses are left out. Numbers are exact: what is read back is the same."""
+    """Write a trace without the columns that no interval uses. Reading it gives equal numbers."""
     intervals = list(intervals)
-    used = [name for name in COLUMNS if name in NEEDED or any(getattr(i, name) is not None for i in intervals)]
+    used = [name for name in COLUMNS if name in REQUIRED or any(getattr(i, name) is not None for i in intervals)]
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(used)
@@ -130,11 +130,11 @@ def write_trace(path: Path, intervals: Iterable[Interval]) -> None:
             writer.writerow(["" if value is None else value for value in values])
 
 
-# --- made by a seed ---------------------------------------------------------------------------------------------------
+# --- made from a seed -------------------------------------------------------------------------------------------------
 
 
 def make_trace(kind: str, miners: int, seconds: float, seed: int) -> tuple[Interval, ...]:
-    """The same for the same arguments. Raises ValueError for a kind that there is not."""
+    """Make a trace of a kind, the same for the same arguments. Raises ValueError for an unknown kind."""
     if kind not in MAKERS:
         raise ValueError(f"--make {kind}: unknown; known: {', '.join(MAKERS)}")
     made: list[Interval] = []
@@ -143,15 +143,15 @@ def make_trace(kind: str, miners: int, seconds: float, seed: int) -> tuple[Inter
     return tuple(sorted(made, key=lambda i: (i.start, i.miner)))
 
 
-def _calm(miner: str, seconds: float, rng: random.Random) -> Iterator[Interval]:
-    """Up all the time, to compare with."""
+def _steady(miner: str, seconds: float, rng: random.Random) -> Iterator[Interval]:
+    """Be up all the time, for comparison."""
     yield Interval(miner, 0.0, seconds)
 
 
 def _spot(miner: str, seconds: float, rng: random.Random) -> Iterator[Interval]:
-    """Up for an hour and away for ten minutes on average, both exponential; told before it is taken.
+    """Be up for an hour and away for ten minutes on average, both exponential, with notice.
 
-    Machines of one kind, but each time one in ten has a neighbour that leaves it a fifth of the speed.
+    Machines are of one kind, but in one interval of ten a noisy neighbour leaves a fifth of the speed.
     """
     price = round(rng.uniform(0.2, 0.6), 3)
     for start, end in _ups(seconds, lambda: rng.expovariate(1 / HOUR_S), lambda: rng.expovariate(6 / HOUR_S)):
@@ -160,9 +160,9 @@ def _spot(miner: str, seconds: float, rng: random.Random) -> Iterator[Interval]:
 
 
 def _diurnal(miner: str, seconds: float, rng: random.Random) -> Iterator[Interval]:
-    """A home machine: up from its own evening to its morning, unless energy costs more than its owner will pay.
+    """Be up at home from evening to morning, local time, unless energy costs more than the owner will pay.
 
-    The price of an hour follows the local time, dearest at seven in the evening, with noise from hour to hour.
+    The hourly price follows the local time and is highest at 19:00, with noise from hour to hour.
     """
     zone, threshold = rng.choice((-8, -5, 0, 1, 5, 8, 9)), rng.uniform(0.25, 0.45)
     evening, morning = rng.uniform(17, 20), rng.uniform(6, 9)
@@ -189,7 +189,7 @@ def _diurnal(miner: str, seconds: float, rng: random.Random) -> Iterator[Interva
 
 
 def _flaky(miner: str, seconds: float, rng: random.Random) -> Iterator[Interval]:
-    """A slow link that is dead for half a minute to five every twenty minutes or so; the machine itself is well."""
+    """Have a slow link that is down for half a minute to five minutes about every twenty; the machine keeps running."""
     mbps, latency_ms, speed = (
         round(rng.uniform(5, 50), 1),
         round(rng.uniform(20, 200), 1),
@@ -203,7 +203,7 @@ MAKERS: dict[str, Callable[[str, float, random.Random], Iterator[Interval]]] = {
     "spot": _spot,
     "diurnal": _diurnal,
     "flaky": _flaky,
-    "calm": _calm,
+    "steady": _steady,
 }
 
 

@@ -1,8 +1,8 @@
-"""A marketplace in an emulated world: the real market, store, miners and task; only network, clock and costs are not.
+"""Run a real marketplace in a simulated world: only the network, the clock and the time that work takes are simulated.
 
-trace ──▶ machines: each starts a fresh miner, tells it to end (or kills it, or cuts its line), and so on
+trace ──▶ machines: start miners, stop or kill them, or cut their links, when the trace says so
              │ restore, drop
-market ◀──▶ loopback, a link a miner ◀──▶ workers            all under `pilot.simulation.network.run`
+market ◀──▶ loopback, one link per miner ◀──▶ workers        all under `pilot.simulation.network.run`
 """
 
 from __future__ import annotations
@@ -40,61 +40,61 @@ from tasks import TASKS, Task
 from tasks.tokens import Tokens
 
 CPU = torch.device("cpu")
-SNAPSHOT_EVERY = 20  # rounds; payloads older than two snapshots are deleted
-FOR_EVER = 1 << 40  # rounds: a world ends by its time
+SNAPSHOT_EVERY = 20  # rounds
+UNLIMITED = 1 << 40  # rounds
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What holds where the trace says nothing."""
+    """The costs, links and endings that hold unless the trace says otherwise."""
 
     costs: CostConfig
     link: LinkSpec = field(default_factory=LinkSpec)
     ending: Ending = "notice"
-    scale: float = 1.0  # what a value of the model counts for, and a byte of state or payload
-    wire: tuple[float, float] | None = None  # what these bytes count for instead, up and down
+    scale: float = 1.0  # how many parameters, and bytes of states and payloads, each one stands for
+    wire: tuple[float, float] | None = None  # another scale for the bytes, up and down
     seed: int = 0
-    eval_every: int = 0  # rounds; 0: only in the end
+    eval_every: int = 0  # rounds; 0: only at the end
     aggregation: str = "median_norm_mean"
 
 
 @dataclass
-class Moment:
-    """How things stand after a round; sums are since the beginning."""
+class WorldState:
+    """The state of the world after a round; sums are since the beginning."""
 
     time: float
     rounds: int
-    up: int  # miners
-    available_s: float  # seconds of miners being up
-    computing_s: float  # of them computing micro-batches
+    up: int  # miners that are up
+    available_s: float  # sum of the seconds that miners were up
+    computing_s: float  # of these, spent on micro-batches
     batches: int  # micro-batches computed
-    accepted: int  # and in the model
+    accepted: int  # micro-batches in the model
     work: int  # samples or tokens in them
     bytes_up: int
     bytes_down: int
     preemptions: int
     faults: dict[str, int]
-    loss: float  # as the miners saw it in this round
-    evaluation: dict[str, float]  # of the model after this round, where it was evaluated
+    loss: float  # the miners' training loss in this round
+    evaluation: dict[str, float]  # of the model after this round, if it was evaluated
 
-    def utilisation(self, since: Moment | None = None) -> float:
-        """Seconds of computing in a second of being up."""
+    def utilisation(self, since: WorldState | None = None) -> float:
+        """Return the share of the miners' time that they spent on micro-batches."""
         computing, available = (since.computing_s, since.available_s) if since else (0.0, 0.0)
         return (self.computing_s - computing) / max(self.available_s - available, 1e-9)
 
 
 class Machine:
-    """One miner of the trace, through all its lives."""
+    """A miner of the trace, through all its intervals."""
 
     def __init__(self, name: str, intervals: Sequence[Interval], speed: float) -> None:
         self.name, self.intervals, self.speed = name, intervals, speed
         self.keypair = Keypair.create_from_uri(f"//{name}")
         self.hotkey: Hotkey = self.keypair.ss58_address
-        self.worker: Worker | None = None  # of the process that is alive, with or without a line
+        self.worker: Worker | None = None  # of the running process, whether or not it is connected
         self.computing_s = 0.0
         self.batches = 0
 
-    def spent(self, phase: str, seconds: float) -> None:
+    def add_time(self, phase: str, seconds: float) -> None:
         if phase == "batch":
             self.batches += 1
             self.computing_s += seconds
@@ -107,7 +107,7 @@ class Machine:
 
 
 class World:
-    """Make it inside the loop, then `play` it, once."""
+    """A simulated marketplace. Make it inside the event loop, and `play` it once."""
 
     def __init__(
         self,
@@ -120,16 +120,20 @@ class World:
         steps: int,
         device: torch.device = CPU,
     ) -> None:
-        """`steps` is the length of the learning rate's schedule. Raises ValueError for data that cannot be served."""
+        """Build the market and the machines; the learning rate's schedule ends after `steps` rounds.
+
+        Raises ValueError for data that is too large to be served.
+        """
         kind, served = task.spec().name, MAX_SERVED_BYTES >> 20
         if task.data_spec.tokens.bytes > MAX_SERVED_BYTES:
-            raise ValueError(f"--{kind}.…: more than {served} MB of data, which no validator hands over; take less")
+            raise ValueError(f"--{kind}.…: a validator serves at most {served} MB of data; use less")
         self.conditions, self.folder, self.device = conditions, folder, device
-        lives: dict[str, list[Interval]] = {}
+        intervals_of: dict[str, list[Interval]] = {}
         for interval in sorted(intervals, key=lambda i: i.start):
-            lives.setdefault(interval.miner, []).append(interval)
+            intervals_of.setdefault(interval.miner, []).append(interval)
         self.machines = [
-            Machine(name, lives[name], conditions.costs.speed(conditions.seed, name)) for name in sorted(lives)
+            Machine(name, intervals_of[name], conditions.costs.speed(conditions.seed, name))
+            for name in sorted(intervals_of)
         ]
         self.store = RunStore.create(folder / "run", {"task": kind}, keep=2)
         keypairs = {machine.hotkey: machine.keypair for machine in self.machines}
@@ -137,7 +141,7 @@ class World:
         wire = conditions.wire or conditions.scale
         self.network = Loopback(validator, {}, keypairs, seed=conditions.seed, scale=wire)
         learner = Learner(task, optimizer, device, policy.broadcast, policy.codec_down)
-        self.costs = conditions.costs.settled(policy.codec_up, policy.codec_down)
+        self.costs = conditions.costs.for_codecs(policy.codec_up, policy.codec_down)
         self.state_mb = fp32_megabytes(p.shape for p in learner.parameters.values())
         self.validator_s: dict[str, float] = defaultdict(float)  # the validator's own seconds, by phase
         self.market = Market(
@@ -160,49 +164,51 @@ class World:
     def _spent(self, phase: str, seconds: float) -> None:
         self.validator_s[phase] += seconds
 
-    async def play(self, seconds: float, rounds: int = FOR_EVER) -> AsyncIterator[Moment]:
-        """So many seconds of rounds, or so many rounds, a moment a round. Raises what failed at the market or at a
-        miner."""
+    async def play(self, seconds: float, rounds: int = UNLIMITED) -> AsyncIterator[WorldState]:
+        """Play for so many seconds or rounds, and yield the state after each round.
+
+        Raises the error of a market or a miner that failed.
+        """
         market = self.market
         loop = asyncio.get_running_loop()
-        lives = [asyncio.create_task(self._live(machine)) for machine in self.machines]
+        tasks = [asyncio.create_task(self._follow_trace(machine)) for machine in self.machines]
         loop.call_at(seconds, market.request_stop)
         try:
             await market.open_rounds(rounds)
             while market.in_flight:
                 await market.run_round(rounds)
-                self._raise_failures(lives)
-                await self._look_after(last=market.stopping and not market.in_flight)
-                yield self._moment()
+                self._raise_failures(tasks)
+                await self._evaluate_and_save(last=market.stopping and not market.in_flight)
+                yield self._state()
                 if not market.in_flight:
                     await market.open_rounds(rounds)
             await market.finish()
         finally:
-            for life in lives:
-                life.cancel()
-            await asyncio.gather(*lives, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             for machine in self.machines:
                 self._end_worker(machine)
             await market.close()
             self.store.close()
 
-    async def _look_after(self, last: bool) -> None:
-        """As a validator does, with the miners at work on the next round already."""
+    async def _evaluate_and_save(self, last: bool) -> None:
+        """Evaluate and save snapshots like a validator, while the miners work on the next round."""
         every, rounds = self.conditions.eval_every, self.market.round
         self._evaluation = await self.market.evaluate() if last or (every and rounds % every == 0) else {}
         if rounds % SNAPSHOT_EVERY == 0:
             self.market.save_snapshot(self.store.save_snapshot)
 
-    def _raise_failures(self, lives: Sequence[asyncio.Task[None]]) -> None:
-        for life in lives:
-            if life.done():
-                life.result()
+    def _raise_failures(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            if task.done():
+                task.result()
         for machine in self.machines:
             if machine.worker is not None and machine.worker.failed.done():
                 machine.worker.failed.result()
 
-    def _moment(self) -> Moment:
-        """Counts the round that was just committed."""
+    def _state(self) -> WorldState:
+        """Add the round that was just committed to the sums, and return the state."""
         record = self.store.head()
         assert record is not None
         metrics = record.metrics
@@ -214,7 +220,7 @@ class World:
         for name in ("work", "bytes_up", "bytes_down"):
             self._totals[name] += int(metrics[name])
         now = asyncio.get_running_loop().time()
-        return Moment(
+        return WorldState(
             time=now,
             rounds=record.round + 1,
             up=sum(machine.up(now) for machine in self.machines),
@@ -233,7 +239,7 @@ class World:
 
     # --- machines -------------------------------------------------------------------------------------------------
 
-    async def _live(self, machine: Machine) -> None:
+    async def _follow_trace(self, machine: Machine) -> None:
         for interval in machine.intervals:
             await _sleep_until(interval.start)
             if machine.worker is None:
@@ -249,7 +255,7 @@ class World:
                 self._end_worker(machine)
 
     def _start_worker(self, machine: Machine, interval: Interval) -> Worker:
-        """A new process: it has what the one before it left on the disk."""
+        """Start a miner with the files that its previous process left."""
         cache = FileMinerStore(self.folder / "miners" / machine.name)
         speed = interval.speed or machine.speed
         return Worker(
@@ -260,7 +266,7 @@ class World:
             partial(_find_tokens, cache),
             lambda line: None,
             asyncio.get_running_loop().time,
-            charge=self.costs.charge(speed, self.conditions.scale, machine.spent),
+            charge=self.costs.charge(speed, self.conditions.scale, machine.add_time),
         )
 
     def _end_worker(self, machine: Machine) -> None:
@@ -279,7 +285,7 @@ class World:
 
 def _find_tokens(cache: FileMinerStore, spec: DataSpec) -> Tokens:
     path = cache.blob(spec.tokens)
-    assert path is not None  # the worker has asked for it
+    assert path is not None  # the worker has fetched it
     return Tokens.open(path)
 
 

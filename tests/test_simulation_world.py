@@ -1,4 +1,4 @@
-"""The emulated world: a real market and real miners of the quadratic task, played through traces in virtual time."""
+"""Test the simulated world: a real market and real miners of the quadratic task, on traces in virtual time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pilot.simulation.costs import CODECS, CostConfig, measure
 from pilot.simulation.link_model import LinkSpec
 from pilot.simulation.network import run
 from pilot.simulation.traces import HOUR_S, Interval, make_trace
-from pilot.simulation.world import Conditions, Moment, World
+from pilot.simulation.world import Conditions, World, WorldState
 from pilot.storage.run_store import RunStore
 from pilot.training.ranges import Cursor, merge, size
 from protocol import Range, Receipt
@@ -25,11 +25,11 @@ from tasks.config import AdamWConfig, QuadraticConfig
 from tasks.quadratic import Quadratic
 
 torch.set_num_threads(1)
-TERMS = RoundPolicy("emulated", 4, 300.0, 1 << 30, "fp32", "fp32", round_s=60.0)
+POLICY = RoundPolicy("simulated", 4, 300.0, 1 << 30, "fp32", "fp32", round_s=60.0)
 COSTS = CostConfig(batch=2.0, spread=0.3, evaluate=0.0)
 LINK = LinkSpec(up_bps=100e6, down_bps=100e6, latency_s=0.05)
 SCALE = 4000.0  # 41 MB of state
-CALM = [Interval(f"m{n}", 0.0, 1e6) for n in range(3)]
+STEADY = [Interval(f"m{n}", 0.0, 1e6) for n in range(3)]
 
 
 def play(
@@ -41,12 +41,12 @@ def play(
     eval_every: int = 0,
     link: LinkSpec = LINK,
     **policy: Any,
-) -> list[Moment]:
-    async def main() -> list[Moment]:
+) -> list[WorldState]:
+    async def main() -> list[WorldState]:
         task = Quadratic.prepare(QuadraticConfig(), seed=0, cache=folder / "cache")
         conditions = Conditions(costs, link, ending, SCALE, eval_every=eval_every)
-        world = World(folder, task, AdamWConfig(), replace(TERMS, **policy), conditions, intervals, 50)
-        return [moment async for moment in world.play(seconds)]
+        world = World(folder, task, AdamWConfig(), replace(POLICY, **policy), conditions, intervals, 50)
+        return [state async for state in world.play(seconds)]
 
     return run(main())
 
@@ -63,17 +63,17 @@ def accepted(folder: Path) -> list[Range]:
     return done
 
 
-def test_time_goes_into_computing_and_transfers_as_the_costs_say(tmp_path: Path) -> None:
-    moments = play(tmp_path, CALM, 630.0)
-    end = moments[-1]
+def test_computing_and_transfers_take_the_time_that_the_costs_say(tmp_path: Path) -> None:
+    states = play(tmp_path, STEADY, 630.0)
+    end = states[-1]
     assert 10 <= end.rounds <= 12
     assert end.accepted == end.batches == size(accepted(tmp_path))
     assert end.work == 8 * end.accepted
-    assert 0.8 < end.utilisation(moments[1]) < 1 - 2 * 3.3 / 60  # 41 MB each way take 3.3 s of each minute
+    assert 0.8 < end.utilisation(states[1]) < 1 - 2 * 3.3 / 60  # 41 MB each way take 3.3 s of each minute
     speeds = [COSTS.speed(0, f"m{n}") for n in range(3)]
     assert end.computing_s == pytest.approx(end.batches * 2.0 * 3 / sum(speeds), rel=0.05)
-    assert moments[-2].bytes_up == pytest.approx(3 * moments[-2].rounds * 41e6, rel=0.01)
-    assert end.evaluation["val_loss"] < 0.9 * moments[0].loss
+    assert states[-2].bytes_up == pytest.approx(3 * states[-2].rounds * 41e6, rel=0.01)
+    assert end.evaluation["val_loss"] < 0.9 * states[0].loss
     assert (end.preemptions, end.faults) == (0, {})
 
 
@@ -87,24 +87,24 @@ def test_two_plays_are_the_same(tmp_path: Path) -> None:
 
 
 def test_with_overlap_miners_compute_all_the_time(tmp_path: Path) -> None:
-    moments = play(tmp_path, CALM, 600.0, overlap=1)
-    assert moments[-2].utilisation(moments[1]) > 0.97
+    states = play(tmp_path, STEADY, 600.0, overlap=1)
+    assert states[-2].utilisation(states[1]) > 0.97
     accepted(tmp_path)
 
 
-def test_who_is_told_to_end_hands_over_what_was_done(tmp_path: Path) -> None:
+def test_a_miner_with_notice_hands_over_what_it_has_done(tmp_path: Path) -> None:
     trace = [Interval("m0", 0.0, 1e6)]
     for start in (0.0, 250.0, 500.0):
         trace += [Interval("m1", start, start + 137.0), Interval("m2", start + 40.0, start + 181.0)]
-    moments = play(tmp_path, trace, 930.0)
-    end = moments[-1]
+    states = play(tmp_path, trace, 930.0)
+    end = states[-1]
     assert end.preemptions == 6
     assert end.batches - end.accepted <= end.preemptions  # at most one a preemption
     assert not end.faults
     accepted(tmp_path)
 
 
-def test_who_is_killed_loses_its_round_and_nothing_else(tmp_path: Path) -> None:
+def test_a_killed_miner_loses_only_its_round(tmp_path: Path) -> None:
     trace = [Interval("m0", 0.0, 1e6), Interval("m1", 0.0, 130.0, ending="kill"), Interval("m1", 400.0, 1e6)]
     end = play(tmp_path, trace, 700.0)[-1]
     assert end.preemptions == 1
@@ -114,7 +114,7 @@ def test_who_is_killed_loses_its_round_and_nothing_else(tmp_path: Path) -> None:
     accepted(tmp_path)
 
 
-def test_a_line_that_was_cut_leaves_the_machine_at_work(tmp_path: Path) -> None:
+def test_a_miner_works_on_while_its_link_is_cut(tmp_path: Path) -> None:
     trace = [Interval("m0", 0.0, 1e6), Interval("m1", 0.0, 100.0, ending="cut"), Interval("m1", 150.0, 1e6)]
     end = play(tmp_path, trace, 400.0)[-1]
     assert end.preemptions == 0
@@ -122,11 +122,11 @@ def test_a_line_that_was_cut_leaves_the_machine_at_work(tmp_path: Path) -> None:
     accepted(tmp_path)
 
 
-def test_nobody_there_for_hours_is_no_end(tmp_path: Path) -> None:
+def test_hours_without_miners_do_not_end_the_run(tmp_path: Path) -> None:
     trace = [Interval("m0", 0.0, 100.0), Interval("m0", 3 * HOUR_S, 3 * HOUR_S + 500.0)]
-    moments = play(tmp_path, trace, 4 * HOUR_S)
-    assert moments[-1].time == pytest.approx(4 * HOUR_S, abs=30)
-    assert moments[-1].accepted > 200
+    states = play(tmp_path, trace, 4 * HOUR_S)
+    assert states[-1].time == pytest.approx(4 * HOUR_S, abs=30)
+    assert states[-1].accepted > 200
     accepted(tmp_path)
 
 
@@ -137,10 +137,10 @@ def test_a_trace_names_speeds_and_links(tmp_path: Path) -> None:
     assert 0.3 < end.utilisation() < 1 - 2 * 16.4 / 60
 
 
-def test_our_own_fault_in_a_miner_ends_the_play(tmp_path: Path) -> None:
+def test_an_error_in_a_miner_ends_the_simulation(tmp_path: Path) -> None:
     async def main() -> None:
         task = Quadratic.prepare(QuadraticConfig(), seed=0, cache=tmp_path / "cache")
-        world = World(tmp_path, task, AdamWConfig(), TERMS, Conditions(COSTS, LINK), CALM, 50)
+        world = World(tmp_path, task, AdamWConfig(), POLICY, Conditions(COSTS, LINK), STEADY, 50)
 
         def sabotage() -> None:
             worker = world.machines[0].worker
@@ -155,7 +155,7 @@ def test_our_own_fault_in_a_miner_ends_the_play(tmp_path: Path) -> None:
         run(main())
 
 
-def test_costs_are_charged_never_measured_on_the_way() -> None:
+def test_costs_are_charged_to_the_virtual_clock() -> None:
     spent: list[tuple[str, float]] = []
 
     async def main() -> float:
@@ -173,7 +173,7 @@ def test_costs_are_charged_never_measured_on_the_way() -> None:
     assert spent == [("batch", 6.0), ("load", 0.5), ("evaluate", 7.0), ("batch", 1.0)]
 
 
-def test_measuring_names_every_cost(tmp_path: Path) -> None:
+def test_measure_returns_every_cost(tmp_path: Path) -> None:
     task = Quadratic.prepare(QuadraticConfig(), seed=0, cache=tmp_path)
     measured = measure(task, AdamWConfig(), "fp32", "bf16")
     assert {"spread", *measured} == set(CostConfig.__dataclass_fields__)
@@ -182,13 +182,13 @@ def test_measuring_names_every_cost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"batch": 0.0}, {"load": -1.0}, {"step": float("nan")}, {"spread": float("inf")}])
-def test_costs_that_cannot_be(wrong: dict[str, float]) -> None:
+def test_impossible_costs_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=rf"--costs.{next(iter(wrong))}"):
         CostConfig(**wrong)
 
 
-def test_costs_follow_the_codecs_where_nothing_else_is_said() -> None:
-    costs = CostConfig(verify=0.5).settled("ternary-rc", "2bit")
+def test_costs_follow_the_codecs_unless_given() -> None:
+    costs = CostConfig(verify=0.5).for_codecs("ternary-rc", "2bit")
     assert costs.verify == 0.5
     for seconds in (costs.load, costs.encode, costs.broadcast, costs.aggregate):
         assert seconds is not None
