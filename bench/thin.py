@@ -22,10 +22,10 @@ import torch
 from bench import Figure
 from pilot.app.build_validator import link_watch
 from pilot.app.training_flags import RoundConfig
-from pilot.codec import load_codec
+from pilot.codec import CodecCost, load_codec
 from pilot.common.units import fp32_megabytes
 from pilot.market.link_budget import Rate
-from pilot.simulation.costs import CodecCost, CostConfig, codec_phases, measure_codec
+from pilot.simulation.costs import CostConfig, codec_phases, measure_codec
 from pilot.simulation.link_model import LinkSpec
 from pilot.simulation.network import run
 from pilot.simulation.traces import HOUR_S, make_trace

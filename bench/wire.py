@@ -77,12 +77,10 @@ SYNC, SMALL = Variant("gradient", *FP32), Variant("gradient", "ternary-rc", "2bi
 DENSE_DILOCO, DILOCO = Variant("diloco", *FP32), Variant("diloco", "2bit", "2bit")
 SHORT = STEPS // 8
 OTHERS = (
-    *(("gradient", up, "2bit") for up in ("bf16", "int4", "ternary", "ternary-rc", "2bit", "1bit")),
-    *(("gradient", f"topk{k}+entropy", "2bit") for k in (512, 64)),
+    *(("gradient", up, "2bit") for up in ("bf16", "int4", "ternary-rc", "2bit", "1bit", "topk64")),
     ("gradient", *FP32),
-    ("gradient", "ternary-rc+entropy", "2bit+entropy"),
     ("gradient", "ternary-rc", "1bit"),
-    *(("diloco", codec, "2bit") for codec in ("2bit", "ternary-rc", "topk256+entropy", "topk64+entropy")),
+    *(("diloco", codec, "2bit") for codec in ("2bit", "ternary-rc", "topk64")),
     ("diloco", *FP32),
 )
 CURVES = [Variant(mode, up, down, SHORT, SEEDS[0]) for mode, up, down in OTHERS]
@@ -175,11 +173,11 @@ def play(variant: Variant, text: str) -> Outcome:
 
 
 def code() -> str:
-    """What a run's losses and bytes follow from."""
+    """Return a digest of the code that a run's losses and bytes depend on."""
     from protocol import Hasher
 
     hasher, src = Hasher("code"), Path(__file__).resolve().parent.parent / "src"
-    for part in ("codec", "aggregation", "market", "tasks"):
+    for part in ("pilot/codec", "pilot/aggregation", "pilot/market", "tasks"):
         for path in sorted((src / part).glob("*.py")):
             hasher.update(path.read_bytes())
     return hasher.hexdigest()[:12]

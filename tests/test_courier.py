@@ -56,7 +56,7 @@ def place(folder: Path, task: GPT2, loses: Callable[[Receipt], bool], **policy: 
         networks.append(Lossy(loopback, loses))
         return networks[-1]
 
-    defaults: dict[str, Any] = {"codec_up": "ternary", "feedback": 0.9}
+    defaults: dict[str, Any] = {"codec_up": "ternary-rc", "feedback": 0.9}
     return make_place(folder, task, network=network, **(defaults | policy)), networks[-1]
 
 

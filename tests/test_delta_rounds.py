@@ -17,7 +17,7 @@ from tests.test_round import Dying
 from tests.tiny import MINERS, Place, make_place, receipts, tiny_task
 
 STATE = 89_384  # bytes of the model in fp32
-DELTA = {"broadcast": "delta", "codec_down": "2bit", "codec_up": "ternary", "digest_every": 1}
+DELTA = {"broadcast": "delta", "codec_down": "2bit", "codec_up": "ternary-rc", "digest_every": 1}
 
 
 @pytest.fixture(scope="module")

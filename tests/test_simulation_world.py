@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from pilot.codec import known_codecs
+from pilot.codec import BITS, known_codecs
+from pilot.codec import COSTS as CODEC_COSTS
 from pilot.market.scheduling import RoundPolicy
-from pilot.simulation.costs import CODECS, CostConfig, measure
+from pilot.simulation.costs import CostConfig, measure
 from pilot.simulation.link_model import LinkSpec
 from pilot.simulation.network import run
 from pilot.simulation.traces import HOUR_S, Interval, make_trace
@@ -194,4 +195,4 @@ def test_costs_follow_the_codecs_unless_given() -> None:
         assert seconds is not None
         assert seconds > 0
     assert costs.validator.encode == costs.broadcast != costs.encode
-    assert CODECS.keys() == set(known_codecs())
+    assert CODEC_COSTS.keys() == BITS.keys() == set(known_codecs())

@@ -94,7 +94,8 @@ class TernaryRowColumn(Coded):
         if row.device.type == "cpu":  # torch has no fast division of bytes there
             upper = row.numpy() // np.uint8(3**plane)
             return torch.from_numpy(upper - upper // np.uint8(3) * np.uint8(3))
-        return (row // 3**plane).remainder(3)
+        weight: int = 3**plane
+        return row // weight % 3
 
     def scale_bytes(self, specs: Specs) -> int:
         return 2 * Factors(specs).scales

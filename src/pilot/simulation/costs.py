@@ -1,8 +1,8 @@
 """Charge the time that computing takes in a simulation to the virtual clock, from a table of costs.
 
 The defaults were measured once with `measure`, on one core of a server: GPT-2 "small" with 256 tokens on one sequence
-of 1,024 tokens, an optimizer's step, and each codec on 124 million values. A megabyte counts fp32 values, however few
-bytes encode them, and of the model that is simulated, however small the one that runs.
+of 1,024 tokens, and an optimizer's step; `pilot.codec` has those of the codecs. A megabyte counts fp32 values, however
+few bytes encode them, and of the model that is simulated, however small the one that runs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from pilot.codec import COSTS, CodecCost
 from pilot.common.units import fp32_megabytes
 from pilot.training.executor import Charge
 from protocol import digest
@@ -25,26 +26,6 @@ if TYPE_CHECKING:
     from tasks import Task
 
 COUNTED = ("batch", "score", "evaluate")  # phases that cost seconds each; all others cost seconds per megabyte
-
-
-class CodecCost(NamedTuple):
-    """Seconds per megabyte of fp32."""
-
-    encode: float  # including the digest of the bytes
-    check: float
-    add: float  # decode, and add to other tensors
-
-
-CODECS = {
-    "fp32": CodecCost(0.00025, 0.00017, 0.00010),
-    "bf16": CodecCost(0.00015, 0.00015, 0.00015),
-    "int8": CodecCost(0.00033, 0.00009, 0.00010),
-    "int4": CodecCost(0.00025, 0.00012, 0.00013),
-    "2bit": CodecCost(0.00037, 0.00012, 0.00014),
-    "ternary-rc": CodecCost(0.00057, 0.00022, 0.00020),
-    "1bit": CodecCost(0.00021, 0.00012, 0.00014),
-    "topk64": CodecCost(0.00048, 0.00003, 0.00010),
-}
 
 
 @dataclass(frozen=True)
@@ -97,7 +78,7 @@ class CostConfig:
 
     def for_codecs(self, up: str, down: str) -> Self:
         """Return the costs with each None replaced by what these codecs take."""
-        taken = codec_phases(CODECS[up], CODECS[down])
+        taken = codec_phases(COSTS[up], COSTS[down])
         return replace(self, **{name: value for name, value in taken.items() if getattr(self, name) is None})
 
     @property
