@@ -1,4 +1,4 @@
-"""The parts of a validator, made from its flags: keys, task, doors, network, the market as the ledger left it."""
+"""Build the parts of a validator from its flags: store, task, network, server, and the market as the ledger left it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import AsyncExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pilot.app import cli
+from pilot.app import cli, run_folder
 from pilot.app.validator_flags import ValidatorConfig
+from pilot.common.addresses import is_loopback
 from protocol import Health, Hotkey
 
 if TYPE_CHECKING:
     import torch
 
+    from pilot.app.local_miners import LocalMiners
     from pilot.app.training_flags import RoundConfig
     from pilot.display.console import Console
+    from pilot.display.metrics import Metrics
     from pilot.interfaces import MinerState
     from pilot.market.link_budget import LinkWatch
     from pilot.market.round import Market, Network
@@ -33,34 +37,124 @@ if TYPE_CHECKING:
     from tasks import Task
 
 
-def prepare_task(config: ValidatorConfig, device: torch.device, console: Console) -> Task:
+@dataclass
+class Validator:
+    """The parts of a validator. `stack` of `build_validator` closes them."""
+
+    config: ValidatorConfig
+    folder: Path
+    device: torch.device
+    task: Task
+    store: RunStore
+    metrics: Metrics
+    console: Console
+    network: Dendrite
+    market: Market
+    local: LocalMiners
+    connections: AsyncExitStack
+
+    async def disconnect(self) -> None:
+        """Close the market, the server and the network, and stop the local miners."""
+        await self.connections.aclose()
+        self.local.stop()
+
+
+async def build_validator(config: ValidatorConfig, program: str, stack: AsyncExitStack) -> Validator:
+    """Build a validator. A mistake of the user's ends the program with one line and exit code 2."""
+    from pilot.app.local_miners import LocalMiners
+    from pilot.display.console import Console
+    from pilot.display.metrics import Metrics
+    from pilot.storage.run_store import detecting_full_disk
+    from pilot.transport.client.dendrite import parse_endpoint
+    from pilot.transport.server.admission import Admission, AxonsFile
     from tasks import load_task
 
-    flags, cache = getattr(config, config.task), config.cache.expanduser()
-    return load_task(config.task).prepare(flags, seed=config.seed, cache=cache, device=device, progress=console.say)
+    with cli.mistakes(program):
+        folder = run_folder.folder_of(config)
+        endpoints = [parse_endpoint(axon, tls=config.tls_ca is not None) for axon in config.axons]
+        device = cli.pick_device(config.device)
+        cli.set_threads(config.threads)
+        cli.reuse_memory()
+        console = stack.enter_context(Console(config.rounds, config.logging.debug))
+        listed = AxonsFile(config.axons_file, config.tls_ca is not None, console.say) if config.axons_file else None
+        admission = Admission(config.admit, console.say, time.monotonic) if config.admit else None
+        keypair = _load_keypair(config, [*endpoints, *(listed.endpoints if listed else ())], console)
+
+        stack.enter_context(detecting_full_disk(folder))
+        store = stack.enter_context(closing(run_folder.open_store(config, folder)))
+        local = stack.enter_context(  # miners import their libraries while we prepare the task
+            LocalMiners(config.local, folder / "miners", config.task, config.device, config.threads)
+        )
+        task = load_task(config.task).prepare(
+            getattr(config, config.task),
+            seed=config.seed,
+            cache=config.cache.expanduser(),
+            device=device,
+            progress=console.say,
+        )
+        metrics = stack.enter_context(closing(Metrics(folder, config.wandb.mode, config.wandb.project, folder.name)))
+        tensors = stack.enter_context(ThreadPoolExecutor(1, "tensors"))
+        connections = AsyncExitStack()
+        stack.push_async_callback(connections.aclose)
+        endpoints += map(parse_endpoint, local.endpoints(console.say))
+        network = await _start_network(config, folder, keypair, endpoints, listed, store, console)
+        connections.push_async_callback(network.close)
+        server = await _start_server(config, folder, keypair, admission, store, console)
+        if server is not None:  # it passes requests on to the network, so it closes first
+            connections.push_async_callback(server.close)
+        await _wait_for_miners(config, folder, network, endpoints, listed, server, console)
+        run_folder.begin(config, store, task.data_digest)
+
+        market = await restored_market(config, folder, task, network, store, tensors, console)
+        connections.push_async_callback(market.close)
+    return Validator(config, folder, device, task, store, metrics, console, network, market, local, connections)
 
 
-def watched_files(config: ValidatorConfig, console: Console) -> tuple[AxonsFile | None, Admission | None]:
-    """What --axons-file and --admit name."""
-    from pilot.transport.server.admission import Admission, AxonsFile
-
-    listed = AxonsFile(config.axons_file, config.tls_ca is not None, console.say) if config.axons_file else None
-    return listed, Admission(config.admit, console.say, time.monotonic) if config.admit else None
-
-
-def signing_key(config: ValidatorConfig, endpoints: Sequence[Endpoint], console: Console) -> Keypair:
-    """The wallet's hotkey, made where it is missing and every miner is on this machine."""
-    from pilot.common.addresses import is_loopback
+def _load_keypair(config: ValidatorConfig, endpoints: Sequence[Endpoint], console: Console) -> Keypair:
+    """Load the wallet's hotkey. A missing one is created if every miner is on this machine."""
     from pilot.transport.wallets import load_keypair
 
-    loopback = all(endpoint.is_loopback for endpoint in endpoints)
-    if config.admit:
-        loopback = loopback and is_loopback(config.serve.ip)
+    local = all(endpoint.is_loopback for endpoint in endpoints) and (not config.admit or is_loopback(config.serve.ip))
     wallet = config.wallet
-    return load_keypair(wallet.name, wallet.hotkey, str(wallet.path), create=loopback, say=console.say)
+    return load_keypair(wallet.name, wallet.hotkey, str(wallet.path), create=local, say=console.say)
 
 
-async def serve_status(
+async def _start_network(
+    config: ValidatorConfig,
+    folder: Path,
+    keypair: Keypair,
+    endpoints: Sequence[Endpoint],
+    listed: AxonsFile | None,
+    store: RunStore,
+    console: Console,
+) -> Dendrite:
+    """Begin to greet the miners that --axons, --axons-file and --local name."""
+    from pilot.common.files import replacing
+    from pilot.transport.client.dendrite import Dendrite
+    from pilot.transport.tls import client_context
+
+    pins = folder / "peers.json"  # which hotkey answers at which endpoint
+
+    def save_pins(hotkeys: dict[str, Hotkey]) -> None:
+        with replacing(pins) as file:
+            file.write(json.dumps(hotkeys, indent=2).encode())
+
+    network = Dendrite(
+        keypair,
+        tuple(dict.fromkeys([*endpoints, *(listed.endpoints if listed else ())])),
+        json.loads(pins.read_text()) if pins.exists() else {},
+        save_pins,
+        config.task,
+        console.say,
+        config.limits,
+        lambda path, size: store.spool.reserve(path, size, config.limits),
+        client_context(config.tls_ca.expanduser()) if config.tls_ca else None,
+    )
+    await network.start()
+    return network
+
+
+async def _start_server(
     config: ValidatorConfig,
     folder: Path,
     keypair: Keypair,
@@ -68,7 +162,7 @@ async def serve_status(
     store: RunStore,
     console: Console,
 ) -> HealthServer | Gateway | None:
-    """GET /v1/status, where --serve.port asks for it; with --admit miners announce themselves there, and pull."""
+    """Serve GET /v1/status if --serve.port asks for it; with --admit miners also register and pull orders there."""
     from pilot.transport.server.gateway import Gateway
     from pilot.transport.server.health import HealthServer
     from pilot.transport.tls import server_context
@@ -92,75 +186,49 @@ async def serve_status(
 
     server: HealthServer | Gateway
     tls = server_context(serve.tls_cert, serve.tls_key, "serve") if serve.tls_cert and serve.tls_key else None
-    place = (health, serve.ip, serve.port, config.limits, tls)
+    common = (health, serve.ip, serve.port, config.limits, tls)
     if admission is not None:
-        server = Gateway(keypair, config.task, admission, *place, reaches_tls=config.tls_ca is not None)
+        server = Gateway(keypair, config.task, admission, *common, reaches_tls=config.tls_ca is not None)
     else:
-        server = HealthServer(*place)
-    at = f"{f'[{serve.ip}]' if ':' in serve.ip else serve.ip}:{await server.start()}"
-    console.say(f"status at http{'s' if tls else ''}://{at}/v1/status")
+        server = HealthServer(*common)
+    address = f"{f'[{serve.ip}]' if ':' in serve.ip else serve.ip}:{await server.start()}"
+    console.say(f"status at http{'s' if tls else ''}://{address}/v1/status")
     if admission is not None:
         trust = " --tls-ca FILE" if tls else ""
-        console.say(f"miners come by: python src/miner.py --validator {at}@{keypair.ss58_address}{trust}")
+        console.say(f"miners join with: python src/miner.py --validator {address}@{keypair.ss58_address}{trust}")
     return server
 
 
-async def connect(
+async def _wait_for_miners(
     config: ValidatorConfig,
     folder: Path,
-    keypair: Keypair,
+    network: Dendrite,
     endpoints: Sequence[Endpoint],
     listed: AxonsFile | None,
-    status: HealthServer | Gateway | None,
-    store: RunStore,
+    server: HealthServer | Gateway | None,
     console: Console,
-) -> Dendrite:
-    """Says hello to the miners. ValueError where not one answers in time, and none may come later."""
-    from pilot.transport.client.dendrite import Dendrite
+) -> None:
+    """Wait until the named miners answer. Raises ValueError if none does in time and none can join later."""
     from pilot.transport.server.gateway import Gateway
-    from pilot.transport.tls import client_context
 
-    pins = folder / "peers.json"  # which hotkey answers at which endpoint
-    known = tuple(dict.fromkeys([*endpoints, *(listed.endpoints if listed else ())]))
-    network = Dendrite(
-        keypair,
-        known,
-        json.loads(pins.read_text()) if pins.exists() else {},
-        partial(save_pins, pins),
-        config.task,
-        console.say,
-        config.limits,
-        lambda path, size: store.spool.reserve(path, size, config.limits),
-        client_context(config.tls_ca.expanduser()) if config.tls_ca else None,
-    )
-    await network.start()
-    later = []  # where more may come from
+    named = list(dict.fromkeys([*endpoints, *(listed.endpoints if listed else ())]))
+    sources = []  # from which miners may join later
     if listed is not None:
         network.attend(listed.follow(network, tuple(endpoints)))
-        later.append(f"--axons-file {config.axons_file}")
-    if isinstance(status, Gateway):
-        status.attach(network)
-        later.append("announcements")
-    there = await network.wait_for_peers(len(known), config.connect_timeout) if known else 0
-    if not there and later:
-        console.say(f"no miner is there yet: waits for {' and '.join(later)}; run folder {folder}")
-    elif not there:
-        await network.close()
-        axons = " ".join(map(str, known))
-        raise ValueError(
-            f"--axons {axons}: no miner answered within --connect-timeout {config.connect_timeout:g} s; "
-            "start one with python src/miner.py --axon.port PORT"
-        )
+        sources.append(f"--axons-file {config.axons_file}")
+    if isinstance(server, Gateway):
+        server.attach(network)
+        sources.append("announcements")
+    found = await network.wait_for_peers(len(named), config.connect_timeout) if named else 0
+    if found:
+        console.say(f"{found} of {len(named)} miners are there; run folder {folder}")
+    elif sources:
+        console.say(f"no miner is there yet: waits for {' and '.join(sources)}; run folder {folder}")
     else:
-        console.say(f"{there} of {len(known)} miners are there; run folder {folder}")
-    return network
-
-
-def save_pins(path: Path, pins: dict[str, Hotkey]) -> None:
-    from pilot.common.files import replacing
-
-    with replacing(path) as file:
-        file.write(json.dumps(pins, indent=2).encode())
+        raise ValueError(
+            f"--axons {' '.join(map(str, named))}: no miner answered within --connect-timeout "
+            f"{config.connect_timeout:g} s; start one with python src/miner.py --axon.port PORT"
+        )
 
 
 async def restored_market(
@@ -172,7 +240,7 @@ async def restored_market(
     tensors: ThreadPoolExecutor,
     console: Console,
 ) -> Market:
-    """The market as the run's ledger left it: the newest whole snapshot, and the committed rounds after it."""
+    """Restore the market from the newest intact snapshot and the rounds committed after it. Raises ValueError."""
     from pilot.aggregation import load_aggregator
     from pilot.codec import load_codec
     from pilot.market.round import Market
@@ -210,35 +278,6 @@ async def restored_market(
     return market
 
 
-def check(config: ValidatorConfig) -> None:
-    """Mistakes that can be seen without importing anything heavy."""
-    from pilot.market.measures import load_measures
-    from pilot.ranking import load_ranker
-    from pilot.transport.tls import check_pair
-
-    config.check_rounds()
-    load_measures(load_ranker(config.ranking))
-    config.check_task()
-    flags = cli.flatten(config)
-    least = {"rounds": 1, "patience": 1, "local": 0, "eval_every": 0, "snapshot_every": 1, "snapshot_keep": 2,
-             "connect_timeout": 0.1}  # fmt: skip
-    for flag, value in least.items():
-        if flags[flag] < value:
-            raise ValueError(f"--{flag.replace('_', '-')} {flags[flag]}: must be {value} or more")
-    config.limits.check()
-    cli.check_port("serve.port", config.serve.port or 0)
-    check_pair(config.serve.tls_cert, config.serve.tls_key, "serve")
-    if config.serve.port is None:
-        for flag, given in ((f"--admit {config.admit}", config.admit), ("--serve.tls-cert", config.serve.tls_cert)):
-            if given:
-                raise ValueError(f"{flag}: nothing is served; choose a --serve.port, 0 for any free one")
-    if not (config.axons or config.axons_file or config.local or config.admit):
-        raise ValueError(
-            "--axons: no miner named; give the ports of your miners, or --local 2 for two of this machine, "
-            "--axons-file FILE, or --serve.port with --admit"
-        )
-
-
 def link_watch(
     config: RoundConfig,
     learner: Learner,
@@ -246,7 +285,7 @@ def link_watch(
     say: Callable[[str], object],
     scale: float = 1.0,
 ) -> LinkWatch:
-    """Make the watch that the flags ask for; each value of the learner's model counts `scale` times."""
+    """Return the watch over the miners' links that the flags ask for; the model counts as `scale` times its size."""
     from pilot.market.link_budget import LinkBudget, LinkWatch
 
     up, down = config.codecs

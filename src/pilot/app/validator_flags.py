@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pilot.app.cli import check_port
 from pilot.app.training_flags import (
     LIMITS,
     MINERS,
@@ -17,7 +18,7 @@ from pilot.app.training_flags import (
     WalletConfig,
     WandbConfig,
 )
-from pilot.common.flags import arg, nested
+from pilot.common.flags import arg, nested, option
 from pilot.common.limits import Limits
 
 
@@ -80,3 +81,29 @@ class ValidatorConfig(RoundConfig):
     """Train without miners afterwards, to compare. It uses the batches that were accepted, and plots both losses."""
     config: Path | None = arg(None, RUN, short=True, resume="command")
     """JSON file of flags (experiments/demo.json). Flags on the command line override it."""
+
+    def check(self) -> None:
+        """Raise ValueError for mistakes that can be found without importing torch."""
+        from pilot.market.measures import load_measures
+        from pilot.ranking import load_ranker
+        from pilot.transport.tls import check_pair
+
+        self.check_rounds()
+        load_measures(load_ranker(self.ranking))
+        self.check_task()
+        least = {"rounds": 1, "patience": 1, "local": 0, "eval_every": 0, "snapshot_every": 1, "snapshot_keep": 2}
+        for name, minimum in {**least, "connect_timeout": 0.1}.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{option(name)} {getattr(self, name)}: must be {minimum} or more")
+        self.limits.check()
+        check_port("serve.port", self.serve.port or 0)
+        check_pair(self.serve.tls_cert, self.serve.tls_key, "serve")
+        if self.serve.port is None:
+            for given, value in ((f"--admit {self.admit}", self.admit), ("--serve.tls-cert", self.serve.tls_cert)):
+                if value:
+                    raise ValueError(f"{given}: nothing is served; choose a --serve.port, 0 for any free one")
+        if not (self.axons or self.axons_file or self.local or self.admit):
+            raise ValueError(
+                "--axons: no miner named; give the ports of your miners, or --local 2 for two of this machine, "
+                "--axons-file FILE, or --serve.port with --admit"
+            )
