@@ -1,5 +1,5 @@
-# Two commands do all the set-up on a machine with Python 3.11 to 3.13, git and make: `make demo` and `make test`.
-# The tokenizer rustbpe is built where there is cargo of Rust 1.88 or newer; without it all but the tokenizer, and so nanochat, works.
+# `make demo` and `make test` set up everything they need on a machine with Python 3.11 to 3.13, git and make.
+# The tokenizer rustbpe is built if cargo of Rust 1.88 or newer is installed; without it everything but nanochat works.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,17 +15,17 @@ CRATE := $(wildcard rustbpe/Cargo.* rustbpe/pyproject.toml rustbpe/rustbpe.pyi r
 PILOT_DATA ?= $(abspath $(wildcard ../shared/data))
 export PILOT_DATA
 
-# Cargo in the crate, where there is cargo.
+# Run cargo in the crate, if there is cargo.
 cargo = $(if $(CARGO),cd rustbpe && PATH="$(dir $(CARGO)):$$PATH" PYO3_PYTHON="$(CURDIR)/$(BIN)/python" $(CARGO) $(1),@true)
 
 .PHONY: help setup demo test test-slow fuzz lint format bench lock clean
 
 help:
-	@echo "make demo       two miners on this machine train a GPT-2 on real text, with the plain baseline beside it"
-	@echo "make test       the tests (minutes);  make test-slow  the rest of them"
-	@echo "make fuzz       over a million hostile inputs for the parsers of untrusted bytes (minutes)"
-	@echo "make lint       ruff and mypy;        make format     let ruff lay the code out"
-	@echo "make bench      every figure of the README, into bench/results.jsonl"
+	@echo "make demo       train a GPT-2 on real text with two miners on this machine, and compare with plain training"
+	@echo "make test       run the tests (minutes);  make test-slow  run the slow ones"
+	@echo "make fuzz       feed over a million hostile inputs to the parsers of untrusted bytes (minutes)"
+	@echo "make lint       run ruff and mypy;        make format     format the code with ruff"
+	@echo "make bench      measure every figure of the docs, into bench/results.jsonl"
 	@echo "make lock       compile requirements.txt from pyproject.toml"
 
 setup: $(READY)
@@ -35,10 +35,10 @@ $(INSTALLED): requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --requirement requirements.txt
-	@$(BIN)/python -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("purelib"), "pilot.pth").write_text(str(pathlib.Path("src").resolve()) + "\n")'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $(INSTALLED)
 
-# Not built, it is tried again by the next make.
+# If the build fails, the next make tries again.
 $(READY): $(INSTALLED) $(CRATE)
 ifdef CARGO
 	@echo "make: building rustbpe, the tokenizer (a minute)"
@@ -46,9 +46,9 @@ ifdef CARGO
 	@if PATH="$(dir $(CARGO)):$$PATH" $(BIN)/maturin build --quiet --release --locked --manifest-path rustbpe/Cargo.toml \
 			--interpreter $(BIN)/python --out build/wheels \
 		&& $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-index --reinstall build/wheels/*.whl; \
-	then touch $(READY); else echo "make: rustbpe was not built; all but the tokenizer, and so nanochat, works"; fi
+	then touch $(READY); else echo "make: rustbpe was not built; everything but nanochat works"; fi
 else
-	@echo "make: no cargo of 1.88 or newer, so the tokenizer, which nanochat needs, is not built; with Rust from https://rustup.rs, make setup builds it"
+	@echo "make: no cargo of 1.88 or newer, so nanochat's tokenizer is not built; install Rust from https://rustup.rs and run make setup"
 endif
 
 demo: $(READY)

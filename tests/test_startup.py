@@ -45,7 +45,7 @@ finally:
 # Units of numbers. The help of a number that names none of these leaves its reader guessing.
 UNITS = re.compile(
     r"seconds|rounds?|micro-batch|sequences|tokens|bytes|documents|snapshots|threads|port|process(es)?\b|seed"
-    r"|fraction|share|decay|norm|rate|added to|connections|requests|layers?|heads?\b|steps?|checkpoints",
+    r"|fraction|share|decay|norm|rate|added to|connections|requests|layers?|heads?\b|steps?|checkpoints|logarithm",
     re.IGNORECASE,
 )
 

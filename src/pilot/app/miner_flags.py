@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from pilot.app.cli import check_compiler, check_port
 from pilot.app.training_flags import LIMITS, NETWORK, SHOW, LoggingConfig, WalletConfig
+from pilot.common.addresses import is_loopback
 from pilot.common.flags import arg, nested
 from pilot.common.limits import Limits
 
@@ -68,3 +70,32 @@ class MinerConfig:
     """Process id to stop with. 0: none. The validator's --local sets it."""
     config: Path | None = arg(None, SHOW, short=True, resume="command")
     """JSON file of flags. Flags on the command line override it."""
+
+    def check(self) -> None:
+        """Raise ValueError for mistakes that can be found without importing torch."""
+        from pilot.transport.tls import check_pair
+        from tasks import TASKS
+
+        for task in self.tasks:
+            if task not in TASKS:
+                raise ValueError(f"--tasks {task}: unknown; known: {', '.join(TASKS)}")
+        if self.compile:
+            check_compiler()
+        check_port("axon.port", self.axon.port)
+        self.limits.check()
+        if not self.grace >= 0:
+            raise ValueError(f"--grace {self.grace}: must be 0 or more")
+        check_pair(self.axon.tls_cert, self.axon.tls_key, "axon")
+        if self.pull and self.axon.tls_cert:
+            raise ValueError(
+                "--axon.tls-cert: nothing is served with --pull; --tls-ca is for reaching the validator by TLS"
+            )
+        for name, given in (("--pull", self.pull), ("--tls-ca", self.tls_ca)):
+            if given and not self.validator:
+                raise ValueError(f"{name}: needs a validator; name it with --validator host:port@ss58")
+        if not is_loopback(self.axon.ip) and not self.allow and not self.validator:
+            raise ValueError(
+                f"--axon.ip {self.axon.ip}: off loopback anyone can call; name your validators' hotkeys with --allow"
+            )
+        if self.data is not None and not self.data.expanduser().exists():
+            raise ValueError(f"--data {self.data}: no such file or folder")
