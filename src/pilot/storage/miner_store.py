@@ -1,11 +1,11 @@
-"""What a miner keeps between rounds: blobs by digest, the validator it serves, and the receipts it got.
+"""The files that a miner keeps: blobs by digest, the validator that it serves, receipts, and error feedback.
 
-    <cache>/blobs/<kind>/<digest>     verified once, when stored
-    <cache>/validator                 the pinned hotkey
+    <cache>/blobs/<kind>/<digest>     verified when stored
+    <cache>/validator                 the hotkey of the pinned validator
     <cache>/receipts.jsonl            one signed receipt a line
-    <cache>/residual.safetensors      error feedback, where orders ask for it (pilot.storage.residuals)
+    <cache>/residual.safetensors      error feedback, if orders ask for it (pilot.storage.residuals)
 
-Model states are no part of it: a miner holds the one it works on in memory.
+States and deltas of the model are not among them: a miner holds them in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from pilot.common.files import TEMPORARY, make_folder, replacing, sync_file
+from pilot.common.files import TEMPORARY, delete_leftovers, make_folder, replacing, sync_file
 from pilot.interfaces import VerifiedWriter
 from pilot.storage.residuals import ResidualFile
 from protocol import BlobRef, Digest, Hotkey, ProtocolError, Receipt, Signed
@@ -71,14 +71,14 @@ class FileMinerStore:
         self._blobs = make_folder(folder / "blobs")
         self._pin = folder / "validator"
         self._receipts = folder / "receipts.jsonl"
-        self._last: deque[Digest] | None = None  # receipts; None: not looked at yet
+        self._last: deque[Digest] | None = None  # the last receipts; None: not read yet
         self._adding = threading.Lock()
         self.residuals = ResidualFile(folder / "residual.safetensors")
-        for leftover in self._blobs.glob("*/*" + TEMPORARY):
-            _delete_unless_written(leftover)
+        for kind in self._blobs.iterdir():
+            delete_leftovers(kind)
 
     def blob(self, ref: BlobRef) -> Path | None:
-        """The blob's file, verified when it was stored; None where it is not here. A truncated one is deleted."""
+        """Return the blob's file, which was verified when stored; None if there is none. A truncated one is deleted."""
         path = self._blob_path(ref)
         if not path.is_file():
             return None
@@ -88,20 +88,20 @@ class FileMinerStore:
         return path
 
     def store(self, ref: BlobRef) -> FileBlobWriter:
-        """Begin to store a blob; it is here when the writer's `commit` returns."""
+        """Open a writer for a blob, which is stored when its `commit` returns."""
         path = self._blob_path(ref)
         make_folder(path.parent)
         return FileBlobWriter(ref, path)
 
     def pin(self) -> Hotkey | None:
-        """The validator that this miner serves. Raises ValueError where its file is damaged."""
+        """Return the validator that this miner serves. Raises ValueError if its file is damaged."""
         if not self._pin.is_file():
             return None
         text = self._pin.read_text(errors="replace").strip()
         try:
             return _HOTKEY.validate_python(text)
         except ValidationError:
-            raise ValueError(f"{self._pin}: {text[:60]!r} is no hotkey; pin a validator anew with --unpin") from None
+            raise ValueError(f"{self._pin}: {text[:60]!r} is no hotkey; pin a validator again with --unpin") from None
 
     def set_pin(self, hotkey: Hotkey) -> None:
         with replacing(self._pin) as file:
@@ -111,7 +111,7 @@ class FileMinerStore:
         self._pin.unlink(missing_ok=True)
 
     def add_receipt(self, signed: Signed) -> bool:
-        """Keep the validator's signed word on what became of a reply. False where it is one of the last ones again."""
+        """Keep a receipt, durably. Returns False if it is among the last ones already."""
         with self._adding:
             torn = self._last is None and self._is_torn()
             if self._last is None:
@@ -128,7 +128,7 @@ class FileMinerStore:
             return True
 
     def _is_torn(self) -> bool:
-        """A killed process wrote half of a line."""
+        """Return whether a killed process wrote half of a line."""
         if not self._receipts.is_file() or not self._receipts.stat().st_size:
             return False
         with open(self._receipts, "rb") as file:
@@ -136,7 +136,7 @@ class FileMinerStore:
             return file.read() != b"\n"
 
     def receipts(self) -> list[Signed]:
-        """The last ones, oldest first; what is none is passed over."""
+        """Return the last receipts, oldest first, without lines that are none."""
         if not self._receipts.is_file():
             return []
         kept = []
@@ -150,12 +150,3 @@ class FileMinerStore:
 
     def _blob_path(self, ref: BlobRef) -> Path:
         return self._blobs / ref.kind / ref.digest
-
-
-def _delete_unless_written(path: Path) -> None:
-    with open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        path.unlink(missing_ok=True)
