@@ -271,15 +271,15 @@ def test_forty_columns_without_colours(tmp_path: Path) -> None:
         assert not COLOUR.search(shown.raw)
 
 
-def test_a_display_that_fails_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
-    with Terminal(script("0", "3", "to the end"), tmp_path / "broken", 100, 30) as shown:
+def test_a_failing_display_is_logged_and_the_run_continues(tmp_path: Path) -> None:
+    with Terminal(script("0", "3", "to the end"), tmp_path / "broken", 140, 30) as shown:
         assert shown.wait() == 0
-        assert "ERROR pilot.display.console: the display is not redrawn any more; the run goes on" in shown.said()
+        assert "ERROR pilot.display.console: the display is not redrawn any more; the run continues" in shown.said()
         assert "RuntimeError: no links\ufffd[2J" in shown.said()
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TTY_INTERACTIVE": "0"}])
-def test_a_terminal_that_can_do_nothing_gets_plain_lines(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_dumb_terminal_gets_plain_lines(tmp_path: Path, environment: dict[str, str]) -> None:
     with Terminal(script("3", "3", "to the end"), tmp_path / "dumb", 40, 30, **environment) as shown:
         assert shown.wait() == 0
         assert b"\x1b" not in shown.raw
@@ -293,7 +293,7 @@ def test_a_pipe_gets_plain_lines(colour: dict[str, str]) -> None:
     first, second, *table, last = ended.stdout.splitlines()
     said = (
         "loss 2.500  val 2.250 (miners' 2.375)  123 tokens/s  epoch 3  41/128  late: 7 micro-batches noted  "
-        "3.46 kB up, 78 MB down a miner: 3% of a round at 9.4/123 Mbit/s"
+        "3.46 kB up, 78 MB down a miner: 3% of a round at 9.44/123 Mbit/s"
     )
     assert [first, second] == [f"round {i}/3  {said}" for i in (1, 2)]
     assert re.fullmatch(r"│ 5zz1G+ │ +2 │ 1 LATE, 3 SILENT │", table[-2])

@@ -123,7 +123,9 @@ def test_deltas_and_small_codecs_leave_the_link_idle(tmp_path: Path) -> None:
     rounds = MINERS * (records[-2].round - 1)
     up = sum(int(r.metrics["bytes_up"]) for r in records[2:-1]) / rounds
     down = sum(int(r.metrics["bytes_down"]) for r in records[2:-1]) / rounds
-    assert up == pytest.approx(PARAMETERS * 1.725 / 8, rel=0.03)  # ternary-rc on a vector, which has no columns: blocks of 128
+    assert up == pytest.approx(
+        PARAMETERS * 1.725 / 8, rel=0.03
+    )  # ternary-rc on a vector, which has no columns: blocks of 128
     assert down == pytest.approx(PARAMETERS * bits("2bit") / 8, rel=0.03)
     assert float(records[-1].metrics["utilisation_expected"]) > 0.88
     assert states[-2].utilisation(states[1]) > 0.8

@@ -1,4 +1,4 @@
-"""What came of a run: the table of who did what and earned what, the plain baseline beside it, a summary and a plot."""
+"""Report a finished run: a summary, a table of the miners, the plain baseline, and a plot."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 Curve = list[tuple[float, float]]  # (rounds done, validation loss)
 Row = Mapping[str, float | int | str]  # a round's metrics
 
-# Of the last round: how it was encoded, what the median link carries, and what of a round that takes (pilot.market.link_budget).
+# From the last round: the codecs, the median link, and the share of a round that it takes (pilot.market.link_budget).
 LINKS = ("codec_up", "codec_down", "link_up_mbps", "link_down_mbps", "communication", "utilisation_expected")
-OWN = ("verify", "aggregate", "step", "encode", "evaluate", "commit")  # phases of the validator's own time
+OWN = ("verify", "aggregate", "step", "encode", "evaluate", "commit")  # phases that take the validator's own time
 
 
 def finish(
@@ -41,15 +41,17 @@ def finish(
     console: Console,
     seconds: float,
 ) -> None:
-    """Everything that is shown at the end. `seconds` is what the training took in this process."""
+    """Show and save everything that a run reports at its end. `seconds` is the training time in this process."""
     from pilot.display.plots import loss_plot
     from protocol import ProtocolError
 
     rounds = store.committed(0)
-    looks = sorted(store.ledger.evaluations().items())
-    curve: Curve = [(done, values["val_loss"]) for done, values in looks]
-    replica: Curve = [(done, values["replica_val_loss"]) for done, values in looks if "replica_val_loss" in values]
-    summary = summarised(task, store, rounds, curve, seconds)
+    evaluations = sorted(store.ledger.evaluations().items())
+    curve: Curve = [(done, values["val_loss"]) for done, values in evaluations]
+    replica: Curve = [
+        (done, values["replica_val_loss"]) for done, values in evaluations if "replica_val_loss" in values
+    ]
+    summary = summarise(task, store, rounds, curve, seconds)
     lines: dict[str, Curve] = {"marketplace": curve, **({"miners' replica": replica} if replica else {})}
     if config.baseline:
         try:
@@ -57,7 +59,7 @@ def finish(
                 config, task, device, rounds, console
             )
             summary["baseline_val_loss"] = lines["plain baseline"][-1][1]
-        except ProtocolError as error:  # no room for another model
+        except ProtocolError as error:  # no memory for a second model
             console.say(f"no baseline: {error}")
     totals = store.ledger.totals()
     metrics.summary({**summary, "weights": {t.hotkey: t.weight for t in totals}})
@@ -70,10 +72,10 @@ def finish(
     console.say(f"run folder {folder}, plot {folder / 'loss.png'}")
 
 
-def summarised(
+def summarise(
     task: Task, store: RunStore, rounds: Sequence[RoundRecord], curve: Curve, seconds: float
 ) -> dict[str, object]:
-    """The run in a few figures. Of micro-batches `pilot.storage.ledger.Accounting` says what each figure counts."""
+    """Return the figures of a run; `pilot.storage.ledger.Accounting` describes those of micro-batches."""
     work, busy_s = total(rounds, "work"), total(rounds, "seconds")
     summary: dict[str, object] = {
         "rounds": len(rounds),
@@ -97,7 +99,7 @@ def summarised(
 
 
 def miner_rows(totals: Iterable[MinerTotal], rows: Iterable[Row]) -> list[tuple[str, ...]]:
-    """A row a miner. Utilisation is the mean of the rounds that it answered, where they say it."""
+    """Return a row per miner. Utilisation is the mean over the rounds in which it was measured."""
     used: defaultdict[str, list[float]] = defaultdict(list)
     for row in rows:
         for name in row:
@@ -114,7 +116,7 @@ def miner_rows(totals: Iterable[MinerTotal], rows: Iterable[Row]) -> list[tuple[
 
 
 def own_time(rows: Iterable[Row]) -> str:
-    """What the validator itself did in these rounds, by phase, in one line; empty where they do not say."""
+    """Return the validator's own seconds by phase in one line; "" if they were not measured."""
     seconds: defaultdict[str, float] = defaultdict(float)
     for row in rows:
         for phase in OWN:
@@ -126,7 +128,7 @@ def own_time(rows: Iterable[Row]) -> str:
 def run_baseline(
     config: RoundConfig, task: Task, device: torch.device, rounds: Sequence[RoundRecord], console: Console
 ) -> tuple[Curve, float]:
-    """Plain training on the batches that were accepted: its validation curve by rounds, and its units a second."""
+    """Train plainly on the accepted batches. Returns the validation loss by round, and units per second."""
     from pilot.training.diloco import plain_steps
     from pilot.training.learner import Learner
     from pilot.training.plain_loop import train
@@ -149,7 +151,7 @@ def run_baseline(
 
 
 def save_model(task: Task, learner: Learner, rounds: int, folder: Path) -> Path:
-    """The model as a checkpoint in the run's folder, of which base_eval, or Hugging Face's loaders, make use."""
+    """Save the model into the run's folder as a checkpoint for base_eval or Hugging Face's loaders."""
     from nanochat import checkpoint_manager
 
     meta, files = task.describe()
@@ -162,7 +164,7 @@ def total(rounds: Sequence[RoundRecord], name: str) -> float:
 
 
 def label(name: str) -> str:
-    """Of a figure; what was measured of the model that miners have says so."""
+    """Return the label of a figure; those of the miners' replica are marked."""
     text = name.removeprefix("replica_").replace("_", " ")
     return f"{text}, miners' model" if name.startswith("replica_") else text
 

@@ -1,7 +1,7 @@
-"""What the person at a terminal sees: lines that stay and, below them, a live view; elsewhere only plain lines.
+"""Show a program's progress: on a terminal, lines with a live view below them; elsewhere plain lines.
 
-The view is laid out anew for the terminal's size each time it is drawn: what does not fit is left out, least important
-first, and nothing wraps.
+Each time the view is drawn it is fitted to the terminal's size: the least important parts are left out, and nothing
+wraps.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from protocol import Hotkey, Receipt
 
 logger = logging.getLogger(__name__)
 
-_PLAIN_WIDTH = 160  # columns of a file or a pipe, which has none of its own
-_QUIET_S = 1.0  # plain lines: at most one a second, but every evaluation and the last round
+_PLAIN_WIDTH = 160  # columns of a file or a pipe
+_QUIET_S = 1.0  # seconds between plain lines, except for evaluations and the last round
 _REDRAW_S = 0.25
-_BAR = (8, 20)  # columns: at least this many beside the figures, and at most
-_HOTKEY = 8  # characters of it that tell miners apart
-_FOLDED = 16  # columns that a table's names may be folded to
-_SAID_LINES = 4  # of the terminal's height, kept for what was said last
-_SPEED_ROUNDS = 50  # the ETA is by the mean of that many
-_SHARD = "·▁▂▃▄▅▆▇█"  # nothing of it is done, … all
-_NOISY = ("matplotlib", "PIL", "asyncio", "urllib3", "filelock", "fsspec")  # their DEBUG is not about the run
+_BAR = (8, 20)  # the least and the most columns of the bar
+_HOTKEY = 8  # characters of a hotkey that are shown
+_FOLDED = 16  # the least columns of names in a table, which are folded
+_RESERVED_LINES = 4  # of the terminal, for the newest lines above the view
+_SPEED_ROUNDS = 50  # the ETA uses the mean of the newest so many rounds
+_SHARD = "·▁▂▃▄▅▆▇█"  # from nothing done to all done
+_NOISY = ("matplotlib", "PIL", "asyncio", "urllib3", "filelock", "fsspec")  # whose DEBUG messages are not shown
 
 
 class _Screen:
-    """Lines, logs and a live view, one writer for all, so that none tears another. A context manager.
+    """Writes lines, log records and a live view through one console, so that they do not mix. A context manager.
 
-    Shows what the program logs from WARNING up, or from DEBUG up with `debug`.
+    Shows log records from WARNING up, or from DEBUG up with `debug`.
     """
 
     def __init__(self, debug: bool) -> None:
         self._console = rich.console.Console(highlight=False)
-        if not (self._console.is_terminal and self._console.file.isatty()):  # whatever FORCE_COLOR says
+        if not (self._console.is_terminal and self._console.file.isatty()):  # despite FORCE_COLOR
             self._console = rich.console.Console(
                 highlight=False, width=_PLAIN_WIDTH, force_terminal=False, force_interactive=False
             )
@@ -87,65 +87,69 @@ class _Screen:
         self.stop()
 
     def say(self, line: str) -> None:
-        """One line above the view. What a peer put into it can move no cursor and change no colour."""
+        """Print a line above the view. Control characters, which may come from a peer, are replaced."""
         self._console.print(_text(line), soft_wrap=True)
 
-    def layout(self, width: int, height: int) -> Iterator[RenderableType]:
-        """The view on a terminal of so many columns and lines."""
+    def render(self, width: int, height: int) -> Iterator[RenderableType]:
+        """Yield the view for a terminal of so many columns and lines."""
         raise NotImplementedError
 
     def __rich_console__(
         self, console: rich.console.Console, options: rich.console.ConsoleOptions
     ) -> rich.console.RenderResult:
-        yield from self.layout(*options.size)
+        yield from self.render(*options.size)
 
     @contextlib.asynccontextmanager
-    async def _redrawn(self, look: Callable[[], None]) -> AsyncIterator[None]:
-        """On a terminal, looks and draws a few times a second while the block runs; elsewhere does nothing."""
+    async def _redrawing(self, update: Callable[[], None]) -> AsyncIterator[None]:
+        """On a terminal, call `update` and redraw a few times a second while the block runs."""
         if not self.live:
             yield
             return
-        drawing = asyncio.create_task(self._draw(look))
-        drawing.add_done_callback(_drawn)
+        drawing = asyncio.create_task(self._draw(update))
+        drawing.add_done_callback(_log_failure)
         try:
             yield
         finally:
             drawing.cancel()
             await asyncio.wait({drawing})
 
-    async def _draw(self, look: Callable[[], None]) -> None:
+    async def _draw(self, update: Callable[[], None]) -> None:
         while True:
-            look()
+            update()
             self._view.refresh()
             await asyncio.sleep(_REDRAW_S)
 
 
-def _drawn(drawing: asyncio.Task[None]) -> None:
-    """The one background task that may die without the run: it only draws. But not silently."""
+def _log_failure(drawing: asyncio.Task[None]) -> None:
+    """Log why drawing stopped. No other background task may fail without ending the run."""
     if not drawing.cancelled() and (error := drawing.exception()):
-        logger.error("the display is not redrawn any more; the run goes on", exc_info=error)
+        logger.error("the display is not redrawn any more; the run continues", exc_info=error)
 
 
 # --- the validator's --------------------------------------------------------------------------------------------------
 
 
 class Console(_Screen):
-    """Shows the rounds of a run: a bar with the newest figures, the epoch's progress, and a row a miner."""
+    """The validator's console: a bar with the newest figures, the epoch's progress, and a row per miner."""
 
     def __init__(self, total_rounds: int, debug: bool) -> None:
         super().__init__(debug)
         self._total = total_rounds
-        self._seen: dict[str, float | int | str] = {}  # the last figures: an evaluation stays in sight until the next
-        self._times: deque[tuple[float, int]] = deque(maxlen=_SPEED_ROUNDS)  # (when, rounds done)
+        self._seen: dict[str, float | int | str] = {}  # the newest figures; an evaluation stays until the next one
+        self._times: deque[tuple[float, int]] = deque(maxlen=_SPEED_ROUNDS)  # (time, rounds done)
         self._links: tuple[MinerState, ...] = ()
-        self._receipts: dict[Hotkey, Receipt] = {}  # the last of each miner
-        self._used: dict[str, float] = {}  # of the last round, by the hotkey's beginning: computing / round time
+        self._receipts: dict[Hotkey, Receipt] = {}  # the newest of each miner
+        self._used: dict[str, float] = {}  # utilisation in the last round, by the first characters of the hotkey
         self._last_line = -_QUIET_S
 
     def round(self, row: Mapping[str, float | int | str], receipts: Iterable[Receipt] = ()) -> None:
-        """A committed round: `round` (from 0), and where known `loss`, `val_loss` (nats), that of the miners' model
-        where it is another, `<unit>_per_s`, the epoch's progress (pilot.market.epoch_progress), `utilisation.<8 of the hotkey>`,
-        what the median link carries and what of the round it takes (pilot.market.link_budget), and `late_batches` so far."""
+        """Show a committed round.
+
+        `row` has `round`, from 0, and if known `loss` and `val_loss` (nats), `replica_val_loss`, `<unit>_per_s`,
+        `utilisation.<first 8 characters of the hotkey>`, `late_batches` so far, the epoch's progress
+        (pilot.market.epoch_progress), and the median link and the share of the round that it takes
+        (pilot.market.link_budget).
+        """
         done = int(row["round"]) + 1
         now = time.monotonic()
         self._receipts.update((receipt.hotkey, receipt) for receipt in receipts)
@@ -161,17 +165,17 @@ class Console(_Screen):
 
     @contextlib.asynccontextmanager
     async def watching(self, links: Callable[[], tuple[MinerState, ...]]) -> AsyncIterator[None]:
-        """While the block runs, the rows of the miners. A good end takes them away: the report says it all."""
+        """Show the miners' rows while the block runs. They stay if it raises; otherwise the report replaces them."""
 
-        def look() -> None:
+        def update() -> None:
             self._links = links()
 
-        async with self._redrawn(look):
+        async with self._redrawing(update):
             yield
         self._links = ()
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """The first column to the left, folded if need be, numbers to the right. Where they have no room: as a list."""
+        """Print a table, its first column folded if need be and the others right-aligned; if it is too wide, a list."""
         lines = [[str(cell) for cell in row] for row in rows]
         folded = min(_FOLDED, max((len(line[0]) for line in lines), default=0))
         table = Table(title=_text(title), title_justify="left", title_style="bold")
@@ -189,18 +193,18 @@ class Console(_Screen):
             for column, cell in zip(columns[1:], others, strict=True):
                 self.say(f"  {column} {cell}")
 
-    def layout(self, width: int, height: int) -> Iterator[RenderableType]:
+    def render(self, width: int, height: int) -> Iterator[RenderableType]:
         done = int(self._seen.get("round", -1)) + 1
         label = f"round {done}/{self._total}"
         head = list(_bar(width, label, done, self._total, _figures(self._seen), f"ETA {self._eta(done)}"))
         if progress := [*_progress(self._seen), *_shards(self._seen), *_communication(self._seen)]:
-            head.append(_as_fits(progress, width))
+            head.append(_fit(progress, width))
         yield from head
         if self._links:
-            yield from self._rows(width, max(1, height - len(head) - 1 - _SAID_LINES))
+            yield from self._rows(width, max(1, height - len(head) - 1 - _RESERVED_LINES))
 
     def _rows(self, width: int, room: int) -> Iterator[RenderableType]:
-        """A row a miner in `room` lines. Where they are too many: faulted ones first, then those at work."""
+        """Yield a row per miner in `room` lines. If there are too many, faulted ones come first, then those at work."""
         links = self._links
         if len(links) > room:
             links = tuple(sorted(links, key=self._quietness)[: max(1, room - 1)])
@@ -218,7 +222,7 @@ class Console(_Screen):
         return 0 if faulted else 1 if link.state != "idle" else 2
 
     def _eta(self, done: int) -> str:
-        """Hours, minutes and seconds until the last round, by the mean of the newest ones."""
+        """Return the time until the last round, from the mean of the newest ones."""
         if len(self._times) < 2:
             return "-:--:--"
         (first, first_done), (last, last_done) = self._times[0], self._times[-1]
@@ -229,7 +233,7 @@ class Console(_Screen):
 @dataclass(frozen=True)
 class _Column:
     title: str
-    width: int  # at least: so it does not jump with every figure
+    width: int  # at least, so that the columns do not move with every figure
     right: bool = False
     style: str = ""
 
@@ -246,12 +250,12 @@ _VERDICT = _Column("verdict", 10)
 _WEIGHT = _Column("weight", 6, right=True)
 _WHY = _Column("why", 16, style="dim")
 _COLUMNS = (_NAME, _STATE, _BATCHES, _USED, _LATENCY, _LINK, _UP, _DOWN, _VERDICT, _WEIGHT)
-_LEFT_OUT = (_DOWN, _UP, _LINK, _LATENCY, _BATCHES, _USED, _WEIGHT, _VERDICT)  # the first first
-_OPTIONAL = (_USED, _LINK)  # only where there is something in it
+_LEFT_OUT = (_DOWN, _UP, _LINK, _LATENCY, _BATCHES, _USED, _WEIGHT, _VERDICT)  # in this order
+_OPTIONAL = (_USED, _LINK)  # shown only if a row has a value
 
 
 def _miners(cells: Sequence[dict[_Column, Text]], width: int) -> Table:
-    """As many of the columns as `width` has room for, with short names where it is scarce; no cell is wrapped."""
+    """Make a table with as many columns as fit into `width`, shortening names first; no cell is wrapped."""
     columns = [column for column in _COLUMNS if column not in _OPTIONAL or any(row[column] for row in cells)]
     widths = {column: max(column.width, *(row[column].cell_len for row in cells)) for column in columns}
     lacking = sum(widths.values()) + len(widths) - 1 - width
@@ -294,13 +298,13 @@ def _cells(link: MinerState, receipt: Receipt | None, used: float | None) -> dic
 
 
 def _short(state: str) -> str:
-    """Of "sending state 43 %" all but the middle."""
+    """Shorten a state such as "sending state 43 %" to its first word and its figure."""
     words = state.split()
     return state if len(state) <= _STATE.width + 1 else " ".join([words[0], *words[2:]])[: _STATE.width + 1]
 
 
 def _end_of(name: Text, width: int) -> Text:
-    """An address's port is at its end."""
+    """Cut a name at the beginning: the port of an address is at its end."""
     return name if name.cell_len <= width else Text("…" + name.plain[1 - width :])
 
 
@@ -309,7 +313,7 @@ def _end_of(name: Text, width: int) -> Text:
 
 @dataclass(frozen=True)
 class Activity:
-    """What a miner is at, in a moment: a `label`, and how far it is, if `total` is not 0; and figures worth knowing."""
+    """What a miner is doing now: a `label`, its progress if `total` is not 0, and figures to show."""
 
     label: str
     done: int = 0
@@ -318,7 +322,7 @@ class Activity:
 
 
 class MinerConsole(_Screen):
-    """Shows what a miner computes."""
+    """The miner's console: a bar of the current activity."""
 
     def __init__(self, debug: bool) -> None:
         super().__init__(debug)
@@ -326,25 +330,25 @@ class MinerConsole(_Screen):
 
     @contextlib.asynccontextmanager
     async def watching(self, activity: Callable[[], Activity]) -> AsyncIterator[None]:
-        """While the block runs, a line of what it does."""
+        """Show the current activity while the block runs."""
 
-        def look() -> None:
+        def update() -> None:
             self._activity = activity()
 
-        async with self._redrawn(look):
+        async with self._redrawing(update):
             yield
         self._activity = None
 
-    def layout(self, width: int, height: int) -> Iterator[RenderableType]:
+    def render(self, width: int, height: int) -> Iterator[RenderableType]:
         if now := self._activity:
             yield from _bar(width, now.label, now.done, now.total, now.figures)
 
 
-# --- what they share --------------------------------------------------------------------------------------------------
+# --- shared -----------------------------------------------------------------------------------------------------------
 
 
 class _LogLines(logging.Handler):
-    """Log records as lines that are said: they may quote a peer."""
+    """Prints log records, which may quote a peer, as lines of a console."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         super().__init__()
@@ -360,7 +364,7 @@ class _LogLines(logging.Handler):
 def _bar(
     width: int, label: str, done: int, total: int, figures: Sequence[str], end: str = ""
 ) -> Iterator[RenderableType]:
-    """Label, bar, figures and end on one line; in a narrow terminal the figures are a line below, if they fit."""
+    """Yield label, bar, figures and end on one line; on a narrow terminal the figures go on a line below."""
     least, most = _BAR
     ends = [part for part in (label, end) if part]
     room = width - len("  ".join([*ends, *figures])) - 2
@@ -377,42 +381,44 @@ def _bar(
     line.add_row(*parts)
     yield line
     if not beside and figures:
-        yield _as_fits(figures, width)
+        yield _fit(figures, width)
 
 
-def _as_fits(parts: Sequence[str], width: int) -> Text:
-    """A line of as many of the parts as it has room for, the first ones."""
+def _fit(parts: Sequence[str], width: int) -> Text:
+    """Return a line of the first parts, as many as fit."""
     while len("  ".join(parts)) > width and len(parts) > 1:
         parts = parts[:-1]
     return Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
 
 
 def _progress(row: Mapping[str, float | int | str]) -> list[str]:
-    """How far the epoch is, and what came too late for it."""
+    """Return the progress of the epoch, and the late micro-batches so far."""
     epoch = [f"epoch {row['epoch']}  {row['epoch_done']}/{row['epoch_total']}"] if "epoch" in row else []
     return epoch + ([f"late: {row['late_batches']} micro-batches noted"] if row.get("late_batches") else [])
 
 
 def _communication(row: Mapping[str, float | int | str]) -> list[str]:
-    """What a miner sent and got in a round, and what of the round that takes on the median link."""
+    """Return the bytes of a miner in a round, and the share of the round that they take on the median link."""
     if "communication" not in row:
         return []
-    up, down = (format_mbps(1e6 * float(row[f"link_{way}_mbps"])) for way in ("up", "down"))
-    sent, got = (format_bytes(float(row[f"bytes_{way}"]) / max(1, int(row["miners"]))) for way in ("up", "down"))
+    up, down = (format_mbps(1e6 * float(row[f"link_{direction}_mbps"])) for direction in ("up", "down"))
+    sent, got = (
+        format_bytes(float(row[f"bytes_{direction}"]) / max(1, int(row["miners"]))) for direction in ("up", "down")
+    )
     return [f"{sent} up, {got} down a miner: {float(row['communication']):.0%} of a round at {up}/{down} Mbit/s"]
 
 
 def _shards(row: Mapping[str, float | int | str]) -> list[str]:
-    """Of "4/4 3/4 0/4" a character a shard."""
+    """Return a character per shard for shards such as "4/4 3/4 0/4"."""
     parts = [map(int, shard.split("/")) for shard in str(row.get("shards", "")).split()]
     marks = [_SHARD[-(-done * (len(_SHARD) - 2) // total) if done < total else -1] for done, total in parts]
     return [f"shards {''.join(marks)}"] if marks else []
 
 
 def _figures(row: Mapping[str, float | int | str]) -> list[str]:
-    named = (("loss", "loss"), ("val_loss", "val"))
-    losses = [f"{name} {row[key]:.3f}" for key, name in named if key in row]
-    if "replica_val_loss" in row:  # after the exact parameters' own
+    names = (("loss", "loss"), ("val_loss", "val"))
+    losses = [f"{name} {row[key]:.3f}" for key, name in names if key in row]
+    if "replica_val_loss" in row:  # shown after that of the exact parameters
         losses[-1] += f" (miners' {row['replica_val_loss']:.3f})"
     losses += [f"{row['val_bpb']:.4f} bits/byte"] if "val_bpb" in row else []
     speeds = [f"{value:,.0f} {key.removesuffix('_per_s')}/s" for key, value in row.items() if key.endswith("_per_s")]

@@ -1,6 +1,6 @@
-"""Metrics: one JSON line a round, a summary at the end, and Weights & Biases where it is switched on.
+"""Write metrics: one JSON line per round, a summary at the end, and Weights & Biases if it is enabled.
 
-The ledger is the truth and these are for reading, so nothing here may end a run once it is set up.
+The ledger is authoritative, and metrics are only for reading: after the set-up no failure here ends a run.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Mode = Literal["disabled", "offline", "online"]
 
 
 class Metrics:
-    """`metrics.jsonl` and `summary.json` in a run's folder. A number that JSON lacks (NaN, infinity) is null there."""
+    """Writes `metrics.jsonl` and `summary.json` into a run's folder, with null for NaN and infinity."""
 
     def __init__(self, folder: Path, mode: Mode, project: str, name: str) -> None:
-        """`mode`, `project` and `name` are W&B's. Raises ValueError where W&B does not start."""
+        """Start W&B with `mode`, `project` and `name`. Raises ValueError if that fails."""
         self._folder = folder
         self._path = folder / "metrics.jsonl"
         self._wandb = None if mode == "disabled" else _Wandb(folder, mode, project, name)
 
     def log(self, row: Row) -> None:
-        """Append one round. `row["round"]` is the step in W&B."""
+        """Append a round. `row["round"]` is the step in W&B."""
 
         def write() -> None:
             with open(self._path, "a") as file:
@@ -41,22 +41,22 @@ class Metrics:
             self._wandb.log(row)
 
     def rewrite(self, rows: Iterable[Row]) -> None:
-        """Replace all rows at once: after a restart the file says what the ledger says, and so does W&B's new run.
+        """Replace all rows atomically, so that after a restart the file, and W&B's new run, agree with the ledger.
 
-        Raises ValueError where the file cannot be written.
+        Raises ValueError if the file cannot be written.
         """
         rows = list(rows)
         try:
             with replacing(self._path) as file:
                 file.writelines(_line(row).encode() for row in rows)
         except OSError as error:
-            raise ValueError(f"{self._path}: {error.strerror}; mend that (a full disk: free some space)") from None
+            raise ValueError(f"{self._path}: {error.strerror}; fix that (on a full disk, free some space)") from None
         if self._wandb:
             for row in rows:
                 self._wandb.log(row)
 
     def summary(self, values: Mapping[str, object]) -> None:
-        """Write `summary.json`. Values are anything that JSON has."""
+        """Write `summary.json`. Values may be anything that JSON can hold."""
         text = json.dumps(_plain(values), indent=2) + "\n"
 
         def write() -> None:
@@ -74,7 +74,7 @@ class Metrics:
 
 
 class _Wandb:
-    """A W&B run that is given up, with a warning, at the first failure after its start."""
+    """A W&B run. The first failure after its start is logged, and ends its use."""
 
     def __init__(self, folder: Path, mode: Literal["offline", "online"], project: str, name: str) -> None:
         import wandb
@@ -84,8 +84,13 @@ class _Wandb:
             self._run = wandb.init(project=project, name=name, group=name, dir=folder, mode=mode)
         except (OSError, wandb.Error) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"--wandb.mode {mode}: {reason}; use --wandb.mode disabled to go without") from None
-        self._failures = (OSError, wandb.Error, HandleAbandonedError, MailboxClosedError)  # the last two: service gone
+            raise ValueError(f"--wandb.mode {mode}: {reason}; use --wandb.mode disabled to run without it") from None
+        self._failures = (
+            OSError,
+            wandb.Error,
+            HandleAbandonedError,
+            MailboxClosedError,
+        )  # the last two mean that its service is gone
         self._alive = True
 
     def log(self, row: Row) -> None:
@@ -104,14 +109,14 @@ class _Wandb:
             action()
         except self._failures as error:
             self._alive = False
-            logger.warning("W&B gets no more metrics: %s", error)
+            logger.warning("no more metrics are sent to W&B: %s", error)
 
 
 def _unless_disk_fails(action: Callable[[], object]) -> None:
     try:
         action()
     except OSError as error:
-        logger.warning("metrics are not written: %s", error)
+        logger.warning("cannot write metrics: %s", error)
 
 
 def _line(row: Row) -> str:
@@ -119,7 +124,7 @@ def _line(row: Row) -> str:
 
 
 def _plain(value: object) -> object:
-    """The same with null for the numbers that JSON lacks."""
+    """Return the value with null for the numbers that JSON lacks."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
