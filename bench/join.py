@@ -30,10 +30,9 @@ from pilot.transport.auth import Guard
 from pilot.transport.client.dendrite import Dendrite, Endpoint
 from pilot.transport.server.axon import Axon
 from pilot.worker.worker import Worker
-from protocol import DataSpec, Order, Range
+from protocol import DataSpec, Order, Range, TaskSpec
 from tasks import Task, load_task
 from tasks.config import AdamWConfig, GPT2Config
-from tasks.tokens import Tokens
 
 ROUNDS = 1000
 CODEC = "2bit"
@@ -80,17 +79,17 @@ def order(task: Task, learner: Learner, round: int) -> Order:
     )
 
 
-def find_tokens(cache: FileMinerStore, spec: DataSpec) -> Tokens:
-    path = cache.blob(spec.tokens)
+def open_blob(cache: FileMinerStore, task: TaskSpec, data: DataSpec, name: str) -> Path:
+    path = cache.blob(data.blobs[name])
     assert path is not None
-    return Tokens.open(path)
+    return path
 
 
 async def join(folder: Path, task: Task, learner: Learner) -> Sequence[tuple[int, float]]:
     """Return bytes down and seconds of two orders."""
     cache = FileMinerStore(folder / "miner")
     worker = Worker(
-        MINER.ss58_address, frozenset(["gpt2"]), torch.device("cpu"), cache, partial(find_tokens, cache), lambda _: None
+        MINER.ss58_address, frozenset(["gpt2"]), torch.device("cpu"), cache, partial(open_blob, cache), lambda _: None
     )
     axon = Axon(worker, MINER, Guard(frozenset(), None, lambda _: None), "127.0.0.1", 0, None)
     endpoint = Endpoint("127.0.0.1", await axon.start())
@@ -99,7 +98,7 @@ async def join(folder: Path, task: Task, learner: Learner) -> Sequence[tuple[int
     found = []
     try:
         await network.wait_for_peer(60)
-        writer = cache.store(task.data_spec.tokens)
+        writer = cache.store(task.data_spec.blobs["tokens"])
         writer.write(task.blobs()[task.data_digest])
         writer.commit()
         for round in range(2):

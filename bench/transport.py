@@ -187,7 +187,7 @@ class Bench:
             update=Update(base=None, steps=(VersionStep(kind="state", codec="fp32", digest=blob.digest, bytes=blob.bytes),)),
             state_digest=None,
             task=TaskSpec(name="bulk", parameters={}),
-            data=DataSpec(tokens=blob, tokenizer="byte", vocabulary=None, source=None), ranges=(Range(0, answer),),
+            data=DataSpec(blobs={"tokens": blob}), ranges=(Range(0, answer),),
             deadline_s=120.0, staleness=0, codec_up="fp32", codec_down="fp32",
         )  # fmt: skip
 

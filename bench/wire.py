@@ -145,7 +145,7 @@ def play(variant: Variant, text: str) -> Outcome:
         )  # fmt: skip
         policy = config.policy("wire", 10)
         conditions = Conditions(costs, LinkSpec(up_bps=1e9, down_bps=1e9, latency_s=0.0), aggregation="mean")
-        books = MINERS * task.data_spec.tokens.bytes
+        books = MINERS * task.data_spec.blobs["tokens"].bytes
         world = World(folder, task, config.optimizer, policy, conditions, up, config.rounds)
         curve, first, moment = [], None, None
         steps, every = 0, max(variant.steps // 12, 1)

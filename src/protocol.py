@@ -39,6 +39,7 @@ MAX_RANGES = 4096
 MAX_INDEX = 1 << 53  # every index is exact in a JSON number
 MAX_BLOB_BYTES = 1 << 36
 MAX_SERVED_BYTES = 64 << 20  # data and vocabularies up to this size come from the validator
+MAX_BLOBS = 16  # that an order's data consist of
 MAX_STEPS = 64  # of the chain of versions that an order names
 
 Hotkey = Annotated[str, StringConstraints(pattern=r"^[1-9A-HJ-NP-Za-km-z]{46,49}$")]  # an ss58 address
@@ -219,7 +220,7 @@ class TaskSpec(Part):
 
 
 class DatasetRef(Part):
-    """A hub data set, for data too large to be handed over. Of it the order takes the first `DataSpec.rows`."""
+    """A hub data set, for data too large to be handed over. How many rows of it make the data is among `DataSpec.parameters`."""
 
     name: Text
     subset: Text | None
@@ -228,16 +229,27 @@ class DatasetRef(Part):
 
 
 class DataSpec(Part):
-    """A token file (digest over the little-endian tokens and their split) and how to make it from its source."""
+    """The data of an order: blobs under the names that its task gives them, and how to make those that are too large.
 
-    tokens: BlobRef
-    tokenizer: Name
-    vocabulary: BlobRef | None
-    source: DatasetRef | None
-    column: Text = "text"
-    rows: Count = 0  # documents from the start; 0: all, but of a hub data set
-    max_bytes: Count = 0  # of text; 0: all
-    validation: Annotated[float, Field(ge=0, lt=1)] = 0.05  # fraction of the text; 0: the last file
+    The validator sends blobs of up to MAX_SERVED_BYTES. A miner makes a larger one from its own copy or from `source`,
+    by the task's own `parameters`, and its digest must match.
+    """
+
+    blobs: Annotated[dict[Name, BlobRef], Field(min_length=1, max_length=MAX_BLOBS)]
+    source: DatasetRef | None = None
+    parameters: Annotated[dict[Name, int | Number | bool | Text], Field(max_length=64)] = {}
+
+    @model_validator(mode="after")
+    def _are_data(self) -> Self:
+        for name, ref in self.blobs.items():
+            if ref.kind not in ("data", "vocabulary"):
+                raise ValueError(f"blob {name} is a {ref.kind}, not data")
+        return self
+
+    @property
+    def digests(self) -> dict[str, Digest]:
+        """Return the digest of each blob by its name: what the data are, wherever they come from."""
+        return {name: ref.digest for name, ref in self.blobs.items()}
 
 
 class VersionStep(Part):

@@ -108,7 +108,7 @@ class Echo:
         )
 
     def accept_order(self, caller: Hotkey, order: Order, digest: Digest) -> Status:
-        missing = [ref for ref in (order.update.refs[0], order.data.tokens) if ref.digest not in self.blobs]
+        missing = [ref for ref in (order.update.refs[0], order.data.blobs["tokens"]) if ref.digest not in self.blobs]
         if missing:
             held = {ref.digest: self.writers[ref].held for ref in missing if ref in self.writers}
             raise Refused(409, "send these first", missing=missing, held=held)
@@ -180,7 +180,7 @@ def make_order(
         update=whole_state(blob),
         state_digest=None,
         task=TaskSpec(name="echo", parameters={}),
-        data=DataSpec(tokens=tokens, tokenizer="byte", vocabulary=None, source=None),
+        data=DataSpec(blobs={"tokens": tokens}),
         ranges=(Range(0, 4),),
         deadline_s=deadline_s,
         staleness=0,
@@ -205,7 +205,7 @@ def make_receipt(order: Order, order_digest: Digest) -> Receipt:
 
 
 def blobs_of(order: Order, state: bytes = STATE) -> dict[Digest, bytes]:
-    return {order.update.refs[0].digest: state, order.data.tokens.digest: TOKENS}
+    return {order.update.refs[0].digest: state, order.data.blobs["tokens"].digest: TOKENS}
 
 
 def open_guard() -> Guard:

@@ -38,9 +38,7 @@ def order(round: int, hotkey: str, deadline_s: float = 10.0, ranges: tuple[Range
             update=Update(base=None, steps=(VersionStep(kind="state", codec="fp32", digest=VERSION, bytes=100),)),
             state_digest=None,
             task=TaskSpec(name="gpt2", parameters={"depth": 2}),
-            data=DataSpec(
-                tokens=BlobRef(kind="data", digest=VERSION, bytes=7), tokenizer="byte", vocabulary=None, source=None
-            ),
+            data=DataSpec(blobs={"tokens": BlobRef(kind="data", digest=VERSION, bytes=7)}),
             ranges=ranges or (Range(round, round + 1),),
             deadline_s=deadline_s,
             staleness=0,

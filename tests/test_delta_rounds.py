@@ -97,7 +97,7 @@ def test_who_comes_late_gets_the_shortest_way_and_works_in_that_round(tmp_path: 
         assert [s.steps for s in update.snapshots] == [0, 15]
         assert verdicts(place, late) == ["ACCEPTED"] * (3 if known else 2)
         extra = bytes_down(place)[18] - bytes_down(place)[17]  # beside an order and what the others got
-        tokens = 0 if known else task.data_spec.tokens.bytes
+        tokens = 0 if known else task.data_spec.blobs["tokens"].bytes
         least = 17 * delta if known else STATE + 3 * delta
         assert least <= extra - tokens < least + 4 * delta + 10_000
         assert healed(place) == 0

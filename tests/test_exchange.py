@@ -66,7 +66,7 @@ def test_a_version_that_a_restarted_validator_lacks_is_not_the_miner_s_fault(pul
         ):
             await there(network)
             order = make_order()
-            tokens = {order.data.tokens.digest: TOKENS}
+            tokens = {order.data.blobs["tokens"].digest: TOKENS}
             with pytest.raises(Faulted) as caught:
                 await network.exchange(order, network.sign(order), tokens, tmp_path / "p")
             return caught.value

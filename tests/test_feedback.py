@@ -60,9 +60,7 @@ ORDER = Order(
     update=UPDATE,
     state_digest=None,
     task=TaskSpec(name="echo", parameters={}),
-    data=DataSpec(
-        tokens=BlobRef(kind="data", digest="d" * 64, bytes=1), tokenizer="byte", vocabulary=None, source=None
-    ),
+    data=DataSpec(blobs={"tokens": BlobRef(kind="data", digest="d" * 64, bytes=1)}),
     ranges=(Range(0, 4),),
     deadline_s=20.0,
     staleness=0,

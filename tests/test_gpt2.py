@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel
 from pilot.app.report import save_model
 from pilot.training.learner import Learner
 from protocol import MAX_SERVED_BYTES, DataSpec, Fault, ProtocolError, TaskSpec
-from tasks import TASKS, Task, load_task
+from tasks import TASKS, OpenBlob, Task, load_task
 from tasks.config import AdamWConfig, GPT2Config
 from tasks.gpt2 import GPT2, PRESETS
 from tasks.optimizer import schedule
@@ -185,12 +185,12 @@ def test_a_folder_gives_its_weights(text: Path, tmp_path: Path) -> None:
 # --- the order's way --------------------------------------------------------------------------------------------------
 
 
-def by_order(task: GPT2, tmp_path: Path) -> tuple[TaskSpec, DataSpec, Tokens]:
+def by_order(task: GPT2, tmp_path: Path) -> tuple[TaskSpec, DataSpec, OpenBlob]:
     """The spec, the data and the token file as they arrive at a miner."""
     (tmp_path / "received").write_bytes(task.blobs()[task.data_digest])
     spec = TaskSpec.model_validate_json(task.spec().model_dump_json())
     data = DataSpec.model_validate_json(task.data_spec.model_dump_json())
-    return spec, data, Tokens.open(tmp_path / "received")
+    return spec, data, lambda name: tmp_path / {"tokens": "received"}[name]
 
 
 def test_a_miner_computes_the_same_from_the_order(task: GPT2, tmp_path: Path) -> None:
@@ -227,28 +227,28 @@ def test_a_miner_computes_the_same_from_the_order(task: GPT2, tmp_path: Path) ->
     ],
 )
 def test_an_order_with_bad_parameters_is_refused(task: GPT2, tmp_path: Path, parameter: str, value) -> None:
-    spec, data, tokens = by_order(task, tmp_path)
+    spec, data, open_blob = by_order(task, tmp_path)
     parameters = {**spec.parameters, parameter: value}
     if value is None:
         del parameters[parameter]
     with pytest.raises(ProtocolError) as error:
-        GPT2.from_spec(TaskSpec.model_construct(name="gpt2", parameters=parameters), data, tokens)
+        GPT2.from_spec(TaskSpec.model_construct(name="gpt2", parameters=parameters), data, open_blob)
     assert "\n" not in str(error.value)
 
 
 def test_an_order_for_other_tokens_is_refused(task: GPT2, tmp_path: Path) -> None:
-    spec, data, tokens = by_order(task, tmp_path)
+    spec, data, open_blob = by_order(task, tmp_path)
     write(tmp_path / "other", [np.arange(2000) % 300], [np.arange(200)], np.uint16)
     other = Tokens.open(tmp_path / "other")
     with pytest.raises(ProtocolError) as error:
-        GPT2.from_spec(spec, data, other)
+        GPT2.from_spec(spec, data, lambda name: tmp_path / "other")
     assert error.value.fault is Fault.WRONG_DATA
     few = TaskSpec(name="gpt2", parameters={**spec.parameters, "vocab_size": 50})
     with pytest.raises(ProtocolError, match="of a vocabulary of 50"):
-        GPT2.from_spec(few, data, tokens)
-    data = data.model_copy(update={"tokens": other.ref()})
+        GPT2.from_spec(few, data, open_blob)
+    data = data.model_copy(update={"blobs": {"tokens": other.ref()}})
     with pytest.raises(ProtocolError, match="token 299 of a vocabulary of 256"):
-        GPT2.from_spec(spec, data, other)
+        GPT2.from_spec(spec, data, lambda name: tmp_path / "other")
 
 
 # --- optimizer --------------------------------------------------------------------------------------------------------

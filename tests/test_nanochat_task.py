@@ -61,7 +61,9 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Nanochat:
 def miners_side(task: Nanochat, **changed: Any) -> Nanochat:
     spec = task.spec()
     return Nanochat.from_spec(
-        TaskSpec(name="nanochat", parameters={**spec.parameters, **changed}), task.data_spec, task._tokens
+        TaskSpec(name="nanochat", parameters={**spec.parameters, **changed}),
+        task.data_spec,
+        lambda name: task._tokens.path,
     )
 
 
@@ -160,9 +162,9 @@ def test_tokens_that_are_all_documents_are_refused(task: Nanochat, tmp_path: Pat
     bos = np.full(2_000_000, task.shape.bos, np.uint16)
     write(tmp_path / "bos", [bos], [bos], np.uint16)
     tokens = Tokens.open(tmp_path / "bos")
-    data = task.data_spec.model_copy(update={"tokens": tokens.ref()})
+    data = task.data_spec.model_copy(update={"blobs": {"tokens": tokens.ref()}})
     with pytest.raises(ProtocolError, match="packing takes too long"):
-        Nanochat.from_spec(task.spec(), data, tokens)
+        Nanochat.from_spec(task.spec(), data, lambda name: tmp_path / "bos")
 
 
 def test_a_miner_leaves_no_file_behind(task: Nanochat) -> None:

@@ -74,12 +74,12 @@ ORDER = Order(
     state_digest=A,
     task=TaskSpec(name="gpt2", parameters={"n_layer": 12, "layer_norm_epsilon": 1e-05, "tie": True, "act": "gelu_new"}),
     data=DataSpec(
-        tokens=BlobRef(kind="data", digest=C, bytes=1 << 30),
-        tokenizer="gpt2",
-        vocabulary=BlobRef(kind="vocabulary", digest=A, bytes=1_500_000),
+        blobs={
+            "tokens": BlobRef(kind="data", digest=C, bytes=1 << 30),
+            "vocabulary": BlobRef(kind="vocabulary", digest=A, bytes=1_500_000),
+        },
         source=DatasetRef(name="tiiuae/falcon-refinedweb", subset=None, split="train", revision="main"),
-        column="content",
-        rows=100_000,
+        parameters={"tokenizer": "gpt2", "column": "content", "rows": 100_000},
     ),
     ranges=(Range(0, 4), Range(8, MAX_INDEX)),
     deadline_s=300.0,
@@ -245,15 +245,12 @@ orders = st.builds(
     ),
     data=st.builds(
         DataSpec,
-        tokens=blobs,
-        tokenizer=names,
-        vocabulary=st.none() | blobs,
+        blobs=st.dictionaries(
+            names, blobs.filter(lambda ref: ref.kind in ("data", "vocabulary")), min_size=1, max_size=3
+        ),
         source=st.none()
         | st.builds(DatasetRef, name=texts, subset=st.none() | texts, split=texts, revision=st.none() | texts),
-        column=texts,
-        rows=counts,
-        max_bytes=counts,
-        validation=st.floats(0.01, 0.99),
+        parameters=st.dictionaries(names, counts | texts | st.floats(0.01, 0.99), max_size=4),
     ),
     ranges=ranges(),
     deadline_s=st.floats(0, 1e7),

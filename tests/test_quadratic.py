@@ -82,7 +82,7 @@ def test_the_usual_optimizer_finds_the_optimum(tmp_path: Path) -> None:
 
 def test_a_miner_makes_the_same_task_from_the_order(tmp_path: Path) -> None:
     ours = prepared(tmp_path, seed=7)
-    theirs = Quadratic.from_spec(ours.spec(), ours.data_spec, ours._tokens)
+    theirs = Quadratic.from_spec(ours.spec(), ours.data_spec, lambda name: ours._tokens.path)
     for index in (0, 5, 100):
         assert all(np.array_equal(a, b) for a, b in zip(ours.batch(index), theirs.batch(index), strict=True))
     assert torch.equal(ours.optimum, theirs.optimum)
@@ -91,7 +91,7 @@ def test_a_miner_makes_the_same_task_from_the_order(tmp_path: Path) -> None:
     assert other.data_digest != ours.data_digest
     assert not torch.equal(other.optimum, ours.optimum)
     with pytest.raises(ProtocolError) as caught:
-        Quadratic.from_spec(ours.spec(), other.data_spec, ours._tokens)
+        Quadratic.from_spec(ours.spec(), other.data_spec, lambda name: ours._tokens.path)
     assert caught.value.fault is Fault.WRONG_DATA
 
 
@@ -102,7 +102,7 @@ def test_an_order_with_other_parameters_is_refused(tmp_path: Path, wrong: dict[s
     task = prepared(tmp_path)
     spec = TaskSpec(name="quadratic", parameters={**task.spec().parameters, **wrong})
     with pytest.raises(ProtocolError):
-        Quadratic.from_spec(spec, task.data_spec, task._tokens)
+        Quadratic.from_spec(spec, task.data_spec, lambda name: task._tokens.path)
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,8 @@ def test_one_document_is_cut_at_a_character_near_its_end(tmp_path: Path, name: s
     tokens, spec = prepared(tmp_path, save(tmp_path / name, [text]), validation=0.333)
     assert text_of(tokens.train) + text_of(tokens.validation) == text
     assert len(tokens.validation) == 332  # of 1000 bytes; byte 667 is inside a character
-    assert spec.tokens == tokens.ref()
-    assert (spec.tokenizer, spec.vocabulary, spec.source) == ("byte", None, None)
+    assert spec.blobs["tokens"] == tokens.ref()
+    assert (spec.parameters["tokenizer"], list(spec.blobs), spec.source) == ("byte", ["tokens"], None)
 
 
 def test_the_same_text_has_the_same_digest_from_every_source(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_real_books(tmp_path: Path, bpe: Tokenizer) -> None:
     assert 450_000 < len(tokens.train) < 700_000
     assert 0.02 < len(tokens.validation) / len(tokens.train) < 0.09
     assert int((tokens.train == 50256).sum() + (tokens.validation == 50256).sum()) == len(rows) - 2
-    assert spec.vocabulary is not None
+    assert "vocabulary" in spec.blobs
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     data[-1] ^= 1
     tokens.path.write_bytes(data)
     again, same = prepared(tmp_path, path)
-    assert again.digest == spec.tokens.digest
+    assert again.digest == spec.blobs["tokens"].digest
     assert same == spec
 
 
@@ -236,7 +236,7 @@ def test_a_miner_needs_the_vocabulary(tmp_path: Path, bpe: Tokenizer) -> None:
     tokens, spec = prepared(tmp_path, path, bpe)
     with pytest.raises(Refused) as refused:
         rebuild_tokens(spec, path, None, tmp_path / "miner")
-    assert refused.value.missing == (spec.vocabulary,)
+    assert refused.value.missing == (spec.blobs["vocabulary"],)
     vocabulary = tmp_path / "vocabulary"
     vocabulary.write_bytes(bpe.vocabulary or b"")
     assert Tokens.open(rebuild_tokens(spec, path, vocabulary, tmp_path / "miner")).digest == tokens.digest
@@ -246,6 +246,11 @@ def test_a_miner_with_other_data_is_told(tmp_path: Path) -> None:
     tokens, spec = prepared(tmp_path, save(tmp_path / "a.txt", [TEXT]))
     other = prepared(tmp_path, save(tmp_path / "b.txt", [TEXT[::-1]]))[0].path
     hub = DatasetRef(name="owner/set", subset=None, split="train", revision=None)
+    rows = spec.parameters | {"rows": 9}
+
+    def changed(name: str, value: float | str) -> DataSpec:
+        return spec.model_copy(update={"parameters": spec.parameters | {name: value}})
+
     cases = [
         (spec, tmp_path / "b.txt", "the order's are"),
         (spec, other, "the order's are"),
@@ -253,9 +258,17 @@ def test_a_miner_with_other_data_is_told(tmp_path: Path) -> None:
         (spec, save(tmp_path / "c.txt", [TEXT * 3]), "more text"),
         (spec, None, "--data"),
         (spec.model_copy(update={"source": hub}), None, "number of rows"),
-        (spec.model_copy(update={"source": hub.model_copy(update={"name": str(tmp_path)}), "rows": 9}), None, "hub"),
-        (spec.model_copy(update={"source": hub.model_copy(update={"name": "src"}), "rows": 9}), None, "hub"),
-        (spec.model_copy(update={"tokenizer": "other"}), tmp_path / "a.txt", "unknown tokenizer"),
+        (
+            spec.model_copy(update={"source": hub.model_copy(update={"name": str(tmp_path)}), "parameters": rows}),
+            None,
+            "hub",
+        ),
+        (spec.model_copy(update={"source": hub.model_copy(update={"name": "src"}), "parameters": rows}), None, "hub"),
+        (changed("tokenizer", "other"), tmp_path / "a.txt", "unknown tokenizer"),
+        (changed("rows", -1), tmp_path / "a.txt", "rows: Input should be greater"),
+        (changed("rows", "9"), tmp_path / "a.txt", "rows: Input should be a valid integer"),
+        (changed("validation", 1.0), tmp_path / "a.txt", "validation: Input should be less"),
+        (changed("path", "/etc"), tmp_path / "a.txt", "path: Extra inputs"),
     ]
     for ordered, local, reason in cases:
         with pytest.raises(Refused, match=reason) as refused:

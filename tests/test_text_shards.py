@@ -37,12 +37,12 @@ def prepared(tmp_path: Path, text: Path, tokenizer: Tokenizer = BYTE, **flags: o
 def test_the_last_of_several_files_is_kept_whole(tmp_path: Path) -> None:
     tokens, spec = prepared(tmp_path, shards(tmp_path / "set"))
     assert (text_of(tokens.train), text_of(tokens.validation)) == ("one\0two\0three", "four\0five")
-    assert spec.validation == 0
+    assert spec.parameters["validation"] == 0
 
 
 def test_of_a_single_file_a_twentieth_is(tmp_path: Path) -> None:
     tokens, spec = prepared(tmp_path, save(tmp_path / "a.txt", [TEXT]))
-    assert spec.validation == 0.05
+    assert spec.parameters["validation"] == 0.05
     assert 0.04 < len(tokens.validation) / (len(tokens.train) + len(tokens.validation)) < 0.06
 
 

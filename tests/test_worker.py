@@ -355,7 +355,7 @@ def test_order_for_nothing_is_late_not_an_error(desk: MakeDesk) -> None:
 def test_blobs_that_nobody_asked_for_are_refused(desk: MakeDesk) -> None:
     async def main() -> None:
         d = desk()
-        state, tokens = d.learner.update.refs[0], d.task.data_spec.tokens
+        state, tokens = d.learner.update.refs[0], d.task.data_spec.blobs["tokens"]
         assert refused(lambda: d.worker.open_blob(CALLER, state, 0)).status == 409
         refused(lambda: d.worker.accept_order(CALLER, d.order(), "0" * 64))  # now it has asked
         for other in (
@@ -489,24 +489,24 @@ def test_other_data_than_the_orders_is_wrong_data(tmp_path: Path, desk: MakeDesk
 
     async def main() -> None:
         d = desk()
-        find = d.worker.replica.find_tokens
+        open_blob = d.worker.replica.open_blob
 
-        def has_other_data(spec: DataSpec) -> Tokens:
+        def has_other_data(task: TaskSpec, data: DataSpec, name: str) -> Path:
             raise Refused(409, "--data says otherwise", Fault.WRONG_DATA)
 
-        d.worker.replica.find_tokens = has_other_data
+        d.worker.replica.open_blob = has_other_data
         order = d.order()
         wrong = await d.refusal(d.send(order))
         assert (wrong.fault, wrong.reason) == (Fault.WRONG_DATA, "--data says otherwise")
 
-        mine = find(order.data)
+        mine = Tokens.open(open_blob(order.task, order.data, "tokens"))
         raw = bytearray(mine.buffer)
         raw[-1] ^= 1
         (tmp_path / "other").write_bytes(raw)
-        d.worker.replica.find_tokens = lambda spec: Tokens.open(tmp_path / "other")
+        d.worker.replica.open_blob = lambda task, data, name: tmp_path / "other"
         assert (await d.refusal(d.send(order))).fault is Fault.WRONG_DATA
 
-        d.worker.replica.find_tokens = find
+        d.worker.replica.open_blob = open_blob
         await d.reply(d.send(order))  # the same order, now that the data is right
 
     run(main())
@@ -519,10 +519,10 @@ def test_our_own_bug_surfaces_and_hangs_nobody(desk: MakeDesk) -> None:
     async def main() -> None:
         d = desk()
 
-        def broken(spec: DataSpec) -> Tokens:
+        def broken(task: TaskSpec, data: DataSpec, name: str) -> Path:
             raise RuntimeError("a bug of ours")
 
-        d.worker.replica.find_tokens = broken
+        d.worker.replica.open_blob = broken
         sent = d.send(d.order())
         with pytest.raises(RuntimeError, match="a bug of ours"):
             await d.worker.failed
@@ -583,12 +583,12 @@ def published(d: Gateway, folder: Path, source: str | None = "bucket", **changes
     """Return an order whose state and data lie in `folder` by digest, under the source's name."""
     folder.mkdir(exist_ok=True)
     update, data = d.learner.update, d.task.data_spec
-    for ref in (*update.refs, data.tokens):
+    for ref in (*update.refs, *data.blobs.values()):
         (folder / ref.digest).write_bytes(bytes(d.blob(ref)))
     steps = tuple(step.model_copy(update={"source": source}) for step in update.steps)
-    tokens = data.tokens.model_copy(update={"source": source})
+    blobs = {name: ref.model_copy(update={"source": source}) for name, ref in data.blobs.items()}
     order = d.order(update=update.model_copy(update={"steps": steps}), **changes)
-    return order.model_copy(update={"data": data.model_copy(update={"tokens": tokens})})
+    return order.model_copy(update={"data": data.model_copy(update={"blobs": blobs})})
 
 
 def test_blobs_come_from_a_source_and_the_validator_is_not_asked(tmp_path: Path, desk: MakeDesk) -> None:
@@ -615,7 +615,7 @@ def test_a_source_without_the_right_bytes_falls_back_to_the_validator(
         d = desk()
         source = d.worker.sources["bucket"] = CountingSource(tmp_path / "bucket")
         order = published(d, tmp_path / "bucket")
-        ref = {"state": order.update.refs[0], "data": order.data.tokens}[kind]
+        ref = {"state": order.update.refs[0], "data": order.data.blobs["tokens"]}[kind]
         path = tmp_path / "bucket" / ref.digest
         right = path.read_bytes()
         wrong = {"corrupt": b"\0" * len(right), "short": right[:-1], "long": right + b"\0"}

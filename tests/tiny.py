@@ -26,12 +26,11 @@ from pilot.training.diloco import round_settings
 from pilot.training.executor import Charge
 from pilot.training.learner import Learner
 from pilot.worker.worker import Worker
-from protocol import DataSpec, Hotkey, Receipt
+from protocol import DataSpec, Hotkey, Receipt, TaskSpec
 from tasks import TASKS, Task
 from tasks.config import AdamWConfig, GPT2Config
 from tasks.gpt2 import GPT2
 from tasks.optimizer import adamw_settings
-from tasks.tokens import Tokens
 
 VALIDATOR = Keypair.create_from_uri("//Validator")
 MINERS = [Keypair.create_from_uri(f"//Miner{i}") for i in range(8)]
@@ -93,12 +92,12 @@ def make_worker(
 ) -> Worker:
     cache = FileMinerStore(folder / keypair.ss58_address)
 
-    def find_tokens(spec: DataSpec) -> Tokens:
-        path = cache.blob(spec.tokens)
+    def open_blob(task: TaskSpec, data: DataSpec, name: str) -> Path:
+        path = cache.blob(data.blobs[name])
         assert path is not None
-        return Tokens.open(path)
+        return path
 
-    return Worker(keypair.ss58_address, frozenset(TASKS), CPU, cache, find_tokens, said.append, clock, charge=charge)
+    return Worker(keypair.ss58_address, frozenset(TASKS), CPU, cache, open_blob, said.append, clock, charge=charge)
 
 
 def batch_takes(seconds: float) -> Charge:

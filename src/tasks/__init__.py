@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tasks.optimizer import Settings
-    from tasks.tokens import Tokens
 
 TASKS: dict[str, str] = {
     "gpt2": "tasks.gpt2:GPT2",
@@ -23,6 +22,7 @@ TASKS: dict[str, str] = {
     "quadratic": "tasks.quadratic:Quadratic",
 }
 
+OpenBlob = Callable[[str], Path]
 Batch = Any  # each task's own; only its `loss` reads one
 
 
@@ -40,7 +40,7 @@ class Task(Protocol):
 
     @property
     def data_spec(self) -> DataSpec:
-        """The data of the order: its token file by digest, and where it came from."""
+        """Return the data of an order: its blobs by name, and where they came from."""
         ...
 
     @property
@@ -57,8 +57,19 @@ class Task(Protocol):
         ...
 
     @classmethod
-    def from_spec(cls, spec: TaskSpec, data: DataSpec, tokens: Tokens) -> Self:
-        """The miner's way in, from an order. Raises ProtocolError."""
+    def from_spec(cls, spec: TaskSpec, data: DataSpec, open_blob: OpenBlob) -> Self:
+        """Make the task of an order at a miner. `open_blob` gives the file of a blob by its name in `data.blobs`.
+
+        Raises ProtocolError, and Refused if a blob cannot be had.
+        """
+        ...
+
+    @classmethod
+    def make_blob(cls, name: str, data: DataSpec, open_blob: OpenBlob, local: Path | None, cache: Path) -> Path:
+        """Make a blob that is too large to be sent, from the miner's own copy `local` or from `data.source`.
+
+        Raises Refused (WRONG_DATA) if it cannot be made, or has another digest.
+        """
         ...
 
     def spec(self) -> TaskSpec:

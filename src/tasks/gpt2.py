@@ -16,10 +16,11 @@ from transformers import GPT2LMHeadModel
 
 from pilot.interfaces import Blobs
 from protocol import MAX_BLOB_BYTES, MAX_INDEX, DataSpec, Digest, ProtocolError, TaskSpec
+from tasks import OpenBlob
 from tasks.config import AdamWConfig, GPT2Config
-from tasks.language import Dimension, EpochOrders, Shape, check_tokens, seeded, served_blobs
+from tasks.language import Dimension, EpochOrders, Shape, open_tokens, seeded, served_blobs
 from tasks.optimizer import Settings, adamw, adamw_settings
-from tasks.text import prepare_tokens, silent
+from tasks.text import make_tokens, prepare_tokens, silent
 from tasks.tokenizer import Tokenizer, load_tokenizer
 from tasks.tokens import Array, Tokens
 
@@ -129,13 +130,17 @@ class GPT2:
         return cls(shape, data, tokens, config.model if pretrained else None, tokenizer.vocabulary)
 
     @classmethod
-    def from_spec(cls, spec: TaskSpec, data: DataSpec, tokens: Tokens) -> Self:
+    def from_spec(cls, spec: TaskSpec, data: DataSpec, open_blob: OpenBlob) -> Self:
         shape = GPT2Shape.parse(spec)
-        check_tokens(data, tokens, shape.vocab_size)
+        tokens = open_tokens(data, open_blob, shape.vocab_size)
         try:
             return cls(shape, data, tokens)
         except ValueError as error:
             raise ProtocolError(str(error)) from None
+
+    @classmethod
+    def make_blob(cls, name: str, data: DataSpec, open_blob: OpenBlob, local: Path | None, cache: Path) -> Path:
+        return make_tokens(name, data, open_blob, local, cache)
 
     def spec(self) -> TaskSpec:
         return TaskSpec(name="gpt2", parameters=self.shape.model_dump())
@@ -146,7 +151,7 @@ class GPT2:
 
     @property
     def data_digest(self) -> Digest:
-        return self._data.tokens.digest
+        return self._data.blobs["tokens"].digest
 
     def blobs(self) -> Blobs:
         return served_blobs(self._data, self._tokens, self._vocabulary)
@@ -199,7 +204,7 @@ class GPT2:
         files = {"config.json": self.shape.config().to_json_string().encode()}
         if self._vocabulary:
             files["vocabulary"] = self._vocabulary
-        return {"task": self.spec().model_dump(), "tokenizer": self._data.tokenizer}, files
+        return {"task": self.spec().model_dump(), "tokenizer": self._data.parameters["tokenizer"]}, files
 
     # --- the data -----------------------------------------------------------------------------------------------------
 

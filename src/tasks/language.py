@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 
 from pilot.interfaces import Blobs
 from protocol import MAX_SERVED_BYTES, DataSpec, Digest, Fault, Part, ProtocolError, TaskSpec
+from tasks import OpenBlob
 from tasks.tokens import Tokens, window_order
 
 Dimension = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -64,21 +65,26 @@ class EpochOrders:
         return self(epoch)[position * size : (position + 1) * size]
 
 
-def check_tokens(data: DataSpec, tokens: Tokens, vocab_size: int) -> None:
-    """Raises ProtocolError unless these are the order's tokens, all of the vocabulary."""
-    if tokens.digest != data.tokens.digest:
-        raise ProtocolError(f"tokens {tokens.digest[:12]}, not {data.tokens.digest[:12]}", Fault.WRONG_DATA)
+def open_tokens(data: DataSpec, open_blob: OpenBlob, vocab_size: int) -> Tokens:
+    """Open the order's token file. Raises ProtocolError unless these are its tokens, all of them in the vocabulary."""
+    if "tokens" not in data.blobs:
+        raise ProtocolError("the order's data has no tokens", Fault.WRONG_DATA)
+    tokens = Tokens.open(open_blob("tokens"))
+    ordered = data.blobs["tokens"].digest
+    if tokens.digest != ordered:
+        raise ProtocolError(f"tokens {tokens.digest[:12]}, not {ordered[:12]}", Fault.WRONG_DATA)
     if vocab_size < 256**tokens.train.itemsize and tokens.largest >= vocab_size:
         raise ProtocolError(f"token {tokens.largest} of a vocabulary of {vocab_size}")
+    return tokens
 
 
 def served_blobs(data: DataSpec, tokens: Tokens, vocabulary: bytes | None) -> Blobs:
     """What a validator hands over: the tokens, unless they are too large for that, and the vocabulary."""
     blobs: dict[Digest, Any] = {}
     if tokens.bytes <= MAX_SERVED_BYTES:
-        blobs[data.tokens.digest] = tokens.buffer
-    if data.vocabulary and vocabulary:
-        blobs[data.vocabulary.digest] = vocabulary
+        blobs[data.blobs["tokens"].digest] = tokens.buffer
+    if "vocabulary" in data.blobs and vocabulary:
+        blobs[data.blobs["vocabulary"].digest] = vocabulary
     return blobs
 
 

@@ -23,10 +23,11 @@ from nanochat.optim import build_optimizer
 from nanochat.schedules import settings
 from pilot.interfaces import Blobs
 from protocol import MAX_BLOB_BYTES, MAX_INDEX, DataSpec, Digest, ProtocolError, TaskSpec
+from tasks import OpenBlob
 from tasks.config import NanochatConfig
-from tasks.language import Dimension, EpochOrders, Shape, check_tokens, seeded, served_blobs
+from tasks.language import Dimension, EpochOrders, Shape, open_tokens, seeded, served_blobs
 from tasks.optimizer import Settings
-from tasks.text import prepare_tokens, silent
+from tasks.text import make_tokens, prepare_tokens, silent
 from tasks.tokenizer import RustTokenizer, load_file
 from tasks.tokens import Tokens
 
@@ -135,9 +136,9 @@ class Nanochat:
         return task
 
     @classmethod
-    def from_spec(cls, spec: TaskSpec, data: DataSpec, tokens: Tokens) -> Self:
+    def from_spec(cls, spec: TaskSpec, data: DataSpec, open_blob: OpenBlob) -> Self:
         shape = NanochatShape.parse(spec)
-        check_tokens(data, tokens, shape.vocab_size)
+        tokens = open_tokens(data, open_blob, shape.vocab_size)
         documents = sum(int(np.count_nonzero(part == shape.bos)) for part in (tokens.train, tokens.validation))
         if documents * LEAST_DOCUMENT > len(tokens.train) + len(tokens.validation) + LEAST_DOCUMENT * FEW:
             raise ProtocolError(f"{documents} documents of less than {LEAST_DOCUMENT} tokens: packing takes too long")
@@ -145,6 +146,10 @@ class Nanochat:
             return cls(shape, data, tokens)
         except ValueError as error:
             raise ProtocolError(str(error)) from None
+
+    @classmethod
+    def make_blob(cls, name: str, data: DataSpec, open_blob: OpenBlob, local: Path | None, cache: Path) -> Path:
+        return make_tokens(name, data, open_blob, local, cache)
 
     def spec(self) -> TaskSpec:
         return TaskSpec(name="nanochat", parameters=self.shape.model_dump())
@@ -155,7 +160,7 @@ class Nanochat:
 
     @property
     def data_digest(self) -> Digest:
-        return self._data.tokens.digest
+        return self._data.blobs["tokens"].digest
 
     def blobs(self) -> Blobs:
         return served_blobs(self._data, self._tokens, self._tokenizer.vocabulary if self._tokenizer else None)
@@ -195,7 +200,7 @@ class Nanochat:
     def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
         """What `nanochat.checkpoint_manager.load_model` and `scripts/base_eval.py` need."""
         meta: dict[str, Any] = {"config": asdict(self.config), "dtype": self.shape.dtype}
-        meta["validation"] = self._data.validation
+        meta["validation"] = self._data.parameters["validation"]
         if self._tokenizer is None or self._tokenizer.vocabulary is None:
             return meta, {}
         meta["tokenizer"] = self._tokenizer.inner.digest

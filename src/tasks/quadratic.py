@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import nn
 
-from pilot.interfaces import Blobs
+from pilot.interfaces import Blobs, Refused
 from protocol import CONTEXT, MAX_INDEX, DataSpec, Digest, ProtocolError, TaskSpec
+from tasks import OpenBlob
 from tasks.config import AdamWConfig, QuadraticConfig
-from tasks.language import Dimension, EpochOrders, Shape, check_tokens, served_blobs
+from tasks.language import Dimension, EpochOrders, Shape, open_tokens, served_blobs
 from tasks.optimizer import Settings, adamw, adamw_settings
 from tasks.tokens import Tokens, write
 
@@ -107,7 +108,7 @@ class Quadratic:
         path = cache / f"quadratic-{seed}-{config.dimension}-{config.samples}.tokens"
         write(path, [half, 255 - half], [], np.uint8)  # a sample and its mirror image: their mean is the optimum
         tokens = Tokens.open(path)
-        data = DataSpec(tokens=tokens.ref(), tokenizer="byte", vocabulary=None, source=None, validation=0.0)
+        data = DataSpec(blobs={"tokens": tokens.ref()})
         shape = QuadraticShape(
             dimension=config.dimension,
             batch_size=config.batch_size,
@@ -118,13 +119,17 @@ class Quadratic:
         return cls(shape, data, tokens)
 
     @classmethod
-    def from_spec(cls, spec: TaskSpec, data: DataSpec, tokens: Tokens) -> Self:
+    def from_spec(cls, spec: TaskSpec, data: DataSpec, open_blob: OpenBlob) -> Self:
         shape = QuadraticShape.parse(spec)
-        check_tokens(data, tokens, 256)
+        tokens = open_tokens(data, open_blob, 256)
         try:
             return cls(shape, data, tokens)
         except ValueError as error:
             raise ProtocolError(str(error)) from None
+
+    @classmethod
+    def make_blob(cls, name: str, data: DataSpec, open_blob: OpenBlob, local: Path | None, cache: Path) -> Path:
+        raise Refused(409, f"the order's {name} is not here", missing=[data.blobs[name]])
 
     def spec(self) -> TaskSpec:
         return TaskSpec(name="quadratic", parameters=self.shape.model_dump())
@@ -135,7 +140,7 @@ class Quadratic:
 
     @property
     def data_digest(self) -> Digest:
-        return self._data.tokens.digest
+        return self._data.blobs["tokens"].digest
 
     def blobs(self) -> Blobs:
         return served_blobs(self._data, self._tokens, None)

@@ -14,12 +14,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
+from pydantic import Field, ValidationError
 
 from pilot.interfaces import Refused
-from protocol import BlobRef, DatasetRef, DataSpec, Digest, Fault, ProtocolError, digest
+from protocol import BlobRef, Count, DatasetRef, DataSpec, Digest, Fault, Name, Part, ProtocolError, Text, digest
+from tasks import OpenBlob
 from tasks.config import TextConfig
 from tasks.documents import (
     SUFFIXES,
@@ -43,6 +45,16 @@ VERSION = 1  # of this chain of steps: another one makes other tokens of the sam
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 Progress = Callable[[str], None]
+
+
+class TextParameters(Part):
+    """How the token file of an order was made from its text: what `DataSpec.parameters` of a language task holds."""
+
+    tokenizer: Name
+    column: Text = "text"
+    rows: Count = 0  # documents from the start; 0: all, except of a hub data set
+    max_bytes: Count = 0  # of text; 0: all
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.05  # fraction of the text; 0: the last file
 
 
 def silent(line: str) -> None:
@@ -75,15 +87,19 @@ def prepare_tokens(
         reason = str(error).replace("--", f"--{config.flag}.")
         raise ValueError(f"--{config.flag}.text {config.text}: {reason}") from error
     tokens = Tokens.open(path)
+    blobs = {"tokens": tokens.ref()}
+    if vocabulary := vocabulary_ref(tokenizer):
+        blobs["vocabulary"] = vocabulary
     spec = DataSpec(
-        tokens=tokens.ref(),
-        tokenizer=tokenizer.name,
-        vocabulary=vocabulary_ref(tokenizer),
+        blobs=blobs,
         source=source,
-        column=config.column,
-        rows=config.rows,
-        max_bytes=config.max_bytes,
-        validation=validation,
+        parameters=TextParameters(
+            tokenizer=tokenizer.name,
+            column=config.column,
+            rows=config.rows,
+            max_bytes=config.max_bytes,
+            validation=validation,
+        ).model_dump(),
     )
     _write_text(described, spec.model_dump_json())
     return tokens, spec
@@ -97,7 +113,7 @@ def _cached(path: Path, described: Path) -> tuple[Tokens, DataSpec] | None:
         tokens, spec = Tokens.open(path), DataSpec.model_validate_json(described.read_bytes())
     except ValueError:  # damaged, or of another version: made again
         return None
-    return (tokens, spec) if tokens.digest == spec.tokens.digest else None
+    return (tokens, spec) if tokens.digest == spec.blobs["tokens"].digest else None
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -231,6 +247,14 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 # --- the miner's side -------------------------------------------------------------------------------------------------
 
 
+def make_tokens(name: str, data: DataSpec, open_blob: OpenBlob, local: Path | None, cache: Path) -> Path:
+    """Make the token file of a language task at a miner (tasks.Task.make_blob)."""
+    ref = data.blobs[name]
+    if name != "tokens":
+        raise Refused(409, f"the order's {name} is not here", missing=[ref])
+    return rebuild_tokens(data, local, open_blob("vocabulary") if "vocabulary" in data.blobs else None, cache)
+
+
 def rebuild_tokens(
     spec: DataSpec, local: Path | None, vocabulary: Path | None, cache: Path, progress: Progress = silent
 ) -> Path:
@@ -240,18 +264,20 @@ def rebuild_tokens(
     it the text comes from the data set that the order names. `vocabulary` is the file with the order's vocabulary.
     Raises Refused (WRONG_DATA) if there is no such data here, or its tokens have another digest.
     """
+    ref = spec.blobs["tokens"]
     if local and _is_token_file(local):
-        return _checked(local, spec.tokens, f"--data {local}")
-    path = cache / f"tokens-{spec.tokens.digest}.bin"
+        return _checked(local, ref, f"--data {local}")
+    path = cache / f"tokens-{ref.digest}.bin"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         try:
-            tokenizer = _ordered_tokenizer(spec, vocabulary)
-            tokenize(_ordered_pieces(spec, local), tokenizer, path, progress, spec.tokens.bytes)
+            made = _text_parameters(spec)
+            tokenizer = _ordered_tokenizer(spec, made, vocabulary)
+            tokenize(_ordered_pieces(spec, made, local), tokenizer, path, progress, ref.bytes)
         except TextError as error:
             raise _wrong(f"{_origin(spec, local)}: {error}") from error
     try:
-        return _checked(path, spec.tokens, _origin(spec, local))
+        return _checked(path, ref, _origin(spec, local))
     except Refused:
         path.unlink()  # other tokens than its name says
         raise
@@ -282,33 +308,42 @@ def _checked(path: Path, ref: BlobRef, origin: str) -> Path:
     return path
 
 
-def _ordered_pieces(spec: DataSpec, local: Path | None) -> Iterable[Piece]:
+def _text_parameters(spec: DataSpec) -> TextParameters:
+    try:
+        return TextParameters.model_validate(spec.parameters)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise TextError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _ordered_pieces(spec: DataSpec, made: TextParameters, local: Path | None) -> Iterable[Piece]:
     if local:
         # what cannot be read here is left out, as the validator may have done: the digest tells whether it is the same
-        return _local_pieces(local, spec.column, spec.rows, spec.max_bytes, spec.validation, silent)
+        return _local_pieces(local, made.column, made.rows, made.max_bytes, made.validation, silent)
     if spec.source is None:
         raise TextError("too large to be sent, and of no public data set: start the miner with --data")
     # An order must not make this machine read its own files: a data set's name can also be that of a folder
     if not HUB_NAME.fullmatch(spec.source.name) or Path(spec.source.name).exists():
         raise TextError("not the name of a data set on the hub")
-    if not spec.rows:
+    if not made.rows:
         raise TextError("the order takes no number of rows of it")
-    documents = limited(hub_documents(spec.source, spec.column, spec.rows), spec.rows, spec.max_bytes)
-    return split(documents, spec.validation)
+    documents = limited(hub_documents(spec.source, made.column, made.rows), made.rows, made.max_bytes)
+    return split(documents, made.validation)
 
 
-def _ordered_tokenizer(spec: DataSpec, vocabulary: Path | None) -> Tokenizer:
-    if spec.tokenizer == ByteTokenizer.name:
+def _ordered_tokenizer(spec: DataSpec, made: TextParameters, vocabulary: Path | None) -> Tokenizer:
+    if made.tokenizer == ByteTokenizer.name:
         return ByteTokenizer()
     kinds: dict[str, Callable[[bytes], Tokenizer]] = {
         BPETokenizer.name: BPETokenizer,
         RustTokenizer.name: RustTokenizer,
     }
-    if spec.tokenizer not in kinds or spec.vocabulary is None:
-        raise TextError(f"unknown tokenizer {spec.tokenizer}, or one without a vocabulary")
+    ref = spec.blobs.get("vocabulary")
+    if made.tokenizer not in kinds or ref is None:
+        raise TextError(f"unknown tokenizer {made.tokenizer}, or one without a vocabulary")
     if vocabulary is None:
-        raise Refused(409, "the order's vocabulary is not here", missing=[spec.vocabulary])
+        raise Refused(409, "the order's vocabulary is not here", missing=[ref])
     blob = vocabulary.read_bytes()
-    if digest("vocabulary", blob) != spec.vocabulary.digest:
+    if digest("vocabulary", blob) != ref.digest:
         raise TextError(f"{vocabulary.name} is another vocabulary than the order's")
-    return kinds[spec.tokenizer](blob)
+    return kinds[made.tokenizer](blob)

@@ -114,7 +114,7 @@ async def cache_is_full(small: Path) -> None:
             await network.exchange(order, network.sign(order), blobs_of(order, BIG), small / "p")
         assert "507: this miner's disk is full; delete old files, in its --cache" in caught.value.reason
         assert miner.cache.blob(order.update.refs[0]) is None
-        small_blob = order.data.tokens
+        small_blob = order.data.blobs["tokens"]
         (target := miner.cache.store(small_blob)).write(blobs_of(order)[small_blob.digest])
         target.commit()  # there is room again
 

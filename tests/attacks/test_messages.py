@@ -49,7 +49,7 @@ COUNTS = [
     ("order", '"round":7', '"round":{}', "round"),
     ("order", '"ranges":[[0,', '"ranges":[[{},', "ranges"),
     ("order", '"ranges":[[0,4', '"ranges":[[0,{}', "ranges"),
-    ("order", '"rows":100000', '"rows":{}', "data.rows"),
+    ("order", '"bytes":1073741824', '"bytes":{}', "data.blobs.tokens.bytes"),
     ("order", '"bytes":497759232', '"bytes":{}', "update.snapshots.0.blob.bytes"),
     ("order", '"bytes":33053286', '"bytes":{}', "update.steps.1.bytes"),
     ("order", '"steps":1,', '"steps":{},', "update.snapshots.0.steps"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pilot.app import cli
 from pilot.app.miner_flags import MinerConfig
 from pilot.common.addresses import is_loopback
-from protocol import DataSpec, Hotkey
+from protocol import DataSpec, Hotkey, TaskSpec
 
 if TYPE_CHECKING:
     from bittensor.sp_core import Keypair
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from pilot.transport.client.registration import Registration
     from pilot.transport.server.axon import Axon
     from pilot.worker.worker import Worker
-    from tasks.tokens import Tokens
 
 EVERY_INTERFACE = ("0.0.0.0", "::", "")
 
@@ -87,7 +88,7 @@ async def build_miner(config: MinerConfig, program: str, console: MinerConsole, 
             frozenset(config.tasks),
             device,
             store,
-            lambda spec: _find_tokens(config, store, spec),
+            partial(_open_blob, config, store),
             console.say,
             compiled=config.compile,
         )
@@ -170,14 +171,13 @@ async def _open_axon(
     return axon, f"{'' if host in EVERY_INTERFACE else shown}:{port}"
 
 
-def _find_tokens(config: MinerConfig, store: FileMinerStore, spec: DataSpec) -> Tokens:
-    """Open the order's data: received from the validator, or made from --data or a hub data set if too large."""
-    from tasks.text import rebuild_tokens
-    from tasks.tokens import Tokens
+def _open_blob(config: MinerConfig, store: FileMinerStore, task: TaskSpec, data: DataSpec, name: str) -> Path:
+    """Return the file of a blob of the order's data: sent by the validator, or made from --data or its source."""
+    from tasks import load_task
 
-    path = store.blob(spec.tokens)
-    if path is None:
-        local = config.data.expanduser() if config.data else None
-        vocabulary = store.blob(spec.vocabulary) if spec.vocabulary else None
-        path = rebuild_tokens(spec, local, vocabulary, config.cache.expanduser())
-    return Tokens.open(path)
+    path = store.blob(data.blobs[name])
+    if path is not None:
+        return path
+    local = config.data.expanduser() if config.data else None
+    open_other = partial(_open_blob, config, store, task, data)
+    return load_task(task.name).make_blob(name, data, open_other, local, config.cache.expanduser())

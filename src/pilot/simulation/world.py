@@ -35,9 +35,8 @@ from pilot.training.diloco import round_settings
 from pilot.training.learner import Learner
 from pilot.training.ranges import size
 from pilot.worker.worker import Worker
-from protocol import MAX_SERVED_BYTES, DataSpec, Hotkey, Receipt
+from protocol import MAX_SERVED_BYTES, DataSpec, Hotkey, Receipt, TaskSpec
 from tasks import TASKS, Task
-from tasks.tokens import Tokens
 
 CPU = torch.device("cpu")
 SNAPSHOT_EVERY = 20  # rounds
@@ -125,7 +124,7 @@ class World:
         Raises ValueError for data that is too large to be served.
         """
         kind, served = task.spec().name, MAX_SERVED_BYTES >> 20
-        if task.data_spec.tokens.bytes > MAX_SERVED_BYTES:
+        if any(ref.bytes > MAX_SERVED_BYTES for ref in task.data_spec.blobs.values()):
             raise ValueError(f"--{kind}.…: a validator serves at most {served} MB of data; use less")
         self.conditions, self.folder, self.device = conditions, folder, device
         intervals_of: dict[str, list[Interval]] = {}
@@ -263,7 +262,7 @@ class World:
             frozenset(TASKS),
             self.device,
             cache,
-            partial(_find_tokens, cache),
+            partial(_open_blob, cache),
             lambda line: None,
             asyncio.get_running_loop().time,
             charge=self.costs.charge(speed, self.conditions.scale, machine.add_time),
@@ -283,10 +282,10 @@ class World:
         return link
 
 
-def _find_tokens(cache: FileMinerStore, spec: DataSpec) -> Tokens:
-    path = cache.blob(spec.tokens)
+def _open_blob(cache: FileMinerStore, task: TaskSpec, data: DataSpec, name: str) -> Path:
+    path = cache.blob(data.blobs[name])
     assert path is not None  # the worker has fetched it
-    return Tokens.open(path)
+    return path
 
 
 async def _sleep_until(time: float) -> None:

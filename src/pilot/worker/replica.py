@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,7 +17,6 @@ from pilot.training.versions import UpdatePath, shortest_path
 from pilot.worker.blob_inbox import BlobBuffers
 from protocol import DataSpec, Digest, Fault, Order, ProtocolError, TaskSpec, Version, VersionStep
 from tasks import Task, load_task
-from tasks.tokens import Tokens
 
 Tensors = dict[str, torch.Tensor]
 
@@ -26,15 +27,15 @@ class Replica:
     def __init__(
         self,
         device: torch.device,
-        find_tokens: Callable[[DataSpec], Tokens],
+        open_blob: Callable[[TaskSpec, DataSpec, str], Path],
         compiled: bool,
         supports: Callable[[str], bool],
     ) -> None:
         """`supports` tells whether a codec of a name is known here."""
-        self._device, self.find_tokens, self._compiled, self._supports = device, find_tokens, compiled, supports
+        self._device, self.open_blob, self._compiled, self._supports = device, open_blob, compiled, supports
         self.version: Version | None = None
         self.blobs = BlobBuffers()
-        self._built: tuple[TaskSpec, Digest, Task, nn.Module] | None = None
+        self._built: tuple[TaskSpec, dict[str, Digest], Task, nn.Module] | None = None
         self._saved: Tensors = {}  # copies of the version's tensors that work on it may change
 
     def prepare(self, order: Order) -> tuple[Task, nn.Module]:
@@ -43,14 +44,15 @@ class Replica:
         Raises Refused with `missing` blobs if the steps from the version that was here do not lead there, and
         ProtocolError if a whole state does not either. Then the model is at no version.
         """
-        if self._built is None or self._built[:2] != (order.task, order.data.tokens.digest):
+        if self._built is None or self._built[:2] != (order.task, order.data.digests):
             self.version = self._built = None
             self._saved = {}
-            task = load_task(order.task.name).from_spec(order.task, order.data, self.find_tokens(order.data))
+            open_blob = partial(self.open_blob, order.task, order.data)
+            task = load_task(order.task.name).from_spec(order.task, order.data, open_blob)
             model = task.build_model(self._device, initial=False)
             if self._compiled:
                 model.compile()
-            self._built = (order.task, order.data.tokens.digest, task, model)
+            self._built = (order.task, order.data.digests, task, model)
         _, _, task, model = self._built
         own = self._tensors()
         for name, t in self._saved.items():  # undo what the last order's work changed

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -45,8 +46,8 @@ from protocol import (
     Signed,
     Status,
     Stop,
+    TaskSpec,
 )
-from tasks.tokens import Tokens
 
 KEPT_JOBS = 4  # orders whose replies may still be fetched: the validator records one that comes too late
 FETCHES = 4  # blobs that are fetched from sources at the same time
@@ -64,7 +65,7 @@ class Worker:
         tasks: frozenset[str],
         device: torch.device,
         cache: MinerStore,
-        find_tokens: Callable[[DataSpec], Tokens],
+        open_blob: Callable[[TaskSpec, DataSpec, str], Path],
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
         compiled: bool = False,
@@ -79,7 +80,7 @@ class Worker:
         self.sources = dict(sources or {})
         self.codecs = known_codecs()
         self.feedback = ErrorFeedback(cache.residuals, cache.receipts, say)
-        self.replica = Replica(device, find_tokens, compiled, lambda codec: codec in self.codecs)
+        self.replica = Replica(device, open_blob, compiled, lambda codec: codec in self.codecs)
         self.inbox = BlobInbox(self.replica.blobs, cache.store)
         self.accumulators = AccumulatorFactory()
         self.leaving = False
@@ -240,12 +241,9 @@ class Worker:
         version = before[-1].order.version if before else self.replica.version
         path = self.replica.path_to(order, version, self.inbox.missing_bytes)
         needed = [step.ref for step in path if step.digest not in self.replica.blobs]
-        tokens, vocabulary = order.data.tokens, order.data.vocabulary
-        if self.cache.blob(tokens) is None:
-            if tokens.bytes <= MAX_SERVED_BYTES or self._has_source(tokens):
-                needed.append(tokens)
-            elif vocabulary is not None and self.cache.blob(vocabulary) is None:
-                needed.append(vocabulary)
+        for ref in order.data.blobs.values():  # the task makes larger ones
+            if (ref.bytes <= MAX_SERVED_BYTES or self._has_source(ref)) and self.cache.blob(ref) is None:
+                needed.append(ref)
         return list(dict.fromkeys(needed))  # two deltas may be the same
 
     def _has_source(self, ref: BlobRef) -> bool:

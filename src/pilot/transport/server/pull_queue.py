@@ -320,7 +320,7 @@ class Pull(Exchange):
 
     def _refs(self) -> list[BlobRef]:
         data = self.order.data
-        return [*self.order.update.refs, data.tokens, *([data.vocabulary] if data.vocabulary else [])]
+        return [*self.order.update.refs, *data.blobs.values()]
 
     def gave(self, digest: Digest, size: int) -> None:
         """So many more bytes of a blob have left."""
