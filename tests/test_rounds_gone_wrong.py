@@ -185,7 +185,7 @@ def test_work_in_too_many_pieces_is_not_taken(task: GPT2) -> None:
     pieces = tuple(Range(i, i + 1) for i in range(0, 1000, 2))
     reply = Reply.model_construct(run="r", round=0, hotkey=A, version="v", codec="fp32", done=pieces)
     with pytest.raises(ProtocolError, match="did 500 separate ranges of 1 ordered") as refused:
-        verify(order, reply, lambda: b"", codec=None, specs={}, count=task.count)  # type: ignore[arg-type]
+        verify(order, reply, lambda: b"", codec=None, specs={}, buffers={}, count=task.count)  # type: ignore[arg-type]
     assert refused.value.fault is Fault.WRONG_DATA
     assert within(pieces, order.ranges)
 

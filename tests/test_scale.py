@@ -61,7 +61,15 @@ def contributions(payloads: Sequence[Buffer], codec: Codec, name: str) -> list[C
             payload_bytes=len(memoryview(payload)), residual_before=None, residual_after=None,
         )  # fmt: skip
         found.append(
-            verify(order, reply, partial(bytearray, payload), codec=codec, specs=SPECS, count=lambda index: 1 + index)
+            verify(
+                order,
+                reply,
+                partial(bytearray, payload),
+                codec=codec,
+                specs=SPECS,
+                buffers={},
+                count=lambda index: 1 + index,
+            )
         )
     return found
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Buffer
 
 from pilot.codec import Codec
+from pilot.codec import buffers as buffers_codec
 from pilot.common.units import fp32_megabytes
 from pilot.interfaces import Faulted, Network, ReceivedReply, Store
 from pilot.market.notifications import Notifier
@@ -89,9 +90,11 @@ class Dispatcher:
         history: History,
         codec: Callable[[str], Codec],
         specs: Specs,
+        buffers: Specs,
     ) -> None:
         self.policy, self.task, self.network, self.store = policy, task, network, store
         self.notifier, self.executor, self.history, self.codec, self.specs = notifier, executor, history, codec, specs
+        self.buffers = buffers
         self.rounds: deque[OpenRound] = deque()
         self.carried: list[Assignment] = []  # into the next round that is opened
         self.stop_by: float | None = None  # every round is closed then
@@ -178,7 +181,7 @@ class Dispatcher:
             await first.taken.wait()
         sent.at = self.network.now()
         path = self.store.payload_path(order.round, order.hotkey)
-        largest = self.codec(order.codec_up).largest(self.specs)
+        largest = self.codec(order.codec_up).largest(self.specs) + buffers_codec.largest(self.buffers)
         taken = partial(self._taken, sent)
         received = await self.network.exchange(order, sent.signed, opened.blobs, path, largest, taken)
         received = replace(received, seconds=self.network.now() - sent.at)
@@ -218,7 +221,9 @@ class Dispatcher:
         """Raises ProtocolError with the fault."""
         payload = partial(self.store.payload, order.round, order.hotkey)
         codec = self.codec(order.codec_up)
-        return verify(order, received.reply, payload, codec=codec, specs=self.specs, count=self.task.count)
+        return verify(
+            order, received.reply, payload, codec=codec, specs=self.specs, buffers=self.buffers, count=self.task.count
+        )
 
     # --- back -----------------------------------------------------------------------------------------------------
 

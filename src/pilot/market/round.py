@@ -30,6 +30,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from pilot.aggregation import Aggregator
+from pilot.aggregation.buffers import merge_buffers
 from pilot.codec import Codec, bits
 from pilot.common.units import fp32_megabytes
 from pilot.interfaces import Faulted, Network, RoundRecord, Store
@@ -69,6 +70,14 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Aggregate:
+    """One gradient of a round's contributions, and the buffers that go with it."""
+
+    gradient: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Ranking:
     """What the ranker made of a round, and its state after it."""
 
@@ -105,8 +114,9 @@ class Market:
         self.notifier = Notifier(network, store)
         self.negotiation = Negotiation(network.known_codecs)
         specs = {name: p.shape for name, p in task.trainable(learner.model).items()}
+        buffers = {name: b.shape for name, b in task.buffers(learner.model).items()}
         self.dispatcher = Dispatcher(
-            policy, task, network, store, self.notifier, self.executor, self.history, codec, specs
+            policy, task, network, store, self.notifier, self.executor, self.history, codec, specs, buffers
         )
         self.blobs = task.blobs()
         learner.history.keep_before |= policy.overlap > 0  # orders that a restart sends again may name it
@@ -342,10 +352,17 @@ class Market:
         if not accepted:
             return
         size, contributions = self._megabytes, list(accepted.values())
-        gradient = await self.executor.run("aggregate", size * len(accepted), self.aggregate, contributions)
-        await self.executor.run("step", size, self.learner.step, gradient, step.settings)
+        found = await self.executor.run("aggregate", size * len(accepted), self._aggregate, contributions)
+        await self.executor.run("step", size, self.learner.step, found.gradient, step.settings, found.buffers)
         await self.executor.run("encode", size, self.learner.advance)
         logger.debug("%d contributions make version %s, %s", len(accepted), self.learner.version[:12], step.settings)
+
+    def _aggregate(self, contributions: Sequence[Contribution]) -> Aggregate:
+        buffers = self.task.buffers(self.learner.model)
+        merged: Mapping[str, torch.Tensor] = {}
+        if buffers:
+            merged = merge_buffers([c.count for c in contributions], [c.buffers() for c in contributions], buffers)
+        return Aggregate(self.aggregate(contributions), merged)
 
     # --- score ----------------------------------------------------------------------------------------------------
 
@@ -470,7 +487,8 @@ class Market:
         contributions = [self.dispatcher.verify(orders[name], received[name]) for name in accepted]
         if contributions:
             self.learner.codec = record.codec_down
-            self.learner.step(self.aggregate(contributions), record.settings)
+            found = self._aggregate(contributions)
+            self.learner.step(found.gradient, record.settings, found.buffers)
             self.learner.advance()
         if self.learner.version != record.version:
             raise ValueError(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer
 
 from pilot.codec import Codec
+from pilot.codec import buffers as buffers_codec
 from pilot.training.ranges import indices, within
 from protocol import Fault, Hotkey, Order, ProtocolError, Range, Reply
 
@@ -35,6 +36,7 @@ class Contribution:
     specs: Specs
     add: Callable[[Tensors, float], None]  # adds weight times the gradient; the payload is only read for it
     read: Callable[[int, int], torch.Tensor]  # coordinates [start, stop) of the flat gradient
+    buffers: Callable[[], Tensors] = field(default=dict)  # the model's buffers after the work, such as a batch norm's
 
 
 def verify(
@@ -44,6 +46,7 @@ def verify(
     *,
     codec: Codec,
     specs: Specs,
+    buffers: Specs,
     count: Callable[[int], int],
 ) -> Contribution:
     """Raises ProtocolError with the fault. The payload's digest was checked against the signed reply as it arrived."""
@@ -59,10 +62,15 @@ def verify(
         raise ProtocolError(f"did {list(reply.done)[:3]}, ordered were {list(order.ranges)[:3]}", Fault.WRONG_DATA)
 
     def add(into: Tensors, weight: float) -> None:  # the bytes are the same then, and until then not even mapped
-        codec.add(payload(), into, weight)
+        codec.add(buffers_codec.gradient(payload(), buffers), into, weight)
 
     def read(start: int, stop: int) -> torch.Tensor:
-        return codec.read(payload(), specs, start, stop)
+        return codec.read(buffers_codec.gradient(payload(), buffers), specs, start, stop)
 
-    norm = codec.check(payload(), specs)
-    return Contribution(order.hotkey, reply.done, sum(map(count, indices(reply.done))), norm, specs, add, read)
+    def read_buffers() -> Tensors:
+        return buffers_codec.buffers(payload(), buffers)
+
+    norm = codec.check(buffers_codec.gradient(payload(), buffers), specs)
+    read_buffers()
+    units = sum(map(count, indices(reply.done)))
+    return Contribution(order.hotkey, reply.done, units, norm, specs, add, read, read_buffers)

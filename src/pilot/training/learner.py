@@ -55,6 +55,11 @@ class Learner:
         self.optimizer = task.optimizer(self.model, config)
         self.outer = torch.optim.SGD(self.parameters.values(), lr=0.0)  # of rounds whose settings say so (DiLoCo)
         full = broadcast == "full"
+        for name, buffer in task.buffers(self.model).items():
+            if not full and not buffer.dtype.is_floating_point:
+                raise ValueError(
+                    f"--broadcast {broadcast}: buffer {name} holds integers, which deltas cannot carry; use full"
+                )
         plain = torch.contiguous_format  # as codecs add to it, whatever the model's own tensors are
         self.replica: Tensors | None = (
             None if full else {n: t.detach().clone(memory_format=plain) for n, t in self._exact.items()}
@@ -71,11 +76,19 @@ class Learner:
         """Everything that travels: what is trained, and buffers."""
         return {**self.parameters, **self.task.buffers(self.model)}
 
-    def step(self, gradient: Mapping[str, torch.Tensor], settings: Settings) -> None:
+    def step(
+        self,
+        gradient: Mapping[str, torch.Tensor],
+        settings: Settings,
+        buffers: Mapping[str, torch.Tensor] | None = None,  # None: they are the model's own already
+    ) -> None:
         """One optimizer step. Leaves the version as it was: `advance` makes the next.
 
         With an "outer_lr" among the settings the gradient is a pseudo-gradient, and the step the outer optimizer's.
         """
+        own = self.task.buffers(self.model)
+        for name, buffer in (buffers or {}).items():
+            own[name].copy_(buffer)
         for name, p in self.parameters.items():
             p.grad = gradient[name].to(p.device)
         if "outer_lr" in settings:

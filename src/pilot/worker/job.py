@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing_extensions import Buffer
 
 from pilot.codec import Codec
+from pilot.codec.buffers import append
 from pilot.interfaces import Refused
 from pilot.training.gradient import GradientAccumulator
 from pilot.training.ranges import indices, size
@@ -91,7 +92,8 @@ class Job:
         if not math.isfinite(work.loss):
             raise Refused(409, f"the loss is {work.loss}", Fault.NONFINITE)
         order = self.order
-        payload, before, after = feedback.encode(codec, work.gradient)
+        gradient, before, after = feedback.encode(codec, work.gradient)
+        payload = append(gradient, accumulator.task.buffers(accumulator.model))
         reply = Reply(
             run=order.run,
             round=order.round,
