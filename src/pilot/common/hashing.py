@@ -1,4 +1,4 @@
-"""How bytes and versions are named: blake3-256 under a domain. Imports nothing of ours; `protocol` hands it all on."""
+"""Hash bytes and versions with blake3-256, each kind under a domain of its own. `protocol` re-exports these names."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Hasher:
 
 
 def digest(domain: str, data: Buffer) -> Digest:
-    """The digest of `data` under `domain` (message kinds, `payload`, and the blob kinds)."""
+    """Return the digest of `data` under `domain`: a kind of message or blob, or `payload`."""
     size = memoryview(data).nbytes
     threads = blake3.AUTO if size >= 1 << 20 else 1
     return blake3(data, derive_key_context=f"{CONTEXT} {domain}", max_threads=threads).hexdigest()
 
 
 def next_version(base: Version | None, update: Digest) -> Version:
-    """version(t+1) = hash(version(t), hash(update bytes)); the first version has no base."""
+    """Return version(t+1) = hash(version(t), hash(update bytes)); the first version has no base."""
     return digest("version", bytes.fromhex(base or "00" * 32) + bytes.fromhex(update))

@@ -1,4 +1,4 @@
-"""What a peer may cost us: bytes, connections, requests, seconds. One place, shown by --help as --limits.…"""
+"""Limit the bytes, connections, requests and seconds that a peer may use (--limits.…)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ GB, MB, KB = 1 << 30, 1 << 20, 1 << 10
 
 @dataclass(frozen=True)
 class Limits:
-    """What exceeds one is refused before it is held; the peer is told why."""
+    """Limits on peers. What exceeds one is refused before it is stored, with the reason."""
 
     header_bytes: int = 8 * KB
     """Bytes of a request's first line, and of each of its header fields."""
@@ -59,7 +59,7 @@ class Limits:
     """Seconds without contact after which a miner's part in a round is given up, if the deadline is not over first."""
 
     def check(self) -> None:
-        """Raises ValueError, naming the flag, for a limit that nothing could keep."""
+        """Raise ValueError, naming the flag, for a limit that is not above 0."""
         unlimited = ("spool_bytes", "reserve_bytes")
         for field in fields(self):
             value = getattr(self, field.name)
@@ -68,10 +68,10 @@ class Limits:
                 raise ValueError(f"--limits.{field.name.replace('_', '-')} {value}: must be more than 0")
 
     def blob(self, kind: str) -> int:
-        """The largest blob of this kind."""
+        """Return the most bytes of a blob of this kind."""
         return self.state_bytes if kind in ("state", "delta") else self.data_bytes
 
     def body(self, kind: str) -> int:
-        """The longest envelope around a message of this kind."""
+        """Return the most bytes of an envelope around a message of this kind."""
         sizes = {"order": self.order_bytes, "receipt": self.receipt_bytes, "reply": self.reply_bytes}
         return sizes.get(kind, self.message_bytes)
