@@ -20,7 +20,7 @@ PROGRAMS = {"miner": (miner.main, []), "validator": (validator.main, ["--axons",
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_shows_every_limit_with_its_default(program: str) -> None:
-    shown = run_program(f"{program}.py", "--help").stdout
+    shown = run_program(f"{program}.py", "--help-all").stdout
     words = " ".join(shown.replace("│", " ").split())
     for field in fields(Limits):
         _, _, after = words.partition(f"{FLAGS[field.name]} ")
