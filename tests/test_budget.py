@@ -213,7 +213,10 @@ def delivery(name: str, claimed_s: float, seen_s: float) -> tuple[AssignmentKey,
         residual_before=None, residual_after=None,
     )  # fmt: skip
     received = ReceivedReply(reply, sign_message(VALIDATOR, reply), 1, 1, seen_s)
-    contribution = Contribution(reply.hotkey, reply.done, 1, 1.0, {}, lambda into, weight: None)
+    nothing = torch.zeros(0)
+    contribution = Contribution(
+        reply.hotkey, reply.done, 1, 1.0, {}, lambda into, weight: None, lambda start, stop: nothing
+    )
     return (reply.hotkey, 0), VerifiedReply(received, contribution)
 
 

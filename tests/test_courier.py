@@ -122,7 +122,7 @@ def test_a_miner_whose_receipts_are_all_lost_sends_plain_encodings_and_begins_an
         await play(p.market, 7)
         encoded = replies(p.store, A)
         assert [reply.round for reply in encoded if reply.residual_before is not None] == [0, 5]
-        assert p.said.count("error feedback begins anew: no receipt for round 0 came") == 1
+        assert p.said.count("error feedback starts over: no receipt for round 0 came") == 1
         assert {r.verdict for n in range(7) for r in receipts(p.store, n).values()} == {"ACCEPTED"}
         follows(replies(p.store, B), 7)
         await p.market.close()
@@ -205,7 +205,7 @@ def test_gradients_and_pseudo_gradients_do_not_share_a_residual(tmp_path: Path, 
         p, _ = place(tmp_path, task, lambda receipt: False, batch_s=[1.0, 1.5], **policy)
         await play(p.market, 6)
         assert [line for line in p.said if "error feedback" in line] == 2 * [
-            "error feedback begins anew: what is left is of another mode"
+            "error feedback starts over: the residual is of another mode"
         ]
         for hotkey in (A, B):
             came = replies(p.store, hotkey)
