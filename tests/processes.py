@@ -1,10 +1,10 @@
-"""Real miner.py and validator.py processes on a tiny model: started, killed, restarted, and none left behind.
+"""Start, kill and restart real miner.py and validator.py processes on a tiny model, and leave none behind.
 
     with start_miner(tmp_path, "M1") as m1, start_validator(tmp_path, "--axons", m1.endpoint, "--rounds", "3") as v:
         assert v.wait() == 0
 
-Everything lies in the folder that the test names: wallets, caches, runs, logs. A process takes seconds to import torch,
-so start several at once: nothing here waits until it is asked for what only a ready process can tell.
+Wallets, caches, runs and logs lie in the folder that the test names. A process takes seconds to import torch, so start
+several at once: nothing here waits before it is asked for something that only a ready process knows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def eventually(probe: Callable[[], T | None], what: str, patience_s: float = PATIENCE_S) -> T:
-    """The first value of `probe` that is neither None nor False. Fails the test, naming `what`, where none comes."""
+    """Return the first value of `probe` that is neither None nor False. Fail the test, naming `what`, if none comes."""
     deadline = time.monotonic() + patience_s
     while True:
         found = probe()
@@ -48,7 +48,7 @@ class Process:
         self.start()
 
     def start(self) -> None:
-        """Runs the command, again if need be; `said` begins anew."""
+        """Run the command, again if need be; `said` starts over."""
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # a test that asks the hub is a mistake
         with self.log.open("wb") as out:
             self._popen = subprocess.Popen(
@@ -65,11 +65,11 @@ class Process:
         return self._popen.pid
 
     def said(self) -> str:
-        """Its whole output up to now."""
+        """Return the whole output so far."""
         return self.log.read_text(errors="replace")
 
     def wait_for(self, pattern: str) -> re.Match[str]:
-        """The first match, line by line, in its output. Fails the test where the process ends without."""
+        """Return the first match, line by line, in the output. Fail the test if the process ends without one."""
 
         def probe() -> re.Match[str] | None:
             ended = self._popen.poll() is not None  # before the look: its last words count
@@ -80,14 +80,14 @@ class Process:
         return eventually(probe, f"{pattern!r} in {self.log}")
 
     def wait(self, patience_s: float = PATIENCE_S) -> int:
-        """Its exit code; a signal's number, negative, where one killed it."""
+        """Return the exit code, or the negative number of the signal that killed the process."""
         try:
             return self._popen.wait(patience_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.log.name} did not end in {patience_s:g} s:\n{self.said()}") from None
 
     def kill(self) -> None:
-        """SIGKILL to this process alone: what it started is on its own."""
+        """Send SIGKILL to this process alone, not to those that it started."""
         self._popen.kill()
         self._popen.wait()
 
@@ -95,11 +95,11 @@ class Process:
         self._popen.terminate()
 
     def interrupt(self) -> None:
-        """Ctrl-C: a terminal sends it to the program and to everything that it started."""
+        """Send SIGINT to the program and to everything that it started, as a terminal does on Ctrl-C."""
         os.killpg(self.pid, signal.SIGINT)
 
     def survivors(self) -> list[int]:
-        """The processes of its session that still run."""
+        """Return the processes of its session that still run."""
         return [pid for pid, session, state in _processes() if session == self.pid and state != "Z"]
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class Miner(Process):
 
     @property
     def endpoint(self) -> str:
-        """host:port@ss58. Waits until it serves."""
+        """Wait until the miner serves; return host:port@ss58."""
         if self._endpoint is None:
             self._endpoint = self.wait_for(r"^serving (\S+)$")[1]
         return self._endpoint
@@ -143,14 +143,14 @@ class Miner(Process):
         return self.endpoint.partition("@")[2]
 
     def restart(self, *flags: str) -> None:
-        """Again on the same port, with the same wallet and cache, and `flags` besides."""
+        """Restart on the same port, with the same wallet and cache, and with more `flags`."""
         self.command += ["--axon.port", self.port, *flags]
         self.close()
         self.start()
 
 
 def tiny_flags(folder: Path) -> list[str]:
-    """A validator's flags for a GPT-2 of 20,000 parameters on 60 KB of text, everything in `folder`."""
+    """Return a validator's flags for a GPT-2 of 20,000 parameters on 60 KB of text, with all files in `folder`."""
     from tests.tiny import tiny_config  # imports torch, which most mistakes on a command line do not need
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,22 +171,22 @@ def start_miner(folder: Path, name: str, port: int = 0, *flags: str) -> Miner:
 
 
 def start_validator(folder: Path, *flags: str, log: str = "validator") -> Process:
-    """On the tiny task. Later flags win over `tiny_flags`."""
+    """Start a validator on the tiny task. Later flags override `tiny_flags`."""
     return Process(program("validator.py", *tiny_flags(folder), *flags), folder / f"{log}.log")
 
 
 def run_validator(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """The same, to its end."""
+    """Run a validator on the tiny task to its end."""
     return run_program("validator.py", *tiny_flags(folder), *flags)
 
 
 def program(name: str, *flags: str) -> list[str]:
-    """The command of a program in src/."""
+    """Return the command of a program in src/."""
     return [sys.executable, str(SRC / name), *flags]
 
 
 def run_program(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """With these flags alone, to its end, its two outputs apart."""
+    """Run a program with only these flags to its end, and capture its two outputs."""
     return subprocess.run(
         program(name, *flags),
         stdin=subprocess.DEVNULL,
@@ -198,7 +198,7 @@ def run_program(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def _processes() -> list[tuple[int, int, str]]:
-    """Process id, session and state of all that there are (Linux's /proc; elsewhere nothing)."""
+    """Return process id, session and state of every process (from Linux's /proc; elsewhere nothing)."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Whole runs of real processes over real sockets: what is shown, what a kill costs, and that nothing is left behind."""
+"""Run real processes over real sockets: check the output, the cost of a kill, and that no process is left behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MANY = "100000"  # rounds: more than any test waits for
 
 
 def receipts(run: Path) -> list[Receipt]:
-    """All that a run's ledger holds, in the order of the rounds."""
+    """Return all receipts of a run's ledger, in the order of the rounds."""
     with closing(RunStore.open(run, keep=2)) as store:
         return [Receipt.parse(signed.body) for record in store.committed(0) for signed in record.receipts]
 
@@ -38,7 +38,7 @@ def cursor(run: Path) -> Cursor:
 
 
 def accepted(run: Path, miner: Miner) -> int:
-    """How many of its replies were accepted, from a ledger that a validator writes at the same time."""
+    """Return how many replies of a miner were accepted, from a ledger that a validator is writing."""
     if not (run / "ledger.sqlite").exists():
         return 0
     with closing(sqlite3.connect(f"file:{run}/ledger.sqlite?mode=ro", uri=True)) as ledger:
@@ -50,7 +50,7 @@ def accepted(run: Path, miner: Miner) -> int:
 
 @pytest.fixture(scope="module")
 def own_miners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """A run with --local, under way while other tests wait for their own processes."""
+    """Start a run with --local, which proceeds while other tests wait for their own processes."""
     folder = tmp_path_factory.mktemp("own")
     flags = ["--local", "2", "--baseline", "--rounds", "5", "--eval-every", "2"]
     with start_validator(folder, *flags) as process:
@@ -62,7 +62,7 @@ def own_miners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 
 @dataclass(frozen=True)
 class Story:
-    """What came of a validator whose second miner starts late, is killed, returns; then somebody presses Ctrl-C."""
+    """The result of a run whose second miner starts late, is killed and returns, and which Ctrl-C then stops."""
 
     place: Path
     first: Miner
@@ -160,10 +160,10 @@ def test_a_miner_serves_its_first_validator_until_it_is_unpinned_and_ends_on_sig
     assert "Traceback" not in miner.said()
 
 
-# --- miners of the validator's own ------------------------------------------------------------------------------------
+# --- local miners -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_with_miners_of_its_own(own_miners: Process) -> None:
+def test_a_run_with_local_miners(own_miners: Process) -> None:
     assert own_miners.wait() == 0, own_miners.said()
     assert not own_miners.survivors()
     said = own_miners.said()

@@ -1,6 +1,6 @@
-"""The command line: flags from dataclasses, a file of flags, devices, and a user's mistake as one line.
+"""Parse flags into dataclasses, report mistakes in one line, and prepare the process: device, threads, memory.
 
-A mistake ends with exit code 2 and one line that names flag, value and fix; everything else that goes wrong raises.
+A user's mistake ends the program with exit code 2 and one line that names flag, value and fix. Any other error raises.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
 def fail(program: str, reason: str, code: int = 2) -> NoReturn:
-    """One line on standard error, and the exit code of a user's mistake."""
+    """Print one line on standard error and exit, by default with the code of a user's mistake."""
     print(f"{program}: {' '.join(reason.split())}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
 @contextlib.contextmanager
 def mistakes(program: str) -> Iterator[None]:
-    """Around the set-up of a run: a ValueError there is about a flag or a file of the user's."""
+    """Report a ValueError, which during set-up is about a flag or a file of the user's, as a mistake."""
     try:
         yield
     except ValueError as error:
@@ -122,7 +122,7 @@ def _dotted(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def flag_value(argv: Sequence[str], flag: str) -> str | None:
-    """The last value of a flag, before anything is parsed."""
+    """Return the last value of a flag, before anything is parsed."""
     value = None
     for i, argument in enumerate(argv):
         if argument == flag and i + 1 < len(argv):
@@ -133,7 +133,7 @@ def flag_value(argv: Sequence[str], flag: str) -> str | None:
 
 
 def flatten(config: object, prefix: str = "") -> dict[str, Any]:
-    """A configuration's values by dotted name."""
+    """Return a configuration's values by dotted name."""
     flat: dict[str, Any] = {}
     for f in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, f.name)
@@ -145,7 +145,7 @@ def flatten(config: object, prefix: str = "") -> dict[str, Any]:
 
 
 def as_flags(name: str, value: Any) -> list[str]:
-    """One value as the arguments that give it."""
+    """Return the command-line arguments that give a flag this value."""
     if isinstance(value, bool):
         group, _, last = name.rpartition(".")
         return ["--" + (f"{group}." if group else "") + ("" if value else "no-") + last.replace("_", "-")]
@@ -164,7 +164,7 @@ def recorded_flags(values: Mapping[str, Any], cls: type[object]) -> list[str]:
 
 
 def _first_paragraph(box: str) -> str:
-    """tyro's error as a line: the text of its box up to the first rule, and the flag that it suggests."""
+    """Return tyro's error as one line: the text of its box up to the first rule, and the flag that it suggests."""
     lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
     rules = [i for i, line in enumerate(lines) if line.strip("─") == "" and line]
     first = " ".join(lines[1 : rules[0]] if rules else lines[1:])
@@ -173,7 +173,7 @@ def _first_paragraph(box: str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device. ValueError where this machine has none such."""
+    """Return the device of --device. Raises ValueError if this machine lacks it."""
     import torch
 
     if name == "auto":
@@ -193,10 +193,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def reuse_memory() -> None:
-    """Freed blocks stay with the process, whatever their size.
+    """Make glibc keep freed blocks in the process, whatever their size. Without glibc, do nothing.
 
-    glibc gives blocks of over 32 MB back at once, and the kernel clears their pages again at the next use: for a step
-    of GPT-2 124M on two cores that is 5 to 9 % of the time. Elsewhere than with glibc nothing happens.
+    glibc returns blocks of over 32 MB at once, and the kernel clears their pages again at the next use, which takes 5
+    to 9 % of a step of GPT-2 124M on two cores.
     """
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -205,29 +205,32 @@ def reuse_memory() -> None:
 
 
 def settle_memory() -> None:
-    """What was imported and made until now is not looked at by the cycle collector again, and it looks less often.
+    """Exclude all current objects from the cycle collector, and make it run less often.
 
-    Going over torch's objects again and again took 0.85 of the 6.7 ms that a miner and round cost a validator of 64.
+    Scanning torch's objects took 0.85 of the 6.7 ms that each miner costs a validator of 64 miners in a round.
     """
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # what is never freed some libraries report as leaked
+    atexit.register(gc.unfreeze)  # some libraries report frozen objects as leaks
     gc.set_threshold(10_000, 20, 20)
 
 
 def check_compiler() -> None:
-    """What --compile needs. ValueError where this machine has no C++ compiler."""
+    """Raise ValueError if this machine has no C++ compiler, which --compile needs."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "c++")):
-        raise ValueError("--compile: torch.compile needs a C++ compiler, such as g++; install one, or go without")
+        raise ValueError(
+            "--compile: torch.compile needs a C++ compiler, such as g++; install one, or leave --compile out"
+        )
 
 
 def check_port(flag: str, port: int) -> None:
+    """Raise ValueError for an impossible TCP port."""
     if not 0 <= port < 65536:
         raise ValueError(f"--{flag} {port}: must be 0 to 65535")
 
 
 def set_threads(threads: int) -> None:
-    """Torch's CPU threads. Without a wish, torch is not even imported."""
+    """Set torch's CPU threads. For 0, do not even import torch."""
     if threads < 0:
         raise ValueError(f"--threads {threads}: must be 0 or more")
     if threads:

@@ -1,4 +1,4 @@
-"""`--local N`: miners of this machine, as real processes on free ports, for the length of a run."""
+"""Run the miners of --local N: processes on this machine, on free ports, for the length of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ START_S = 120.0
 
 
 def ask_status(endpoint: str) -> Health:
-    """What GET /v1/status says at host:port@ss58, whatever proxy the environment names."""
+    """Return the answer to GET /v1/status at host:port@ss58, bypassing any proxy of the environment."""
     url = f"http://{endpoint.partition('@')[0]}/v1/status"
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -30,7 +30,7 @@ def ask_status(endpoint: str) -> Health:
 
 
 class LocalMiners:
-    """Starts them at once, so that they import while the validator does; `endpoints` waits until each serves."""
+    """Start miners at once, so that they import torch while the validator does. `endpoints` waits until they serve."""
 
     def __init__(self, count: int, folder: Path, task: str, device: str, threads: int) -> None:
         self.logs = [folder / f"M{i + 1}.log" for i in range(count)]
@@ -49,8 +49,8 @@ class LocalMiners:
                     subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
                 )
 
-    def endpoints(self, tell: Callable[[str], None]) -> tuple[str, ...]:
-        """host:port@ss58 of each, once it serves. Raises RuntimeError with its last line where one ends instead."""
+    def endpoints(self, say: Callable[[str], None]) -> tuple[str, ...]:
+        """Return host:port@ss58 of each miner once it serves. Raises RuntimeError with the log of one that ends."""
         found: list[str] = []
         deadline = time.monotonic() + START_S
         for process, log in zip(self.processes, self.logs, strict=True):
@@ -63,7 +63,7 @@ class LocalMiners:
             if not health.healthy:
                 raise RuntimeError(f"the local miner of {log} is not healthy: {log.read_text()[-500:]}")
             found.append(endpoint)
-            tell(f"{log.stem} serves {endpoint}, {health.state}, process {process.pid}, log {log}")
+            say(f"{log.stem} serves {endpoint}, {health.state}, process {process.pid}, log {log}")
         return tuple(found)
 
     def stop(self) -> None:

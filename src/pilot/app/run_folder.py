@@ -1,4 +1,4 @@
-"""Run folders: their names, the flags a run was started with, and what a resumed run must keep."""
+"""Name and open run folders, record the flags of a run, and check those of a resumed run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATA = "data_digest"
 
 
 def resume_flags(argv: Sequence[str]) -> list[str]:
-    """With --resume the run's own flags are the defaults. ValueError where there is no such run."""
+    """Return the flags that a resumed run was started with, as defaults. Raises ValueError if there is no such run."""
     if "--resume" not in argv:
         return []
     runs = Path(cli.flag_value(argv, "--runs") or ValidatorConfig().runs).expanduser()
@@ -44,7 +44,7 @@ def _newest(runs: Path) -> str:
 
 
 def _flags_of(folder: Path) -> dict[str, Any]:
-    """What the run was started with; nothing where it ended before it began."""
+    """Return the flags that a run was started with, or nothing if it stopped before `begin`."""
     from pilot.storage.ledger import Ledger
 
     with closing(Ledger(folder / LEDGER)) as ledger:
@@ -52,6 +52,7 @@ def _flags_of(folder: Path) -> dict[str, Any]:
 
 
 def folder_of(config: ValidatorConfig) -> Path:
+    """Return the folder of the run. Raises ValueError for a name that does not fit messages and paths."""
     name = config.run or f"{config.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,63}", name):  # it is in every message, as protocol.Name
         raise ValueError(f"--run {name}: must be a plain name of letters, digits and _.+-, such as demo")
@@ -59,11 +60,11 @@ def folder_of(config: ValidatorConfig) -> Path:
 
 
 def open_store(config: ValidatorConfig, folder: Path) -> RunStore:
-    """A new run's store, or with --resume the run's own; ValueError where that is of another task or model."""
+    """Create a new run's store, or open a resumed run's. Raises ValueError if a flag that a run keeps has changed."""
     from pilot.storage.run_store import RunStore
 
     if not config.resume or not _flags_of(folder):
-        return RunStore.create(folder, {}, config.snapshot_keep)  # `begin` says what it is
+        return RunStore.create(folder, {}, config.snapshot_keep)  # `begin` records its flags
     store = RunStore.open(folder, config.snapshot_keep)
     known, flags = flags_of(ValidatorConfig), _texts(config)
     for name, began_with in store.ledger.meta().items():
@@ -77,15 +78,15 @@ def open_store(config: ValidatorConfig, folder: Path) -> RunStore:
 
 
 def begin(config: ValidatorConfig, store: RunStore, data: Digest) -> None:
-    """Everything is there: from now on this is a run. A start that ended before leaves its name free.
+    """Record the flags and the data of a run, once all parts are ready. A start that fails before leaves the name free.
 
-    Raises ValueError where a resumed run would go on with other data.
+    Raises ValueError if a resumed run would continue with other data.
     """
     began_with = store.ledger.meta().get(DATA, data)
     if began_with != data:
         raise ValueError(
             f"--run {store.folder.name}: its data were {began_with[:12]}, are now {data[:12]}: the text has changed; "
-            "bring back what it was, or start another --run"
+            "restore it, or start another --run"
         )
     store.set_meta({**_texts(config), DATA: data})
 
