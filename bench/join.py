@@ -32,7 +32,8 @@ from pilot.transport.server.axon import Axon
 from pilot.worker.worker import Worker
 from protocol import DataSpec, Order, Range, TaskSpec
 from tasks import Task, load_task
-from tasks.config import AdamWConfig, GPT2Config
+from tasks.gpt2 import GPT2Config
+from tasks.optimizer import AdamWConfig
 
 ROUNDS = 1000
 CODEC = "2bit"

@@ -46,8 +46,8 @@ from pilot.simulation.network import run as run_virtual
 from pilot.storage.run_store import RunStore
 from pilot.training.learner import Learner
 from pilot.transport.client.dendrite import Dendrite, Endpoint
-from tasks.config import AdamWConfig, QuadraticConfig
-from tasks.quadratic import Quadratic
+from tasks.optimizer import AdamWConfig
+from tasks.quadratic import Quadratic, QuadraticConfig
 
 VALIDATOR = Keypair.create_from_uri("//Validator")
 PROCESSES = 4  # for the miners

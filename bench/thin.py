@@ -30,8 +30,8 @@ from pilot.simulation.link_model import LinkSpec
 from pilot.simulation.network import run
 from pilot.simulation.traces import HOUR_S, make_trace
 from pilot.simulation.world import Conditions, World
-from tasks.config import AdamWConfig, QuadraticConfig
-from tasks.quadratic import Quadratic
+from tasks.optimizer import AdamWConfig
+from tasks.quadratic import Quadratic, QuadraticConfig
 
 MINERS = 4
 SECONDS = HOUR_S / 2

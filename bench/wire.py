@@ -120,11 +120,12 @@ def play(variant: Variant, text: str) -> Outcome:
     from pilot.simulation.traces import Interval
     from pilot.simulation.world import Conditions, World
     from tasks import load_task
-    from tasks.config import AdamWConfig, GPT2Config
+    from tasks.gpt2 import GPT2Config
+    from tasks.optimizer import AdamWConfig
 
     torch.set_num_threads(1)
+    gpt2 = GPT2Config(text=text, batch_size=variant.batch, eval_sequences=512)
     config = RoundConfig(
-        gpt2=GPT2Config(text=text, batch_size=variant.batch, eval_sequences=512),
         optimizer=AdamWConfig(lr=6e-3, warmup=100 * variant.steps // STEPS),
         codec=CodecConfig(variant.up, variant.down, variant.feedback),
         broadcast="full" if variant.down == "fp32" else "delta",
@@ -140,7 +141,7 @@ def play(variant: Variant, text: str) -> Outcome:
 
     async def main(folder: Path) -> Outcome:
         task = load_task("gpt2").prepare(
-            config.gpt2, seed=variant.seed, cache=Path(config.cache).expanduser(), device=torch.device("cpu"),
+            gpt2, seed=variant.seed, cache=Path(config.cache).expanduser(), device=torch.device("cpu"),
             progress=say,
         )  # fmt: skip
         policy = config.policy("wire", 10)

@@ -313,7 +313,7 @@ def folder_of(config: BaselineConfig) -> Path | None:
         return None
     from nanochat.common import base_dir
 
-    return base_dir() / "base_checkpoints" / (config.run or f"d{config.nanochat.depth}")
+    return base_dir() / "base_checkpoints" / (config.run or f"d{getattr(config, config.task).depth}")
 
 
 def open_metrics(run: Run) -> Metrics:

@@ -20,8 +20,8 @@ from pilot.market.verify import Contribution
 from pilot.training.learner import Learner
 from pilot.transport.auth import sign_message
 from protocol import Range, Reply
-from tasks.config import AdamWConfig, QuadraticConfig
-from tasks.quadratic import Quadratic
+from tasks.optimizer import AdamWConfig
+from tasks.quadratic import Quadratic, QuadraticConfig
 from tests.echo import VALIDATOR
 
 torch.set_num_threads(1)

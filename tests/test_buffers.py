@@ -17,8 +17,7 @@ from pilot.training.diloco import DiLoCo
 from pilot.training.learner import Learner
 from pilot.training.plain_loop import train
 from protocol import Fault, ProtocolError
-from tasks.config import QuadraticConfig
-from tasks.quadratic import Quadratic
+from tasks.quadratic import Quadratic, QuadraticConfig
 from tests.tiny import CPU, MINERS, OPTIMIZER, TERMS, Place, equal, make_place, parameters, play, receipts
 
 DIMENSION = 8

@@ -21,8 +21,7 @@ from pilot.training.diloco import DiLoCo
 from pilot.training.ranges import Cursor, indices, size
 from pilot.transport.auth import verify_message
 from protocol import Fault, Order, Receipt
-from tasks.config import QuadraticConfig
-from tasks.quadratic import Quadratic
+from tasks.quadratic import Quadratic, QuadraticConfig
 from tests.test_round import Dying
 from tests.test_volatile import A, B, C, accepted, metrics, orders
 from tests.tiny import MINERS, OPTIMIZER, Place, batch_takes, equal, make_place, parameters, play, receipts

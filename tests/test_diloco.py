@@ -21,8 +21,8 @@ from pilot.training.diloco import DiLoCo, plain_steps, round_settings, warmup_ro
 from pilot.training.inner_loop import InnerLoop
 from pilot.training.ranges import indices
 from protocol import Fault, Order, Range, Receipt
-from tasks.config import AdamWConfig
 from tasks.gpt2 import GPT2
+from tasks.optimizer import AdamWConfig
 from tests.tiny import (
     CPU,
     MINERS,
@@ -407,8 +407,8 @@ def test_terms_say_what_the_flags_say() -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"tau": 3}, "--tau 3: only --mode diloco heeds it"),
-        ({"inner_state": "reset"}, "--inner-state reset: only --mode diloco heeds it"),
+        ({"tau": 3}, "--tau 3: only --mode diloco uses it"),
+        ({"inner_state": "reset"}, "--inner-state reset: only --mode diloco uses it"),
         ({"mode": "diloco", "tau": 0}, "--tau 0: must be 1 or more"),
         ({"mode": "diloco", "tau": 10**6}, "--tau 1000000: .* with --batches 4 make at most 1,000,000 micro-batches"),
         ({"mode": "diloco", "batches": 5000}, "--batches 5000: .* 4,096 at most"),

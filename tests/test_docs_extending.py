@@ -17,7 +17,7 @@ from pilot.ranking import load_ranker
 from pilot.simulation.network import run
 from protocol import Fault, ProtocolError
 from tasks import load_task
-from tasks.config import AdamWConfig
+from tasks.optimizer import AdamWConfig
 from tests import tiny
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "EXTENDING.md"

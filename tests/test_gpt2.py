@@ -18,9 +18,8 @@ from pilot.app.report import save_model
 from pilot.training.learner import Learner
 from protocol import MAX_SERVED_BYTES, DataSpec, Fault, ProtocolError, TaskSpec
 from tasks import TASKS, OpenBlob, Task, load_task
-from tasks.config import AdamWConfig, GPT2Config
-from tasks.gpt2 import GPT2, PRESETS
-from tasks.optimizer import schedule
+from tasks.gpt2 import GPT2, PRESETS, GPT2Config
+from tasks.optimizer import AdamWConfig, schedule
 from tasks.tokens import Tokens, write
 
 TEXT = "".join(f"{i}: {'abcdefg'[i % 7] * (i % 5)} and {i * i}\n" for i in range(400))

@@ -15,9 +15,9 @@ from pilot.training.gradient import GradientAccumulator
 from pilot.training.inner_loop import AccumulatorFactory, InnerLoop
 from protocol import Fault, InnerSteps, Order, ProtocolError, Range, Update, VersionStep
 from tasks import Task
-from tasks.config import AdamWConfig, NanochatConfig
 from tasks.gpt2 import GPT2
-from tasks.optimizer import from_parameters
+from tasks.nanochat import NanochatConfig
+from tasks.optimizer import AdamWConfig, optimizer_from_order
 from tests.tiny import CPU, MINERS, equal, tiny_task, write_text
 
 torch.set_num_threads(1)
@@ -249,14 +249,14 @@ JUNK: list[dict[str, object]] = [
 @pytest.mark.parametrize("parameters", JUNK, ids=range(len(JUNK)))
 def test_flags_that_no_optimizer_of_the_task_has_are_malformed(parameters: dict[str, object]) -> None:
     with pytest.raises(ProtocolError, match=r"^optimizer of task gpt2: ") as error:
-        from_parameters("gpt2", parameters)
+        optimizer_from_order("gpt2", AdamWConfig, parameters)
     assert error.value.fault is Fault.MALFORMED
 
 
 def test_flags_come_back_as_they_went() -> None:
-    assert from_parameters("gpt2", asdict(ADAMW)) == ADAMW
-    assert from_parameters("nanochat", asdict(MUON)) == MUON
-    assert from_parameters("gpt2", {**asdict(ADAMW), "lr": 1}).lr == 1.0  # JSON's number
+    assert optimizer_from_order("gpt2", AdamWConfig, asdict(ADAMW)) == ADAMW
+    assert optimizer_from_order("nanochat", MuonAdamWConfig, asdict(MUON)) == MUON
+    assert optimizer_from_order("gpt2", AdamWConfig, {**asdict(ADAMW), "lr": 1}).lr == 1.0  # JSON's number
 
 
 @pytest.mark.parametrize("flag", ["lr", "eps", "weight_decay", "clip"])

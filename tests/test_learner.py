@@ -15,8 +15,7 @@ from pilot.codec import load_codec
 from pilot.training.learner import Learner
 from pilot.worker.replica import apply_step
 from protocol import BlobRef, ProtocolError, digest, next_version
-from tasks.config import AdamWConfig
-from tasks.optimizer import adamw
+from tasks.optimizer import AdamWConfig, adamw
 from tests.tiny import CPU, OPTIMIZER
 from tests.updates import whole_state
 

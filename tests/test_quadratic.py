@@ -12,9 +12,8 @@ import torch
 
 from pilot.training.gradient import compute
 from protocol import Fault, ProtocolError, Range, TaskSpec
-from tasks.config import AdamWConfig, QuadraticConfig
-from tasks.optimizer import adamw_settings, apply_settings
-from tasks.quadratic import BYTE_DEVIATION, Quadratic
+from tasks.optimizer import AdamWConfig, adamw_settings, apply_settings
+from tasks.quadratic import BYTE_DEVIATION, Quadratic, QuadraticConfig
 
 torch.set_num_threads(1)
 CONFIG = QuadraticConfig(dimension=48, samples=32, batch_size=4, condition=50.0, noise=0.3)

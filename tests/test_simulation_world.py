@@ -22,8 +22,8 @@ from pilot.simulation.world import Conditions, World, WorldState
 from pilot.storage.run_store import RunStore
 from pilot.training.ranges import Cursor, merge, size
 from protocol import Range, Receipt
-from tasks.config import AdamWConfig, QuadraticConfig
-from tasks.quadratic import Quadratic
+from tasks.optimizer import AdamWConfig
+from tasks.quadratic import Quadratic, QuadraticConfig
 
 torch.set_num_threads(1)
 POLICY = RoundPolicy("simulated", 4, 300.0, 1 << 30, "fp32", "fp32", round_s=60.0)

@@ -8,7 +8,7 @@ import pytest
 
 from pilot.interfaces import Refused
 from protocol import DataSpec, ProtocolError
-from tasks.config import GPT2Config
+from tasks.gpt2 import GPT2Config
 from tasks.text import prepare_tokens, rebuild_tokens
 from tasks.tokenizer import ByteTokenizer, RustTokenizer, Tokenizer, load_tokenizer
 from tasks.tokens import Tokens

@@ -26,8 +26,8 @@ from pilot.storage.run_store import RunStore
 from pilot.training.diloco import round_settings
 from pilot.training.learner import Learner
 from protocol import Order
-from tasks.config import AdamWConfig, QuadraticConfig
-from tasks.quadratic import Quadratic
+from tasks.optimizer import AdamWConfig
+from tasks.quadratic import Quadratic, QuadraticConfig
 from tests.echo import VALIDATOR
 
 torch.set_num_threads(1)

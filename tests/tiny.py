@@ -28,9 +28,8 @@ from pilot.training.learner import Learner
 from pilot.worker.worker import Worker
 from protocol import DataSpec, Hotkey, Receipt, TaskSpec
 from tasks import TASKS, Task
-from tasks.config import AdamWConfig, GPT2Config
-from tasks.gpt2 import GPT2
-from tasks.optimizer import adamw_settings
+from tasks.gpt2 import GPT2, GPT2Config
+from tasks.optimizer import AdamWConfig, adamw_settings
 
 VALIDATOR = Keypair.create_from_uri("//Validator")
 MINERS = [Keypair.create_from_uri(f"//Miner{i}") for i in range(8)]

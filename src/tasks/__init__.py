@@ -1,12 +1,12 @@
-"""What can be trained: one file a task, imported when it is used. This package imports no torch by itself."""
+"""The tasks that can be trained: one file and one line of TASKS each. Importing them does not import torch."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
+from pilot.common.registry import load
 from pilot.interfaces import Blobs
 from protocol import DataSpec, Digest, TaskSpec
 
@@ -32,6 +32,12 @@ class Task(Protocol):
     A batch is named by its index alone, so every machine that holds the same data computes the same batch. A task
     holds no model: whoever owns one passes it in.
     """
+
+    Config: ClassVar[type]
+    """The task's flags: a frozen dataclass, which --help shows as --NAME.… Importing its module must not import torch."""
+
+    Optimizer: ClassVar[type]
+    """The flags of the task's optimizer: a frozen dataclass of numbers."""
 
     @property
     def unit(self) -> str:
@@ -126,9 +132,6 @@ class Task(Protocol):
 
 
 def load_task(name: str) -> type[Task]:
-    """The class behind `--task name`, imported now."""
-    if name not in TASKS:
-        raise ValueError(f"--task {name}: unknown; known: {', '.join(TASKS)}")
-    module, attribute = TASKS[name].split(":")
-    task: type[Task] = getattr(importlib.import_module(module), attribute)
+    """Return the class behind `--task name`, imported now. Raises ValueError for an unknown name."""
+    task: type[Task] = load("--task", name, TASKS)
     return task

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-import torch
-import transformers
 from pydantic import Field, ValidationError
-from torch import nn
-from torch.nn import functional as F
-from transformers import GPT2LMHeadModel
 
-from pilot.interfaces import Blobs
-from protocol import MAX_BLOB_BYTES, MAX_INDEX, DataSpec, Digest, ProtocolError, TaskSpec
+from pilot.common.flags import arg
+from protocol import MAX_BLOB_BYTES, MAX_INDEX, DataSpec, ProtocolError, TaskSpec
 from tasks import OpenBlob
-from tasks.config import AdamWConfig, GPT2Config
-from tasks.language import Dimension, EpochOrders, Shape, open_tokens, seeded, served_blobs
-from tasks.optimizer import Settings, adamw, adamw_settings
-from tasks.text import make_tokens, prepare_tokens, silent
+from tasks.base import BaseTask
+from tasks.language import Dimension, EpochOrders, Shape, open_tokens, seeded
+from tasks.text import TextConfig, make_tokens, prepare_tokens, silent
 from tasks.tokenizer import Tokenizer, load_tokenizer
 from tasks.tokens import Array, Tokens
 
-CPU = torch.device("cpu")
-Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (batch_size, seq_len), int64, on the CPU
+if TYPE_CHECKING:
+    import torch
+    import transformers
+    from torch import nn
+
+    Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (batch_size, seq_len), int64, on the CPU
 
 PRESETS: dict[str, dict[str, Any]] = {
     "nano": {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128},
@@ -35,6 +34,24 @@ PRESETS: dict[str, dict[str, Any]] = {
     "xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 NO_SPECIAL: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}  # GPT-2's own ids are beyond 256 tokens
+
+
+@dataclass(frozen=True)
+class GPT2Config(TextConfig):
+    """GPT-2 on a text."""
+
+    flag: ClassVar[str] = "gpt2"
+
+    model: str = arg("nano", short=True)
+    """nano (0.8M), small (124M), medium, large or xl (1.6B). These are parameters. Or a GPT-2 on the hub, or a folder
+    with one."""
+
+    tokenizer: str = "auto"
+    """byte (256 tokens), gpt2 (byte-pair encoding, 50257 tokens), or a file that tok_train wrote. auto: byte for nano,
+    gpt2 for all others."""
+
+    vocabulary: Path | None = None
+    """Folder of GPT-2's encoder.json and vocab.bpe, or the prefix of the two paths. None: the hub's gpt2."""
 
 
 class GPT2Shape(Shape):
@@ -68,6 +85,8 @@ class GPT2Shape(Shape):
             raise ValueError(f"--gpt2.seq_len {self.seq_len}: the model has {self.n_positions} positions")
 
     def config(self) -> transformers.GPT2Config:
+        import transformers
+
         options: dict[str, Any] = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
         # only the eager kernel heeds reorder_and_upcast_attn
         options["attn_implementation"] = "eager" if self.reorder_and_upcast_attn else "sdpa"
@@ -75,10 +94,12 @@ class GPT2Shape(Shape):
         return transformers.GPT2Config(**sizes, **options, **NO_SPECIAL, use_cache=False)
 
 
-class GPT2:
+class GPT2(BaseTask[GPT2Shape]):
     """The task (tasks.Task). Window w of a part of the text is its tokens [w T, w T + T]: T inputs, T targets."""
 
+    name: ClassVar[str] = "gpt2"
     unit: ClassVar[str] = "tokens"
+    Config: ClassVar[type] = GPT2Config
 
     def __init__(
         self,
@@ -116,7 +137,7 @@ class GPT2:
         *,
         seed: int,
         cache: Path,
-        device: torch.device = CPU,
+        device: torch.device | None = None,
         progress: Callable[[str], None] = silent,
     ) -> Self:
         """Model and text by the flags. Raises ValueError, in one line, for either that cannot be had."""
@@ -142,19 +163,9 @@ class GPT2:
     def make_blob(cls, name: str, data: DataSpec, open_blob: OpenBlob, local: Path | None, cache: Path) -> Path:
         return make_tokens(name, data, open_blob, local, cache)
 
-    def spec(self) -> TaskSpec:
-        return TaskSpec(name="gpt2", parameters=self.shape.model_dump())
-
     @property
-    def data_spec(self) -> DataSpec:
-        return self._data
-
-    @property
-    def data_digest(self) -> Digest:
-        return self._data.blobs["tokens"].digest
-
-    def blobs(self) -> Blobs:
-        return served_blobs(self._data, self._tokens, self._vocabulary)
+    def _vocabulary_blob(self) -> bytes | None:
+        return self._vocabulary
 
     # --- the model ----------------------------------------------------------------------------------------------------
 
@@ -164,6 +175,8 @@ class GPT2:
         return model.train()
 
     def _initial_model(self) -> nn.Module:
+        from transformers import GPT2LMHeadModel
+
         model: nn.Module
         if self._pretrained:
             model = _load_weights(self._pretrained, self.shape)
@@ -173,24 +186,15 @@ class GPT2:
         return model
 
     def _empty_model(self, device: torch.device | str) -> nn.Module:
+        import torch
+        from transformers import GPT2LMHeadModel
+
         with torch.device("meta"):
             model: nn.Module = GPT2LMHeadModel(self.shape.config())
         model.to_empty(device=device)
         # emptying gave each of two tied parameters its own memory
         model.tie_weights()  # type: ignore[operator]
         return model
-
-    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return dict(sorted(model.named_parameters()))
-
-    def buffers(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return {}
-
-    def optimizer(self, model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
-        return adamw(model, config)
-
-    def settings(self, config: AdamWConfig, step: int, steps: int, units: int) -> Settings:
-        return adamw_settings(config, step, steps)
 
     def flops(self, model: nn.Module) -> float:
         """6 a parameter but the positions, and attention over the whole sequence."""
@@ -208,10 +212,6 @@ class GPT2:
 
     # --- the data -----------------------------------------------------------------------------------------------------
 
-    @property
-    def batches_per_epoch(self) -> int:
-        return self._orders.windows // self.shape.batch_size
-
     def _count_windows(self, part: Array) -> int:
         return max(len(part) - 1, 0) // self.shape.seq_len
 
@@ -219,6 +219,8 @@ class GPT2:
         return self._windows_of(self._tokens.train, self._orders.batch(index, self.shape.batch_size))
 
     def _windows_of(self, part: Array, windows: np.ndarray[Any, np.dtype[np.int64]]) -> Batch:
+        import torch
+
         length = self.shape.seq_len
         rows = np.stack([part[w * length : w * length + length + 1] for w in windows.tolist()])
         ids = torch.from_numpy(rows.astype(np.int64))  # (batch_size, seq_len + 1)
@@ -231,28 +233,34 @@ class GPT2:
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Cross entropy in nats, summed over the batch's tokens; fp32 scalar."""
+        from torch.nn import functional as F
+
         device = next(model.parameters()).device
         inputs, targets = (ids.to(device) for ids in batch)
         logits = model(input_ids=inputs, use_cache=False).logits.float()  # (batch_size, seq_len, vocab_size)
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), reduction="sum")
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """{"val_loss": mean nats per token} over `eval_sequences` windows spread evenly over the validation part."""
+        import torch
+
         there = self._count_windows(self._tokens.validation)
         wanted = min(self.shape.eval_sequences, there)
         windows = np.arange(wanted, dtype=np.int64) * there // wanted
         training = model.training
         model.eval()
         total = 0.0
-        for start in range(0, wanted, self.shape.batch_size):
-            batch = self._windows_of(self._tokens.validation, windows[start : start + self.shape.batch_size])
-            total += float(self.loss(model, batch))
+        with torch.no_grad():
+            for start in range(0, wanted, self.shape.batch_size):
+                batch = self._windows_of(self._tokens.validation, windows[start : start + self.shape.batch_size])
+                total += float(self.loss(model, batch))
         model.train(training)
         return {"val_loss": total / (wanted * self.shape.seq_len)}
 
 
 def _load_config(name: str) -> transformers.GPT2Config:
+    import transformers
+
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -265,7 +273,10 @@ def _load_config(name: str) -> transformers.GPT2Config:
 def _resolve(
     config: GPT2Config, pretrained: transformers.GPT2Config | None, tokenizer: Tokenizer, seed: int
 ) -> GPT2Shape:
-    """The shape by the flags: the model's own, or the preset's with as many embeddings as the tokenizer has tokens."""
+    """Return the shape: the model's own, or the preset's with as many embeddings as the tokenizer has tokens."""
+
+    import transformers
+
     model = pretrained or transformers.GPT2Config(
         **PRESETS[config.model], vocab_size=tokenizer.vocab_size, **NO_SPECIAL
     )
@@ -291,10 +302,15 @@ def _resolve(
     return shape
 
 
-def _load_weights(name: str, shape: GPT2Shape) -> GPT2LMHeadModel:
+def _load_weights(name: str, shape: GPT2Shape) -> nn.Module:
+    import torch
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()  # it would tear our own display
     try:
-        model = GPT2LMHeadModel.from_pretrained(name, config=shape.config(), dtype=torch.float32)
+        model: nn.Module = transformers.GPT2LMHeadModel.from_pretrained(
+            name, config=shape.config(), dtype=torch.float32
+        )
     except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError where shapes differ
         raise _unknown_model(name, error) from error
     return model

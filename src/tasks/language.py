@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from pilot.interfaces import Blobs
-from protocol import MAX_SERVED_BYTES, DataSpec, Digest, Fault, Part, ProtocolError, TaskSpec
+from protocol import DataSpec, Fault, Part, ProtocolError, TaskSpec
 from tasks import OpenBlob
 from tasks.tokens import Tokens, window_order
 
@@ -24,6 +22,8 @@ EPOCHS_KEPT = 2  # for rounds that span the end of an epoch
 
 class Shape(Part):
     """Everything besides the data that determines batches and losses: the parameters of the order's `TaskSpec`."""
+
+    batch_size: Dimension
 
     @classmethod
     def parse(cls, spec: TaskSpec) -> Self:
@@ -78,19 +78,11 @@ def open_tokens(data: DataSpec, open_blob: OpenBlob, vocab_size: int) -> Tokens:
     return tokens
 
 
-def served_blobs(data: DataSpec, tokens: Tokens, vocabulary: bytes | None) -> Blobs:
-    """What a validator hands over: the tokens, unless they are too large for that, and the vocabulary."""
-    blobs: dict[Digest, Any] = {}
-    if tokens.bytes <= MAX_SERVED_BYTES:
-        blobs[data.blobs["tokens"].digest] = tokens.buffer
-    if "vocabulary" in data.blobs and vocabulary:
-        blobs[data.blobs["vocabulary"].digest] = vocabulary
-    return blobs
-
-
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """torch's CPU generator from `seed`, inside only. (`torch.manual_seed` would reseed the GPUs' too.)"""
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

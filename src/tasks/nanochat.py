@@ -3,41 +3,96 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import Field, ValidationError
-from torch import nn
 
 from nanochat.common import base_dir, check_memory
-from nanochat.config import GPTConfig, MuonAdamWConfig
-from nanochat.dataloader import Loader, PackingIndex
+from nanochat.config import GPTConfig, MuonAdamWConfig, Preset
 from nanochat.dataset import list_shards
-from nanochat.gpt import GPT
-from nanochat.loss_eval import evaluate, own_share
-from nanochat.optim import build_optimizer
 from nanochat.schedules import settings
-from pilot.interfaces import Blobs
-from protocol import MAX_BLOB_BYTES, MAX_INDEX, DataSpec, Digest, ProtocolError, TaskSpec
+from pilot.common.flags import arg
+from protocol import MAX_BLOB_BYTES, MAX_INDEX, DataSpec, ProtocolError, TaskSpec
 from tasks import OpenBlob
-from tasks.config import NanochatConfig
-from tasks.language import Dimension, EpochOrders, Shape, open_tokens, seeded, served_blobs
+from tasks.base import BaseTask
+from tasks.language import Dimension, EpochOrders, Shape, open_tokens, seeded
 from tasks.optimizer import Settings
-from tasks.text import make_tokens, prepare_tokens, silent
+from tasks.text import TextConfig, make_tokens, prepare_tokens, silent
 from tasks.tokenizer import RustTokenizer, load_file
 from tasks.tokens import Tokens
 
-Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (batch_size, seq_len), int64, on the CPU
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-CPU = torch.device("cpu")
+    from nanochat.dataloader import Loader, PackingIndex
+
+    Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (batch_size, seq_len), int64, on the CPU
+
 LEAST_DOCUMENT = 8  # tokens of a document on average, for a miner to pack a stranger's: 4 million take it seconds
 FEW = 100_000
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BYTES = {"fp32": 4, "bf16": 2}  # of an activation
 Heads = Annotated[int, Field(ge=1, le=512)]
+
+
+@dataclass(frozen=True)
+class NanochatConfig(TextConfig):
+    """nanochat's GPT on a text, with Muon and AdamW."""
+
+    flag: ClassVar[str] = "nanochat"
+
+    depth: int = arg(4, short=True)
+    """Layers of the model. Width, heads, learning rates and the length of a run follow from it."""
+
+    preset: Preset = "modern"
+    """modern, or classic: without value embeddings, smear, backout and sliding windows."""
+
+    aspect_ratio: int = 64
+    """Width a layer of depth."""
+
+    head_dim: int = 128
+    """Width of an attention head."""
+
+    kv_ratio: int = 1
+    """Query heads to a key and value head (grouped-query attention)."""
+
+    window_pattern: str = "SSSL"
+    """Attention windows of the layers, repeated: S a quarter of the sequence, L all of it."""
+
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the activations; weights and gradients are fp32. auto: bf16 on a CUDA device that has it, else fp32."""
+
+    text: str = arg("auto", short=True)
+    """Text: auto, or as for --gpt2.text. auto: the shards that python -m nanochat.dataset downloaded, or stdlib if there
+    are none."""
+
+    tokenizer: str = "auto"
+    """A file that tok_train wrote, or byte (256 tokens and the special ones). auto: tokenizer.json in
+    NANOCHAT_BASE_DIR, or byte where there is none."""
+
+    crop: Literal["discard", "keep"] = "discard"
+    """What becomes of the rest of a document that was cut to fill a row: discard, or keep it for another row."""
+
+    validation: float = 0.0
+    """Fraction of the text kept for validation. 0: the last of several files is, of a single one a twentieth."""
+
+    seq_len: int = 512
+    """Tokens in a sequence: the model's context."""
+
+    batch_size: int = 4
+    """Sequences in a micro-batch, the unit in which work is handed out."""
+
+    optimizer: MuonAdamWConfig = field(default_factory=MuonAdamWConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("depth", "aspect_ratio", "head_dim", "kv_ratio", "seq_len", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--nanochat.{name} {getattr(self, name)}: must be 1 or more")
 
 
 class NanochatShape(Shape):
@@ -71,10 +126,13 @@ class NanochatShape(Shape):
         return GPTConfig(**self.model_dump(include=set(GPTConfig.__dataclass_fields__)))
 
 
-class Nanochat:
+class Nanochat(BaseTask[NanochatShape]):
     """The task (tasks.Task). A row is T + 1 tokens of packed documents, each behind a <|bos|>: T inputs, T targets."""
 
+    name: ClassVar[str] = "nanochat"
     unit: ClassVar[str] = "tokens"
+    Config: ClassVar[type] = NanochatConfig
+    Optimizer: ClassVar[type] = MuonAdamWConfig
 
     def __init__(
         self, shape: NanochatShape, data: DataSpec, tokens: Tokens, tokenizer: RustTokenizer | None = None
@@ -96,6 +154,8 @@ class Nanochat:
 
     def _packed(self, part: Literal["train", "validation"], crop: Literal["discard", "keep"]) -> PackingIndex:
         """The rows of a part of the tokens. A validator keeps them in a file beside the tokens, a miner writes none."""
+        from nanochat.dataloader import PackingIndex
+
         tokens, bos, row_len = getattr(self._tokens, part), self.shape.bos, self.shape.sequence_len + 1
         if self._tokenizer is None:
             return PackingIndex.build(tokens, bos, row_len, crop=crop)
@@ -115,14 +175,16 @@ class Nanochat:
         *,
         seed: int,
         cache: Path,
-        device: torch.device = CPU,
+        device: torch.device | None = None,
         progress: Callable[[str], None] = silent,
     ) -> Self:
         """Model and text by the flags. Raises ValueError, in one line, for either that cannot be had."""
         if not 0 <= seed <= MAX_INDEX:
             raise ValueError(f"--seed {seed}: must lie between 0 and 2^53")
         tokenizer = _tokenizer(config.tokenizer, progress)
-        shape = _resolve(config, tokenizer, device, seed)
+        import torch
+
+        shape = _resolve(config, tokenizer, device or torch.device("cpu"), seed)
         tokens, data = prepare_tokens(replace(config, text=_text(config.text, progress)), tokenizer, cache, progress)
         task = cls(shape, data, tokens, tokenizer)
         kept, total = task._train.kept, task._train.total
@@ -151,19 +213,9 @@ class Nanochat:
     def make_blob(cls, name: str, data: DataSpec, open_blob: OpenBlob, local: Path | None, cache: Path) -> Path:
         return make_tokens(name, data, open_blob, local, cache)
 
-    def spec(self) -> TaskSpec:
-        return TaskSpec(name="nanochat", parameters=self.shape.model_dump())
-
     @property
-    def data_spec(self) -> DataSpec:
-        return self._data
-
-    @property
-    def data_digest(self) -> Digest:
-        return self._data.blobs["tokens"].digest
-
-    def blobs(self) -> Blobs:
-        return served_blobs(self._data, self._tokens, self._tokenizer.vocabulary if self._tokenizer else None)
+    def _vocabulary_blob(self) -> bytes | None:
+        return self._tokenizer.vocabulary if self._tokenizer else None
 
     # --- the model ----------------------------------------------------------------------------------------------------
 
@@ -172,26 +224,26 @@ class Nanochat:
 
         Raises ProtocolError where the device has not the memory to train it.
         """
+        import torch
+
+        from nanochat.gpt import GPT
+
         try:
             _check_memory(self.config, self.shape.batch_size, self.shape.dtype, torch.device(device), initial)
         except ValueError as error:
             raise ProtocolError(str(error)) from None
-        model = GPT(self.config, DTYPES[self.shape.dtype], device)
+        model = GPT(self.config, torch.float32 if self.shape.dtype == "fp32" else torch.bfloat16, device)
         if initial:
             with seeded(self.shape.seed):
                 model.init_weights()
         return model.train()
 
-    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return dict(sorted(model.named_parameters()))
+    def optimizer(self, model: nn.Module, config: Any) -> torch.optim.Optimizer:
+        from nanochat.optim import build_optimizer
 
-    def buffers(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return {}
-
-    def optimizer(self, model: nn.Module, config: MuonAdamWConfig) -> torch.optim.Optimizer:
         return build_optimizer(model, config)
 
-    def settings(self, config: MuonAdamWConfig, step: int, steps: int, units: int) -> Settings:
+    def settings(self, config: Any, step: int, steps: int, units: int) -> Settings:
         return settings(config, self.config, step, steps, units)
 
     def flops(self, model: nn.Module) -> float:
@@ -208,15 +260,13 @@ class Nanochat:
 
     # --- the data -----------------------------------------------------------------------------------------------------
 
-    @property
-    def batches_per_epoch(self) -> int:
-        return self._orders.windows // self.shape.batch_size
-
     def batch(self, index: int) -> Batch:
         return _shifted(self._train.rows(self._orders.batch(index, self.shape.batch_size)))
 
     def loader(self, device: torch.device, rank: int = 0, world: int = 1) -> Loader:
         """The same batches in their order, every `world`-th of them from `rank` on, made ahead for the device."""
+        from nanochat.dataloader import Loader
+
         size, tokenizer = self.shape.batch_size, self._tokenizer.inner.digest if self._tokenizer else None
         return Loader(self._train, self._orders, size, rank=rank, world_size=world, device=device, tokenizer=tokenizer)
 
@@ -232,12 +282,15 @@ class Nanochat:
         loss: torch.Tensor = model(inputs, targets, reduction="sum")
         return loss
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """{"val_loss": mean nats per token, "val_bpb": bits per byte} over rows spread evenly over the validation part.
 
         A miner, which has no tokenizer, knows no bytes: it gets the loss alone.
         """
+        import torch
+
+        from nanochat.loss_eval import evaluate, own_share
+
         rows = self._validation
         wanted = min(self.shape.eval_sequences, len(rows))
         chosen = np.arange(wanted, dtype=np.int64) * len(rows) // wanted
@@ -246,12 +299,15 @@ class Nanochat:
         sizes = self._tokenizer.inner.token_bytes() if self._tokenizer else None
         training = model.training
         model.eval()
-        sums = evaluate(model, batches, sizes)
+        with torch.no_grad():
+            sums = evaluate(model, batches, sizes)
         model.train(training)
         return {"val_loss": sums.loss} | ({"val_bpb": sums.bits_per_byte} if self._tokenizer else {})
 
 
 def _shifted(rows: Any) -> Batch:
+    import torch
+
     ids = torch.from_numpy(rows)  # (batch_size, seq_len + 1)
     return ids[:, :-1], ids[:, 1:]
 
@@ -318,6 +374,8 @@ def _resolve(config: NanochatConfig, tokenizer: RustTokenizer, device: torch.dev
 
 def _dtype(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> Literal["fp32", "bf16"]:
     """What --nanochat.dtype auto stands for on this machine."""
+    import torch
+
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
@@ -326,4 +384,4 @@ def _dtype(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> Liter
 def _check_memory(config: GPTConfig, batch: int, dtype: str, device: torch.device, optimizer: bool) -> None:
     """With what is held besides the model, on a CPU: the state; at a miner, without the optimizer, also the payload."""
     copies = (1 if optimizer else 2) if device.type == "cpu" else 0
-    check_memory(config, batch, device, optimizer, activation_bytes=DTYPES[dtype].itemsize, copies=copies)
+    check_memory(config, batch, device, optimizer, activation_bytes=BYTES[dtype], copies=copies)

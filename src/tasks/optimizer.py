@@ -8,21 +8,58 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from nanochat.config import MuonAdamWConfig
+from pilot.common.flags import arg
 from protocol import ProtocolError
-from tasks.config import AdamWConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 Settings = Mapping[str, float]
-# Of each task that has its own.
-OPTIMIZERS: dict[str, type[AdamWConfig | MuonAdamWConfig]] = {"nanochat": MuonAdamWConfig}
 LARGEST = 1e30  # of a stranger's flags: fp32 holds what a schedule and a width make of it
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """The optimizer that moves the model, and its schedule; with --mode diloco that of the miners' inner steps too. The
+    task nanochat has its own."""
+
+    lr: float = arg(3e-3, short=True)
+    """Peak learning rate."""
+
+    beta1: float = arg(0.9, resume="fixed")
+    """Decay of the gradient's running mean, per round or inner step."""
+
+    beta2: float = arg(0.95, resume="fixed")
+    """Decay of the squared gradient's running mean, per round or inner step."""
+
+    eps: float = arg(1e-8, resume="fixed")
+    """Added to the root of the squared gradient's mean."""
+
+    weight_decay: float = arg(0.1, resume="fixed")
+    """Decoupled weight decay, on matrices only."""
+
+    clip: float = arg(1.0, resume="fixed")
+    """Largest global L2 norm of the gradient. 0: no clipping."""
+
+    warmup: int = 10
+    """Rounds of linear warm-up; with --mode diloco the inner steps of a round count each."""
+
+    final_lr: float = 0.1
+    """Learning rate at the end of the cosine, as a fraction of the peak."""
+
+    def __post_init__(self) -> None:
+        for flag in ("lr", "eps", "weight_decay", "clip", "warmup"):
+            if not 0 <= getattr(self, flag) < float("inf"):
+                raise ValueError(f"--optimizer.{flag} {getattr(self, flag)}: must be 0 or more, and finite")
+        for flag in ("beta1", "beta2"):
+            if not 0 <= getattr(self, flag) < 1:
+                raise ValueError(f"--optimizer.{flag} {getattr(self, flag)}: must be at least 0 and below 1")
+        if not 0 <= self.final_lr <= 1:
+            raise ValueError(f"--optimizer.final_lr {self.final_lr}: must lie between 0 and 1")
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, settings: Settings) -> None:
@@ -33,9 +70,11 @@ def apply_settings(optimizer: torch.optim.Optimizer, settings: Settings) -> None
                 group[key] = value * group[f"{key}_scale"]
 
 
-def from_parameters(task: str, parameters: Mapping[str, object]) -> AdamWConfig | MuonAdamWConfig:
-    """The flags of the task's optimizer, from an order. ProtocolError unless exactly these, each of its kind."""
-    cls = OPTIMIZERS.get(task, AdamWConfig)
+def optimizer_from_order(task: str, cls: type[Any], parameters: Mapping[str, object]) -> Any:
+    """Return the flags of a task's optimizer, `cls` (`Task.Optimizer`), from the parameters of an order.
+
+    Raises ProtocolError unless they are exactly its fields, each of its type.
+    """
     defaults = {f.name: f.default for f in fields(cls)}
     values: dict[str, Any] = {}
     try:

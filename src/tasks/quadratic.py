@@ -16,29 +16,63 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import numpy as np
-import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import nn
 
-from pilot.interfaces import Blobs, Refused
-from protocol import CONTEXT, MAX_INDEX, DataSpec, Digest, ProtocolError, TaskSpec
+from protocol import CONTEXT, MAX_INDEX, DataSpec, ProtocolError, TaskSpec
 from tasks import OpenBlob
-from tasks.config import AdamWConfig, QuadraticConfig
-from tasks.language import Dimension, EpochOrders, Shape, open_tokens, served_blobs
-from tasks.optimizer import Settings, adamw, adamw_settings
+from tasks.base import BaseTask
+from tasks.language import Dimension, EpochOrders, Shape, open_tokens
 from tasks.tokens import Tokens, write
 
-Batch = tuple[torch.Tensor, float]  # the sum of the samples' c_w - o, (d,), and of their losses at the optimum
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-CPU = torch.device("cpu")
+    Batch = tuple[torch.Tensor, float]  # the sum of the samples' c_w - o, (d,), and of their losses at the optimum
+
 BYTE_DEVIATION = math.sqrt((256**2 - 1) / 12)  # of a uniform byte
+
+
+@dataclass(frozen=True)
+class QuadraticConfig:
+    """A noisy quadratic with a known optimum: micro-batches cost next to nothing, for emulations and smoke tests."""
+
+    dimension: int = 2560
+    """Parameters, of 4 bytes each."""
+
+    samples: int = 256
+    """Samples in an epoch: half of them come from the seed, the others are their mirror images."""
+
+    batch_size: int = 8
+    """Samples in a micro-batch, the unit in which work is handed out."""
+
+    condition: float = 100.0
+    """Largest curvature over the smallest: the larger, the more steps it takes."""
+
+    noise: float = 0.1
+    """Standard deviation of the samples of a micro-batch in each coordinate, about an optimum below 1/4 in each."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("dimension", self.dimension), ("batch_size", self.batch_size)):
+            if not 1 <= value <= 1 << 20:
+                raise ValueError(f"--quadratic.{name} {value}: must lie between 1 and 2^20")
+        if self.samples < 2 or self.samples % 2 or self.samples * self.dimension > 16 << 20:
+            raise ValueError(
+                f"--quadratic.samples {self.samples}: must be even, and with --quadratic.dimension {self.dimension} "
+                "make at most 16 MB"
+            )
+        if not 1 <= self.condition <= 1e9:
+            raise ValueError(f"--quadratic.condition {self.condition}: must lie between 1 and 1e9")
+        if not 0 <= self.noise <= 1e3:
+            raise ValueError(f"--quadratic.noise {self.noise}: must lie between 0 and 1000")
 
 
 class QuadraticShape(Shape):
@@ -51,19 +85,17 @@ class QuadraticShape(Shape):
     seed: Annotated[int, Field(ge=0, le=MAX_INDEX)]
 
 
-class _Point(nn.Module):
-    def __init__(self, dimension: int) -> None:
-        super().__init__()
-        self.x = nn.Parameter(torch.zeros(dimension))
-
-
-class Quadratic:
+class Quadratic(BaseTask[QuadraticShape]):
     """The task (tasks.Task). Sample w is the training tokens [w d, w d + d), one byte each."""
 
+    name: ClassVar[str] = "quadratic"
     unit: ClassVar[str] = "samples"
+    Config: ClassVar[type] = QuadraticConfig
 
     def __init__(self, shape: QuadraticShape, data: DataSpec, tokens: Tokens) -> None:
         """Raises ValueError where the samples are fewer than a micro-batch."""
+        import torch
+
         self.shape = shape
         self._data, self._tokens = data, tokens
         self._samples = len(tokens.train) // shape.dimension
@@ -97,7 +129,7 @@ class Quadratic:
         *,
         seed: int,
         cache: Path,
-        device: torch.device = CPU,
+        device: torch.device | None = None,
         progress: Callable[[str], None] = lambda line: None,
     ) -> Self:
         """Makes the samples. Raises ValueError, in one line, for what the user can mend."""
@@ -127,41 +159,16 @@ class Quadratic:
         except ValueError as error:
             raise ProtocolError(str(error)) from None
 
-    @classmethod
-    def make_blob(cls, name: str, data: DataSpec, open_blob: OpenBlob, local: Path | None, cache: Path) -> Path:
-        raise Refused(409, f"the order's {name} is not here", missing=[data.blobs[name]])
-
-    def spec(self) -> TaskSpec:
-        return TaskSpec(name="quadratic", parameters=self.shape.model_dump())
-
-    @property
-    def data_spec(self) -> DataSpec:
-        return self._data
-
-    @property
-    def data_digest(self) -> Digest:
-        return self._data.blobs["tokens"].digest
-
-    def blobs(self) -> Blobs:
-        return served_blobs(self._data, self._tokens, None)
-
     # --- the model ----------------------------------------------------------------------------------------------------
 
     def build_model(self, device: torch.device | str, initial: bool) -> nn.Module:
-        """It starts at 0, with or without `initial`."""
-        return _Point(self.shape.dimension).to(device)
+        """Return a module of one parameter x, which starts at 0 with or without `initial`."""
+        import torch
+        from torch import nn
 
-    def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return dict(model.named_parameters())
-
-    def buffers(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return {}
-
-    def optimizer(self, model: nn.Module, config: AdamWConfig) -> torch.optim.Optimizer:
-        return adamw(model, config)  # x is a vector, so there is no weight decay: the optimum is the loss's own
-
-    def settings(self, config: AdamWConfig, step: int, steps: int, units: int) -> Settings:
-        return adamw_settings(config, step, steps)
+        model = nn.Module()
+        model.register_parameter("x", nn.Parameter(torch.zeros(self.shape.dimension)))
+        return model.to(device)
 
     def flops(self, model: nn.Module) -> float:
         """Four a coordinate for the loss, two for its gradient."""
@@ -172,11 +179,9 @@ class Quadratic:
 
     # --- the data -----------------------------------------------------------------------------------------------------
 
-    @property
-    def batches_per_epoch(self) -> int:
-        return self._orders.windows // self.shape.batch_size
-
     def batch(self, index: int) -> Batch:
+        import torch
+
         noise, at_optimum = self._noise
         samples = self._orders.batch(index, self.shape.batch_size)
         return torch.from_numpy(noise[samples].sum(axis=0)), float(at_optimum[samples].sum())
@@ -188,16 +193,17 @@ class Quadratic:
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Summed over the batch's samples; fp32 scalar."""
+        import torch
+
         noise, at_optimum = batch
         x = next(model.parameters())
         apart, curvatures = x - self.optimum.to(x.device), self.curvatures.to(x.device)
         pull = curvatures * noise.to(x.device)
         return torch.addcmul(pull, curvatures, apart, value=-0.5 * self.shape.batch_size).dot(-apart) + at_optimum
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """`val_loss`, the mean over all samples, exactly; `excess_loss`, by how much it is above the least."""
-        apart = next(model.parameters()).double().cpu() - self.optimum
+        apart = next(model.parameters()).detach().double().cpu() - self.optimum
         excess = 0.5 * float(self.curvatures.double() @ apart.square())
         return {"val_loss": self.floor + excess, "excess_loss": excess}
 

@@ -13,16 +13,17 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError
 
+from pilot.common.flags import arg
 from pilot.interfaces import Refused
 from protocol import BlobRef, Count, DatasetRef, DataSpec, Digest, Fault, Name, Part, ProtocolError, Text, digest
 from tasks import OpenBlob
-from tasks.config import TextConfig
 from tasks.documents import (
     SUFFIXES,
     Piece,
@@ -45,6 +46,59 @@ VERSION = 1  # of this chain of steps: another one makes other tokens of the sam
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text of a language task."""
+
+    flag: ClassVar[str]  # the task's, before the dot
+
+    text: str = arg("stdlib", short=True)
+    """Text: stdlib, a file, a folder or a hub data set. stdlib is Python's own sources; files are .txt, .jsonl or
+    .parquet."""
+
+    subset: str | None = None
+    """Hub data set: its subset (configuration)."""
+
+    split: str = "train"
+    """Hub data set: its split."""
+
+    revision: str | None = None
+    """Hub data set: a branch, tag or commit. None: the newest when the text is first read."""
+
+    column: str = "text"
+    """Column (key) of the text in .jsonl, .parquet and hub data sets; content in tiiuae/falcon-refinedweb."""
+
+    rows: int = 0
+    """Documents (rows, or .txt files) to take from the start. 0: all, which a hub data set does not allow."""
+
+    max_bytes: int = 0
+    """Stop after so many bytes of text. 0: take all of it."""
+
+    bad_shards: Literal["stop", "skip"] = "stop"
+    """What to do about a file of a folder that cannot be read: stop, or say which and go on without it."""
+
+    validation: float = 0.05
+    """Fraction of the text kept for validation, below 1. 0: the last of several files is kept whole."""
+
+    seq_len: int = 0
+    """Tokens in a sequence. 0: 64 for nano, for all others as many as the model has positions (1024)."""
+
+    batch_size: int = 0
+    """Sequences in a micro-batch, the unit in which work is handed out. 0: 8 for nano, 1 for all others."""
+
+    eval_sequences: int = 64
+    """Validation sequences in an evaluation."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "max_bytes", "seq_len", "batch_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{self.flag}.{name} {getattr(self, name)}: must be 0 or more")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"--{self.flag}.validation {self.validation}: must be 0 or lie below 1, such as 0.05")
+        if self.eval_sequences < 1:
+            raise ValueError(f"--{self.flag}.eval_sequences {self.eval_sequences}: must be 1 or more")
 
 
 class TextParameters(Part):

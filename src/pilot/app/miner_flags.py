@@ -11,6 +11,7 @@ from pilot.app.training_flags import LIMITS, NETWORK, SHOW, LoggingConfig, Walle
 from pilot.common.addresses import is_loopback
 from pilot.common.flags import arg, nested
 from pilot.common.limits import Limits
+from tasks import TASKS
 
 VALIDATORS = "Validators"
 WORK = "Work"
@@ -52,7 +53,7 @@ class MinerConfig:
     """Forget the pinned validator."""
     tls_ca: Path | None = arg(None, VALIDATORS)
     """PEM file with the certificates that sign the validator's. --validator is then reached by TLS."""
-    tasks: tuple[str, ...] = arg(("gpt2", "nanochat", "quadratic"), WORK, short=True)
+    tasks: tuple[str, ...] = arg(tuple(TASKS), WORK, short=True)
     """Tasks that this miner accepts."""
     device: str = arg("auto", WORK, short=True)
     """auto (CUDA if there is one), cpu, cuda, cuda:1 or mps."""
@@ -74,7 +75,6 @@ class MinerConfig:
     def check(self) -> None:
         """Raise ValueError for mistakes that can be found without importing torch."""
         from pilot.transport.tls import check_pair
-        from tasks import TASKS
 
         for task in self.tasks:
             if task not in TASKS:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pilot.common.flags import arg, nested, option
 from protocol import MAX_RANGES
-from tasks.config import AdamWConfig, GPT2Config, NanochatConfig, QuadraticConfig
+from tasks import TASKS, load_task
+from tasks.optimizer import AdamWConfig
 
 if TYPE_CHECKING:
     from pilot.market.scheduling import RoundPolicy
     from pilot.training.diloco import DiLoCo
+
+T = TypeVar("T")
 
 # The groups of --help, in its order.
 TASK = "Task, data and optimizer"
@@ -81,7 +84,17 @@ class CodecConfig:
     was better in short runs; 0.9 to 1 suits topk64."""
 
 
+def with_task_flags(cls: type[T]) -> type[T]:
+    """Give a class of flags the configuration of each registered task, under the task's name: --gpt2.…"""
+    for name in TASKS:
+        config = load_task(name).Config
+        cls.__annotations__[name] = config
+        setattr(cls, name, nested(config, TASK, resume="fixed"))
+    return cls
+
+
 @dataclass(frozen=True)
+@with_task_flags
 class TrainingConfig:
     """The flags of the validator and the plain baseline."""
 
@@ -89,9 +102,6 @@ class TrainingConfig:
 
     task: str = arg("gpt2", TASK, short=True, resume="fixed")
     """Task to train: gpt2, nanochat or quadratic."""
-    gpt2: GPT2Config = nested(GPT2Config, TASK, resume="fixed")
-    nanochat: NanochatConfig = nested(NanochatConfig, TASK, resume="fixed")
-    quadratic: QuadraticConfig = nested(QuadraticConfig, TASK, resume="fixed")
     optimizer: AdamWConfig = nested(AdamWConfig, TASK)
     rounds: int = arg(200, TRAINING, short=True)
     """Rounds of the whole run. Each is one optimizer step; the learning rate's schedule ends with the last."""
@@ -118,9 +128,8 @@ class TrainingConfig:
             raise ValueError(
                 f"--optimizer.…: task {self.task} has its own; see --{self.task}.optimizer.… in --help-all"
             )
-        own = {"gpt2": GPT2Config(), "nanochat": NanochatConfig(), "quadratic": QuadraticConfig()}
-        for task, default in own.items():
-            if task != self.task and getattr(self, task) != default:
+        for task in TASKS:
+            if task != self.task and getattr(self, task) != load_task(task).Config():
                 raise ValueError(f"--{task}.…: --task is {self.task}; give --task {task}, or leave these flags out")
 
 
@@ -171,7 +180,6 @@ class RoundConfig(TrainingConfig):
     def check_rounds(self) -> None:
         """Raise ValueError for unknown names and for values that no round can use."""
         from pilot.aggregation import AGGREGATORS
-        from tasks import TASKS
 
         for name, value, known in (("task", self.task, TASKS), ("aggregation", self.aggregation, AGGREGATORS)):
             if value not in known:

@@ -18,7 +18,7 @@ from pilot.training.gradient import GradientAccumulator, GradientResult
 from pilot.training.ranges import merge
 from protocol import Fault, InnerSteps, Order, ProtocolError
 from tasks import Task
-from tasks.optimizer import apply_settings, from_parameters
+from tasks.optimizer import apply_settings, optimizer_from_order
 
 
 class InnerLoop(GradientAccumulator):
@@ -41,7 +41,7 @@ class InnerLoop(GradientAccumulator):
         """
         super().__init__(task, model)
         self.inner, self.base = inner, base
-        self.config = from_parameters(task.spec().name, inner.optimizer)
+        self.config = optimizer_from_order(task.spec().name, task.Optimizer, inner.optimizer)
         self.clip: float = getattr(self.config, "clip", 0.0)
         self.optimizer = optimizer or task.optimizer(model, self.config)
         self.steps = 0
