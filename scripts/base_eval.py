@@ -307,8 +307,8 @@ def pack(config: BaseEvalConfig, tokenizer: Tokenizer, length: int) -> tuple[Pat
     import numpy as np
 
     from nanochat.packing import PackingIndex
-    from tasks.compression import of_data, read_texts
-    from tasks.documents import TextError
+    from tasks.data.compression import of_data, read_texts
+    from tasks.data.documents import TextError
 
     path = held_out(config)
     bos, found, count = tokenizer.get_bos_token_id(), [], 0
@@ -332,8 +332,8 @@ def pack(config: BaseEvalConfig, tokenizer: Tokenizer, length: int) -> tuple[Pat
 def held_out(config: BaseEvalConfig) -> Path:
     """The file for bits per byte: of several the last, which training leaves out."""
     from nanochat.dataset import data_dir
-    from tasks.compression import of_data
-    from tasks.documents import TextError, local_files
+    from tasks.data.compression import of_data
+    from tasks.data.documents import TextError, local_files
 
     data = (config.data or data_dir()).expanduser()
     if config.data is None and not data.is_dir():

@@ -17,14 +17,43 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from pilot.app import cli
-from tasks.config import TokEvalConfig
+from tasks.data.compression import check_text_limits
 
 if TYPE_CHECKING:
     from rustbpe import Tokenizer
-    from tasks.compression import Encode
+    from tasks.data.compression import Encode
 
 PROGRAM = "tok_eval.py"
 BATCH = 4 << 20  # characters encoded at a time
+
+
+@dataclass(frozen=True)
+class TokEvalConfig:
+    """Check a tokenizer on a text: whether it gives every document back, how well it compresses, how fast it is."""
+
+    tokenizer: Path = Path("tokenizer.json")
+    """File that tok_train wrote."""
+
+    data: str = "stdlib"
+    """stdlib (Python's own sources), or a .txt, .jsonl or .parquet file, or a folder of them."""
+
+    column: str = "text"
+    """Column (key) of the text in .jsonl and .parquet files."""
+
+    max_chars: int = 100_000_000
+    """Characters of the text to take. 0: all of it."""
+
+    doc_cap: int = 0
+    """Characters to take of a document. 0: all of it."""
+
+    gpt2_vocabulary: Path | None = None
+    """Folder of GPT-2's encoder.json and vocab.bpe, or the prefix of the two paths. None: gpt2_ in PILOT_DATA."""
+
+    tiktoken: Path | None = None
+    """A .tiktoken file of cl100k, GPT-4's, to compare with that too."""
+
+    def __post_init__(self) -> None:
+        check_text_limits(self.max_chars, self.doc_cap)
 
 
 @dataclass
@@ -39,8 +68,8 @@ class Totals:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(TokEvalConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
-    from tasks.compression import Samples, comparison, encode_with, of_data, read_texts
-    from tasks.documents import TextError
+    from tasks.data.compression import Samples, comparison, encode_with, of_data, read_texts
+    from tasks.data.documents import TextError
 
     with cli.mistakes(PROGRAM):
         tokenizer = load(config.tokenizer)
@@ -72,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def load(path: Path) -> Tokenizer:
     """Raises ValueError where there is no such file, or it is damaged."""
-    from tasks.compression import tokenizer_class
+    from tasks.data.compression import tokenizer_class
 
     cls = tokenizer_class()
     try:
@@ -85,7 +114,7 @@ def load(path: Path) -> Tokenizer:
 
 def peers(config: TokEvalConfig) -> dict[str, Encode]:
     """The tokenizers to compare with, by name."""
-    from tasks.compression import encode_with, gpt2_encode, tokenizer_class
+    from tasks.data.compression import encode_with, gpt2_encode, tokenizer_class
 
     gpt2 = gpt2_encode(config.gpt2_vocabulary)
     found = {} if gpt2 is None else {"GPT-2": gpt2}

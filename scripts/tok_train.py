@@ -9,18 +9,21 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from nanochat.tokenizer import SPECIAL_TOKENS
 from pilot.app import cli
-from tasks.config import TokTrainConfig
+from tasks.data.compression import check_text_limits
+from tasks.data.tokenizer import MAX_VOCABULARY
 
 if TYPE_CHECKING:
     from rustbpe import Tokenizer
-    from tasks.compression import Encode, Samples
+    from tasks.data.compression import Encode, Samples
 
 PROGRAM = "tok_train.py"
 REDRAW_S = 0.1
@@ -28,9 +31,53 @@ LINE_S = 5.0  # between two lines where there is no terminal
 LONGEST = 10  # tokens shown
 
 
+@dataclass(frozen=True)
+class TokTrainConfig:
+    """Train a byte-pair vocabulary on a text, and say how it compares with GPT-2's."""
+
+    data: str = "stdlib"
+    """stdlib (Python's own sources), or a .txt, .jsonl or .parquet file, or a folder of them."""
+
+    column: str = "text"
+    """Column (key) of the text in .jsonl and .parquet files."""
+
+    max_chars: int = 2_000_000_000
+    """Characters of the text to train on. 0: all of it."""
+
+    doc_cap: int = 10_000
+    """Characters to take of a document, so that no long one has more say than many short ones. 0: all of it."""
+
+    vocab_size: int = 32_768
+    """Tokens, the 256 bytes and the special ones among them. More make small models pay more for their embeddings."""
+
+    pattern: str = "nanochat"
+    """How text is cut first: nanochat (digits by two), gpt4 (by three), gpt2, or a regular expression."""
+
+    special: tuple[str, ...] = SPECIAL_TOKENS
+    """Special tokens, which get the last ids, in this order."""
+
+    out: Path = Path("tokenizer.json")
+    """File for the tokenizer."""
+
+    gpt2_vocabulary: Path | None = None
+    """Folder of GPT-2's encoder.json and vocab.bpe, or the prefix of the two paths. None: gpt2_ in PILOT_DATA."""
+
+    def __post_init__(self) -> None:
+        check_text_limits(self.max_chars, self.doc_cap)
+        least = 256 + len(self.special)
+        if not least <= self.vocab_size <= MAX_VOCABULARY:
+            raise ValueError(
+                f"--vocab-size {self.vocab_size}: must lie between {least}, for 256 bytes and {len(self.special)} "
+                f"special tokens, and {MAX_VOCABULARY}"
+            )
+        for token in self.special:
+            if not token or self.special.count(token) > 1:
+                raise ValueError(f"--special {token!r}: must not be empty, nor given twice")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(TokTrainConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
-    from tasks.compression import gpt2_encode, tokenizer_class
+    from tasks.data.compression import gpt2_encode, tokenizer_class
 
     with cli.mistakes(PROGRAM):
         tokenizer = tokenizer_class()()
@@ -71,8 +118,8 @@ class Texts:
 
 def train(tokenizer: Tokenizer, config: TokTrainConfig, progress: Progress) -> Texts:
     """Raises ValueError, naming the flag, for a text or a pattern that will not do."""
-    from tasks.compression import Samples, of_data, pattern_of, read_texts
-    from tasks.documents import TextError
+    from tasks.data.compression import Samples, of_data, pattern_of, read_texts
+    from tasks.data.documents import TextError
 
     texts = Texts(read_texts(config.data, config.column, config.doc_cap, config.max_chars), progress, Samples())
     size, pattern = config.vocab_size - len(config.special), pattern_of(config.pattern)
@@ -93,7 +140,7 @@ def train(tokenizer: Tokenizer, config: TokTrainConfig, progress: Progress) -> T
 
 
 def report(tokenizer: Tokenizer, config: TokTrainConfig, texts: Texts, gpt2: Encode | None) -> None:
-    from tasks.compression import comparison, encode_with
+    from tasks.data.compression import comparison, encode_with
 
     took = f"{texts.seconds:.1f} s, {texts.chars / 1e6 / texts.seconds:.1f} million a second"
     print(f"trained on {texts.chars:,} characters of {config.data} in {took}")

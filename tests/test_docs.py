@@ -22,7 +22,8 @@ from protocol import Fault
 from scripts.base_eval import BaseEvalConfig
 from scripts.base_train import SHORT
 from scripts.chaos import ChaosConfig
-from tasks.config import TokEvalConfig, TokTrainConfig
+from scripts.tok_eval import TokEvalConfig
+from scripts.tok_train import TokTrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

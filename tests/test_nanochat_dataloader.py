@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from nanochat.dataloader import Loader, PackingIndex
 from nanochat.packing import CHUNK
-from tasks.tokens import window_order
+from tasks.data.tokens import window_order
 
 torch.set_num_threads(1)
 

@@ -22,8 +22,8 @@ from pilot.training.learner import Learner
 from pilot.training.plain_loop import train
 from protocol import ProtocolError, Range, TaskSpec
 from tasks import load_task
+from tasks.data.tokens import Tokens, write
 from tasks.nanochat import Nanochat, NanochatConfig, NanochatShape
-from tasks.tokens import Tokens, write
 from tests.tiny import CPU, MINERS, ROUNDS, UNITS, equal, make_place, parameters, play, write_text
 
 pytest.importorskip("rustbpe", reason="the tokenizer is not built: no cargo")

@@ -21,7 +21,7 @@ from pilot.transport.auth import Guard
 from pilot.transport.server.axon import Axon
 from pilot.worker.worker import Worker
 from protocol import Health, Hotkey
-from tasks.tokens import Tokens
+from tasks.data.tokens import Tokens
 from tests.echo import MINER, Echo, open_guard, serving
 from tests.processes import RUN, Miner, Process, eventually, start_miner, start_validator
 from tests.test_transport import free_port

@@ -17,11 +17,11 @@ import pytest
 
 from pilot.interfaces import Refused
 from protocol import DatasetRef, DataSpec, Fault, ProtocolError
-from tasks.documents import PIECE, Document, hub_documents, split
+from tasks.data.documents import PIECE, Document, hub_documents, split
+from tasks.data.text import prepare_tokens, rebuild_tokens
+from tasks.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from tasks.data.tokens import Tokens
 from tasks.gpt2 import GPT2Config
-from tasks.text import prepare_tokens, rebuild_tokens
-from tasks.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
-from tasks.tokens import Tokens
 
 BYTE = ByteTokenizer()
 TEXT = "Being in doubt, ask the sea – it's older.\n\n  Ask it twice: 12 345 times!\r\n" * 30
@@ -298,7 +298,8 @@ def test_rows_are_streamed_through_datasets(tmp_path: Path) -> None:
 
 def test_without_a_network_the_error_is_one_line(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from tasks.gpt2 import GPT2Config; from tasks import text, tokenizer\n"
+        "import sys; from pathlib import Path; from tasks.gpt2 import GPT2Config\n"
+        "from tasks.data import text, tokenizer\n"
         "for attempt in (lambda: tokenizer.load_tokenizer('gpt2', None), lambda: text.prepare_tokens("
         "GPT2Config(text='owner/set', rows=5), tokenizer.ByteTokenizer(), Path(sys.argv[1]))):\n"
         "    try: attempt()\n"

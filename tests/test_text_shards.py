@@ -8,10 +8,10 @@ import pytest
 
 from pilot.interfaces import Refused
 from protocol import DataSpec, ProtocolError
+from tasks.data.text import prepare_tokens, rebuild_tokens
+from tasks.data.tokenizer import ByteTokenizer, RustTokenizer, Tokenizer, load_tokenizer
+from tasks.data.tokens import Tokens
 from tasks.gpt2 import GPT2Config
-from tasks.text import prepare_tokens, rebuild_tokens
-from tasks.tokenizer import ByteTokenizer, RustTokenizer, Tokenizer, load_tokenizer
-from tasks.tokens import Tokens
 from tests.test_text import TEXT, save, text_of
 
 BYTE = ByteTokenizer()

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat.tokenizer import SPECIAL_TOKENS
 from scripts import tok_eval, tok_train
-from tasks.compression import CODE, KINDS, LANGUAGES, NUMBERS, PROSE, SAMPLE, Samples, kind_of, read_texts
-from tasks.config import SPECIAL_TOKENS
-from tasks.documents import PIECE
+from tasks.data.compression import CODE, KINDS, LANGUAGES, NUMBERS, PROSE, SAMPLE, Samples, kind_of, read_texts
+from tasks.data.documents import PIECE
 from tests.processes import PATIENCE_S
 from tests.test_console import Terminal
 

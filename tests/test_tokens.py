@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from protocol import Hasher, ProtocolError
-from tasks.tokens import HEADER, MAGIC, Tokens, window_order, write
+from tasks.data.tokens import HEADER, MAGIC, Tokens, window_order, write
 
 
 def chunks(*parts: list[int]) -> list[np.ndarray]:

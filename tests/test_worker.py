@@ -37,8 +37,8 @@ from protocol import (
     digest,
 )
 from tasks import TASKS
+from tasks.data.tokens import Tokens
 from tasks.gpt2 import GPT2
-from tasks.tokens import Tokens
 from tests.desk import CALLER, HOTKEY, MINER, Gateway, refused
 from tests.tiny import CPU, MINERS, OPTIMIZER, VALIDATOR, make_worker, tiny_task
 

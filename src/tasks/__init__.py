@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -33,11 +33,17 @@ class Task(Protocol):
     holds no model: whoever owns one passes it in.
     """
 
+    name: ClassVar[str]
+    """The task's key in TASKS."""
+
     Config: ClassVar[type]
-    """The task's flags: a frozen dataclass, which --help shows as --NAME.… Importing its module must not import torch."""
+    """The flags: a frozen dataclass, which --help shows as --NAME.… Importing the module must not import torch."""
 
     Optimizer: ClassVar[type]
     """The flags of the task's optimizer: a frozen dataclass of numbers."""
+
+    example: ClassVar[Mapping[str, Any]]
+    """Values of flags for a run of seconds: tests/test_tasks.py trains every registered task with them."""
 
     @property
     def unit(self) -> str:

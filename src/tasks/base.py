@@ -1,20 +1,58 @@
-"""The parts of a task that most tasks share: an order's specification, its data, epochs, AdamW."""
+"""The parts of a task that most tasks share: the order's parameters, a token file, epochs, AdamW."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
 
 from pilot.interfaces import Blobs, Refused
-from protocol import MAX_SERVED_BYTES, DataSpec, Digest, TaskSpec
+from protocol import MAX_INDEX, MAX_SERVED_BYTES, DataSpec, Digest, Fault, Part, ProtocolError, TaskSpec
 from tasks import OpenBlob
-from tasks.language import EpochOrders, Shape
+from tasks.data.tokens import Tokens, window_order
 from tasks.optimizer import AdamWConfig, Settings, adamw, adamw_settings
-from tasks.tokens import Tokens
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+Dimension = Annotated[int, Field(ge=1, le=1 << 20)]
+Seed = Annotated[int, Field(ge=0, le=MAX_INDEX)]
+
+EPOCHS_KEPT = 2  # for rounds that span the end of an epoch
+
+
+class Shape(Part):
+    """Everything besides the data that determines batches and losses: the parameters of the order's `TaskSpec`."""
+
+    batch_size: Dimension
+
+    @classmethod
+    def parse(cls, spec: TaskSpec) -> Self:
+        """Return the checked parameters.
+
+        Raises ProtocolError for a parameter that is missing, unknown, of another type or out of bounds.
+        """
+        try:
+            shape = cls.model_validate(spec.parameters)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            raise ProtocolError(f"task {spec.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        try:
+            shape.check()
+        except ValueError as error:
+            raise ProtocolError(f"task {spec.name}: {error}") from None
+        return shape
+
+    def check(self) -> None:
+        """Raise ValueError if the parameters contradict each other."""
+
 
 S = TypeVar("S", bound=Shape)
 
@@ -27,6 +65,7 @@ class BaseTask(Generic[S]):
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    example: ClassVar[Mapping[str, Any]]
     Optimizer: ClassVar[type] = AdamWConfig
 
     shape: S
@@ -77,3 +116,54 @@ class BaseTask(Generic[S]):
 
     def settings(self, config: Any, step: int, steps: int, units: int) -> Settings:
         return adamw_settings(config, step, steps)
+
+
+class EpochOrders:
+    """The order in which each epoch visits its windows, a permutation from the seed."""
+
+    def __init__(self, seed: int, windows: int) -> None:
+        self.windows = windows
+        self._seed = seed
+        self._kept: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
+
+    def __call__(self, epoch: int) -> NDArray[np.int64]:
+        """Return the permutation of an epoch, (windows,)."""
+        if epoch not in self._kept:
+            self._kept[epoch] = window_order(self._seed, epoch, self.windows)
+            while len(self._kept) > EPOCHS_KEPT:
+                self._kept.popitem(last=False)
+        return self._kept[epoch]
+
+    def batch(self, index: int, size: int) -> NDArray[np.int64]:
+        """Return the windows of micro-batch `index`, (size,), counted across epochs of whole micro-batches."""
+        epoch, position = divmod(index, self.windows // size)
+        return self(epoch)[position * size : (position + 1) * size]
+
+
+def open_tokens(data: DataSpec, open_blob: OpenBlob, vocab_size: int) -> Tokens:
+    """Open the order's token file. Raises ProtocolError unless these are its tokens, all of them in the vocabulary."""
+    if "tokens" not in data.blobs:
+        raise ProtocolError("the order's data has no tokens", Fault.WRONG_DATA)
+    tokens = Tokens.open(open_blob("tokens"))
+    ordered = data.blobs["tokens"].digest
+    if tokens.digest != ordered:
+        raise ProtocolError(f"tokens {tokens.digest[:12]}, not {ordered[:12]}", Fault.WRONG_DATA)
+    if vocab_size < 256**tokens.train.itemsize and tokens.largest >= vocab_size:
+        raise ProtocolError(f"token {tokens.largest} of a vocabulary of {vocab_size}")
+    return tokens
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that no message can carry."""
+    if not 0 <= seed <= MAX_INDEX:
+        raise ValueError(f"--seed {seed}: must lie between 0 and 2^53")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator, inside the block only. (`torch.manual_seed` would reseed the GPUs' too.)"""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

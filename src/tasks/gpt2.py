@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -11,13 +11,12 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from pilot.common.flags import arg
-from protocol import MAX_BLOB_BYTES, MAX_INDEX, DataSpec, ProtocolError, TaskSpec
+from protocol import MAX_BLOB_BYTES, DataSpec, ProtocolError, TaskSpec
 from tasks import OpenBlob
-from tasks.base import BaseTask
-from tasks.language import Dimension, EpochOrders, Shape, open_tokens, seeded
-from tasks.text import TextConfig, make_tokens, prepare_tokens, silent
-from tasks.tokenizer import Tokenizer, load_tokenizer
-from tasks.tokens import Array, Tokens
+from tasks.base import BaseTask, Dimension, EpochOrders, Seed, Shape, check_seed, open_tokens, seeded
+from tasks.data.text import TextConfig, make_tokens, prepare_tokens, silent
+from tasks.data.tokenizer import Tokenizer, load_tokenizer
+from tasks.data.tokens import Array, Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +71,7 @@ class GPT2Shape(Shape):
     seq_len: Dimension
     batch_size: Dimension
     eval_sequences: Dimension
-    seed: Annotated[int, Field(ge=0, le=MAX_INDEX)]
+    seed: Seed
 
     def check(self) -> None:
         """Raises ValueError where the parameters do not go together."""
@@ -100,6 +99,7 @@ class GPT2(BaseTask[GPT2Shape]):
     name: ClassVar[str] = "gpt2"
     unit: ClassVar[str] = "tokens"
     Config: ClassVar[type] = GPT2Config
+    example: ClassVar[Mapping[str, Any]] = {"max_bytes": 100_000, "seq_len": 16, "batch_size": 2, "eval_sequences": 4}
 
     def __init__(
         self,
@@ -141,8 +141,7 @@ class GPT2(BaseTask[GPT2Shape]):
         progress: Callable[[str], None] = silent,
     ) -> Self:
         """Model and text by the flags. Raises ValueError, in one line, for either that cannot be had."""
-        if not 0 <= seed <= MAX_INDEX:
-            raise ValueError(f"--seed {seed}: must lie between 0 and 2^53")
+        check_seed(seed)
         pretrained = None if config.model in PRESETS else _load_config(config.model)
         automatic = "byte" if config.model == "nano" else "gpt2"
         tokenizer = load_tokenizer(automatic if config.tokenizer == "auto" else config.tokenizer, config.vocabulary)

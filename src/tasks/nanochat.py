@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +16,13 @@ from nanochat.config import GPTConfig, MuonAdamWConfig, Preset
 from nanochat.dataset import list_shards
 from nanochat.schedules import settings
 from pilot.common.flags import arg
-from protocol import MAX_BLOB_BYTES, MAX_INDEX, DataSpec, ProtocolError, TaskSpec
+from protocol import MAX_BLOB_BYTES, DataSpec, ProtocolError, TaskSpec
 from tasks import OpenBlob
-from tasks.base import BaseTask
-from tasks.language import Dimension, EpochOrders, Shape, open_tokens, seeded
+from tasks.base import BaseTask, Dimension, EpochOrders, Seed, Shape, check_seed, open_tokens, seeded
+from tasks.data.text import TextConfig, make_tokens, prepare_tokens, silent
+from tasks.data.tokenizer import RustTokenizer, load_file
+from tasks.data.tokens import Tokens
 from tasks.optimizer import Settings
-from tasks.text import TextConfig, make_tokens, prepare_tokens, silent
-from tasks.tokenizer import RustTokenizer, load_file
-from tasks.tokens import Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +66,8 @@ class NanochatConfig(TextConfig):
     """Of the activations; weights and gradients are fp32. auto: bf16 on a CUDA device that has it, else fp32."""
 
     text: str = arg("auto", short=True)
-    """Text: auto, or as for --gpt2.text. auto: the shards that python -m nanochat.dataset downloaded, or stdlib if there
-    are none."""
+    """Text: auto, or as for --gpt2.text. auto: the shards that python -m nanochat.dataset downloaded, or stdlib if
+    there are none."""
 
     tokenizer: str = "auto"
     """A file that tok_train wrote, or byte (256 tokens and the special ones). auto: tokenizer.json in
@@ -113,7 +112,7 @@ class NanochatShape(Shape):
     bos: Annotated[int, Field(ge=0, lt=1 << 20)]
     batch_size: Dimension
     eval_sequences: Dimension
-    seed: Annotated[int, Field(ge=0, le=MAX_INDEX)]
+    seed: Seed
 
     def check(self) -> None:
         config = self.config()  # ValueError where the widths do not fit
@@ -133,6 +132,17 @@ class Nanochat(BaseTask[NanochatShape]):
     unit: ClassVar[str] = "tokens"
     Config: ClassVar[type] = NanochatConfig
     Optimizer: ClassVar[type] = MuonAdamWConfig
+    example: ClassVar[Mapping[str, Any]] = {
+        "depth": 2,
+        "aspect_ratio": 16,
+        "head_dim": 16,
+        "seq_len": 32,
+        "batch_size": 2,
+        "eval_sequences": 4,
+        "text": "stdlib",
+        "tokenizer": "byte",
+        "max_bytes": 100_000,
+    }
 
     def __init__(
         self, shape: NanochatShape, data: DataSpec, tokens: Tokens, tokenizer: RustTokenizer | None = None
@@ -179,8 +189,7 @@ class Nanochat(BaseTask[NanochatShape]):
         progress: Callable[[str], None] = silent,
     ) -> Self:
         """Model and text by the flags. Raises ValueError, in one line, for either that cannot be had."""
-        if not 0 <= seed <= MAX_INDEX:
-            raise ValueError(f"--seed {seed}: must lie between 0 and 2^53")
+        check_seed(seed)
         tokenizer = _tokenizer(config.tokenizer, progress)
         import torch
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,11 +26,10 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from pydantic import Field
 
-from protocol import CONTEXT, MAX_INDEX, DataSpec, ProtocolError, TaskSpec
+from protocol import CONTEXT, DataSpec, ProtocolError, TaskSpec
 from tasks import OpenBlob
-from tasks.base import BaseTask
-from tasks.language import Dimension, EpochOrders, Shape, open_tokens
-from tasks.tokens import Tokens, write
+from tasks.base import BaseTask, Dimension, EpochOrders, Seed, Shape, check_seed, open_tokens
+from tasks.data.tokens import Tokens, write
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +81,7 @@ class QuadraticShape(Shape):
     batch_size: Dimension
     condition: Annotated[float, Field(ge=1, le=1e9)]
     noise: Annotated[float, Field(ge=0, le=1e3)]
-    seed: Annotated[int, Field(ge=0, le=MAX_INDEX)]
+    seed: Seed
 
 
 class Quadratic(BaseTask[QuadraticShape]):
@@ -91,6 +90,7 @@ class Quadratic(BaseTask[QuadraticShape]):
     name: ClassVar[str] = "quadratic"
     unit: ClassVar[str] = "samples"
     Config: ClassVar[type] = QuadraticConfig
+    example: ClassVar[Mapping[str, Any]] = {"dimension": 16, "samples": 64, "batch_size": 4}
 
     def __init__(self, shape: QuadraticShape, data: DataSpec, tokens: Tokens) -> None:
         """Raises ValueError where the samples are fewer than a micro-batch."""
@@ -133,8 +133,7 @@ class Quadratic(BaseTask[QuadraticShape]):
         progress: Callable[[str], None] = lambda line: None,
     ) -> Self:
         """Makes the samples. Raises ValueError, in one line, for what the user can mend."""
-        if not 0 <= seed <= MAX_INDEX:
-            raise ValueError(f"--seed {seed}: must lie between 0 and 2^53")
+        check_seed(seed)
         half = np.frombuffer(_stream("samples", seed, config.samples // 2 * config.dimension), np.uint8)
         cache.mkdir(parents=True, exist_ok=True)
         path = cache / f"quadratic-{seed}-{config.dimension}-{config.samples}.tokens"

@@ -101,7 +101,7 @@ class TrainingConfig:
     groups: ClassVar[tuple[str, ...]] = GROUPS
 
     task: str = arg("gpt2", TASK, short=True, resume="fixed")
-    """Task to train: gpt2, nanochat or quadratic."""
+    """Task to train. Each has its own flags, --NAME.…"""
     optimizer: AdamWConfig = nested(AdamWConfig, TASK)
     rounds: int = arg(200, TRAINING, short=True)
     """Rounds of the whole run. Each is one optimizer step; the learning rate's schedule ends with the last."""

@@ -14,9 +14,9 @@ from typing import Protocol
 import numpy as np
 
 from protocol import BlobRef, ProtocolError, digest
-from tasks.config import MAX_VOCABULARY
-from tasks.tokens import Array
+from tasks.data.tokens import Array
 
+MAX_VOCABULARY = 1 << 20  # tokens
 VOCABULARY_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # OpenAI's names, then the hub's
 
 

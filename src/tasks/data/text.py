@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import sys
 import tempfile
@@ -20,11 +19,12 @@ from typing import IO, Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, ValidationError
 
+from pilot.common.files import replacing
 from pilot.common.flags import arg
 from pilot.interfaces import Refused
 from protocol import BlobRef, Count, DatasetRef, DataSpec, Digest, Fault, Name, Part, ProtocolError, Text, digest
 from tasks import OpenBlob
-from tasks.documents import (
+from tasks.data.documents import (
     SUFFIXES,
     Piece,
     TextError,
@@ -37,8 +37,8 @@ from tasks.documents import (
     standard_library,
     whole,
 )
-from tasks.tokenizer import BPETokenizer, ByteTokenizer, RustTokenizer, Tokenizer, vocabulary_ref
-from tasks.tokens import MAGIC, Array, Tokens, write
+from tasks.data.tokenizer import BPETokenizer, ByteTokenizer, RustTokenizer, Tokenizer, vocabulary_ref
+from tasks.data.tokens import MAGIC, Array, Tokens, write
 
 BATCH = 4 << 20  # bytes of text tokenised at a time
 FRACTION = 0.05  # kept for validation where there is no last file to keep
@@ -155,7 +155,8 @@ def prepare_tokens(
             validation=validation,
         ).model_dump(),
     )
-    _write_text(described, spec.model_dump_json())
+    with replacing(described, sync=False) as file:
+        file.write(spec.model_dump_json().encode())
     return tokens, spec
 
 
@@ -168,12 +169,6 @@ def _cached(path: Path, described: Path) -> tuple[Tokens, DataSpec] | None:
     except ValueError:  # damaged, or of another version: made again
         return None
     return (tokens, spec) if tokens.digest == spec.blobs["tokens"].digest else None
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _local_path(config: TextConfig) -> Path | None:

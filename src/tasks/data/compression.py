@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.documents import PIECE, Document, TextError, local_documents, local_files, standard_library
-from tasks.tokenizer import load_tokenizer
+from tasks.data.documents import PIECE, Document, TextError, local_documents, local_files, standard_library
+from tasks.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from rustbpe import Tokenizer
@@ -99,6 +99,13 @@ def gpt2_encode(prefix: Path | None) -> Encode | None:
     except ValueError as error:
         raise ValueError(str(error).replace("--gpt2.", "--gpt2-")) from None
     return lambda texts: sum(map(len, tokenizer.encode([text.encode() for text in texts])))
+
+
+def check_text_limits(max_chars: int, doc_cap: int) -> None:
+    """Raise ValueError for flags below 0."""
+    for flag, value in (("max-chars", max_chars), ("doc-cap", doc_cap)):
+        if value < 0:
+            raise ValueError(f"--{flag} {value}: must be 0 or more")
 
 
 # --- kinds ------------------------------------------------------------------------------------------------------------

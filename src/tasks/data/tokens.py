@@ -13,7 +13,6 @@ One tokenisation of one split has exactly one file, so every source of the same 
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterable
 from functools import cached_property
@@ -24,6 +23,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from pilot.common.files import replacing
 from protocol import CONTEXT, BlobRef, Digest, Hasher, ProtocolError
 
 Array = NDArray[Any]  # of unsigned integers
@@ -83,24 +83,17 @@ class Tokens:
 
 
 def write(path: Path, train: Iterable[Array], validation: Iterable[Array], dtype: Any) -> None:
-    """Streams the chunks to `path`: training first, then, when that has ended, validation. All of the file or none."""
+    """Write a token file atomically from chunks: those of training first, then, once they end, those of validation."""
     stored = np.dtype(dtype).newbyteorder("<")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     counts = [0, 0]
-    try:
-        with partial.open("wb") as file:
-            file.seek(HEADER.size)
-            for which, chunks in enumerate((train, validation)):
-                for chunk in chunks:
-                    file.write(np.ascontiguousarray(chunk, dtype=stored).data)
-                    counts[which] += len(chunk)
-            file.seek(0)
-            file.write(HEADER.pack(MAGIC, stored.itemsize, 0, *counts))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.seek(HEADER.size)
+        for which, chunks in enumerate((train, validation)):
+            for chunk in chunks:
+                file.write(np.ascontiguousarray(chunk, dtype=stored).data)
+                counts[which] += len(chunk)
+        file.seek(0)
+        file.write(HEADER.pack(MAGIC, stored.itemsize, 0, *counts))
 
 
 def window_order(seed: int, epoch: int, windows: int) -> NDArray[np.int64]:

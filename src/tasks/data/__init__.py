@@ -1,0 +1,1 @@
+"""Text, and the tokens that tasks make of it."""
