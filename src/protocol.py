@@ -220,7 +220,7 @@ class TaskSpec(Part):
 
 
 class DatasetRef(Part):
-    """A hub data set, for data too large to be handed over. How many rows of it make the data is among `DataSpec.parameters`."""
+    """A hub data set, for data too large to be sent. `DataSpec.parameters` says how many rows of it make the data."""
 
     name: Text
     subset: Text | None
@@ -286,9 +286,12 @@ class StateSnapshot(Part):
 
 
 class Update(Part):
-    """The way to the order's version: from `base` by `steps`, the newest last; version(t+1) = next_version(version(t), step).
+    """The way to the order's version: from `base` by `steps`, the newest last.
 
-    Whoever holds a version on the way needs the steps after it; anyone else a whole state on it, and those after that.
+    version(t+1) = next_version(version(t), digest of the step).
+
+    A miner that holds one of these versions needs the steps after it; any other needs a whole state and the steps after
+    that.
     """
 
     base: Version | None
@@ -306,6 +309,11 @@ class Update(Part):
     def refs(self) -> tuple[BlobRef, ...]:
         """All that a miner may ask for on the way."""
         return (*(step.ref for step in self.steps), *(snapshot.blob for snapshot in self.snapshots))
+
+    @property
+    def digests(self) -> set[Digest]:
+        """Return the digests of `refs`."""
+        return {*(step.digest for step in self.steps), *(snapshot.blob.digest for snapshot in self.snapshots)}
 
     @property
     def versions(self) -> tuple[Version | None, ...]:

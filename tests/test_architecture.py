@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "miner": SHARED | CORES | EDGES | {"app"},
 }
 
-# A core receives clocks, randomness, files and sockets as arguments. `training.distributed` is torchrun's process group.
+# A core receives clocks, randomness, files and sockets as arguments. `training.distributed` joins torchrun's group.
 OUTSIDE = frozenset({"random", "secrets", "os", "socket", "ssl", "http", "urllib", "aiohttp", "sqlite3", "subprocess"})
 EXEMPT = frozenset({"pilot/training/distributed.py"})
 PICKLES = frozenset({"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Final
 
 from blake3 import blake3
@@ -35,6 +36,7 @@ def digest(domain: str, data: Buffer) -> Digest:
     return blake3(data, derive_key_context=f"{CONTEXT} {domain}", max_threads=threads).hexdigest()
 
 
+@lru_cache(maxsize=4096)  # the steps of an update are walked several times in a round
 def next_version(base: Version | None, update: Digest) -> Version:
     """Return version(t+1) = hash(version(t), hash(update bytes)); the first version has no base."""
     return digest("version", bytes.fromhex(base or "00" * 32) + bytes.fromhex(update))

@@ -119,7 +119,7 @@ class Market:
             policy, task, network, store, self.notifier, self.executor, self.history, codec, specs, buffers
         )
         self.blobs = task.blobs()
-        learner.history.keep_before |= policy.overlap > 0  # orders that a restart sends again may name it
+        learner.history.keep_previous |= policy.overlap > 0  # orders that a restart sends again may name it
         self.watch: LinkWatch | None = None  # measures what communication costs, and may choose the codecs
         self._codecs: dict[int, tuple[str, str]] = {}  # up and down, of the rounds in flight
         self._megabytes = fp32_megabytes(p.shape for p in learner.parameters.values())

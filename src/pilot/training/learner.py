@@ -141,7 +141,7 @@ class Learner:
 
     def mend(self) -> None:
         """After a restart: where bytes on the way to the version are gone from the disk, newcomers get another."""
-        if not self.history.is_whole:
+        if not self.history.is_complete:
             self.history.add_snapshot(self._encoded("fp32"))
 
     def _encoded(self, codec: str) -> Buffer:

@@ -1,39 +1,40 @@
-"""The chain of versions: how a miner gets to the newest one, and the bytes that it takes.
+"""Keep the versions of the model, and the bytes by which a miner gets to the newest one.
 
-    version(t+1) = next_version(version(t), digest of what leads from the one to the other)
+    version(t+1) = next_version(version(t), digest of the step from one to the other)
 
     base ── delta ── delta ── … ── delta ── delta ── … ── version
       │                              │
     snapshot                       snapshot                   two at most, each the whole fp32 state of the replica
 
-Whoever holds a version on the way needs the deltas after it; anyone else a snapshot, and the deltas after that. A new
-snapshot is made when the deltas since the last weigh as much as one. The one before it stays, with the deltas after it:
-a newcomer that began with it, over a link that takes many rounds for a state, still comes to its end. What is kept
-follows from sizes alone, so a replay makes the same chain.
+A miner that holds one of these versions needs the deltas after it; any other miner needs a snapshot and the deltas
+after that. A new snapshot is made when the deltas since the last one take as many bytes. The snapshot before it stays,
+with its deltas, so that a newcomer that began with it over a slow link still reaches the newest version. What is kept
+follows from sizes alone, so a replay keeps the same.
 
-With `--broadcast full` the way is one step, the whole state.
+With `--broadcast full` an update is one step, the whole state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Literal
 
 from typing_extensions import Buffer
 
+from pilot.codec import DENSE
 from pilot.interfaces import Blobs, BlobStore
 from protocol import BlobRef, Digest, StateSnapshot, Update, Version, VersionStep, digest
 
-FEWEST, MOST = 4, 16  # deltas from one snapshot to the next
+MIN_DELTAS, MAX_DELTAS = 4, 16  # from one snapshot to the next
 
 UpdatePath = tuple[VersionStep, ...]
 
 
-# --- for who goes it --------------------------------------------------------------------------------------------------
+# --- the miner's side -------------------------------------------------------------------------------------------------
 
 
 def paths_to(update: Update, version: Version | None) -> Iterator[UpdatePath]:
-    """Every way to the update's version: by the steps after `version`, or by a whole state and the steps after that."""
+    """Yield every path to the update's version: the steps after `version`, or a whole state and the steps after it."""
     versions = update.versions
     if version is not None and version in versions:
         yield update.steps[versions.index(version) :]
@@ -45,21 +46,29 @@ def paths_to(update: Update, version: Version | None) -> Iterator[UpdatePath]:
 
 
 def shortest_path(
-    update: Update,
-    version: Version | None,
-    missing: Callable[[VersionStep], int],
-    usable: Callable[[VersionStep], bool],
+    update: Update, version: Version | None, codecs: Collection[str], held: Mapping[Digest, int]
 ) -> UpdatePath | None:
-    """The way with the fewest bytes `missing` yet, of equals that with the fewest steps; None where there is none."""
-    possible = [way for way in paths_to(update, version) if all(map(usable, way))]
-    return min(possible, key=lambda way: (sum(map(missing, way)), len(way)), default=None)
+    """Return the path that lacks the fewest bytes, of equal ones the one with the fewest steps.
+
+    `codecs` are those that the miner can read, and `held` says how many bytes of each blob it has. None: no such path.
+    """
+    readable = [
+        path
+        for path in paths_to(update, version)
+        if all(step.codec in codecs and (step.kind == "delta" or step.codec in DENSE) for step in path)
+    ]
+    return min(
+        readable,
+        key=lambda path: (sum(step.bytes - held.get(step.digest, 0) for step in path), len(path)),
+        default=None,
+    )
 
 
-# --- for who makes it -------------------------------------------------------------------------------------------------
+# --- the validator's side ---------------------------------------------------------------------------------------------
 
 
 class MemoryBlobStore:
-    """A `BlobStore` that a restart does not find again."""
+    """A `BlobStore` that does not survive a restart."""
 
     def __init__(self) -> None:
         self._blobs: dict[Digest, Buffer] = {}
@@ -76,103 +85,96 @@ class MemoryBlobStore:
 
 
 class VersionHistory:
-    """An `Update`, and the bytes that it names."""
+    """The update that leads to the newest version, and the bytes that it names."""
 
-    def __init__(self, keep: BlobStore, keep_before: bool, codec: str, state: Buffer) -> None:
-        """The first version is `state`. `keep_before`: what the version before the newest needs stays as well.
+    def __init__(self, store: BlobStore, keep_previous: bool, codec: str, state: Buffer) -> None:
+        """Begin with `state`. With `keep_previous`, keep what the version before the newest needs as well.
 
-        What an earlier process kept is there for `restore`, until the next version.
+        What an earlier process stored is there for `restore` until the next version is made.
         """
-        self._keep, self.keep_before = keep, keep_before
+        self._store, self.keep_previous = store, keep_previous
         self.blobs: dict[Digest, Buffer] = {}
-        self._before: set[Digest] = set()  # named by the update before, where that is kept
-        self._whole: BlobRef | None = None  # of the newest version, for those who can make nothing of deltas
-        self._lead(Update(base=None, steps=(self._step("state", codec, state),)))
+        self._previous: set[Digest] = set()  # blobs of the update before the newest
+        self._fp32_state: BlobRef | None = None  # of the newest version, for miners that cannot read deltas
+        self.update = Update(base=None, steps=(self._add_blob("state", codec, state),))
+        self.version = self.update.version
 
     def replace(self, base: Version | None, codec: str, state: Callable[[], Buffer]) -> None:
-        """The next version is a whole state. What was before it makes room first, where it is not kept."""
-        if not self.keep_before:
-            self._retain(())
-        self._go_on(Update(base=base, steps=(self._step("state", codec, state()),)))
+        """Make the next version from a whole state. The blobs before it are dropped first, if they are not kept."""
+        if not self.keep_previous:
+            self._retain(set())
+        self._advance(Update(base=base, steps=(self._add_blob("state", codec, state()),)))
 
     def extend(self, codec: str, delta: Buffer) -> None:
-        """The next version is the newest and a delta."""
-        steps = (*self.update.steps, self._step("delta", codec, delta))
-        self._go_on(self.update.model_copy(update={"steps": steps}))
+        """Make the next version from the newest one and a delta."""
+        steps = (*self.update.steps, self._add_blob("delta", codec, delta))
+        self._advance(self.update.model_copy(update={"steps": steps}))
 
-    def _go_on(self, update: Update) -> None:
-        self._before, self._whole = _named(self.update) if self.keep_before else set(), None
-        self._become(update)
-
-    def _become(self, update: Update) -> None:
-        self._lead(update)
-        self._retain(_named(update) | self._before)
-
-    def _lead(self, update: Update) -> None:
+    def _advance(self, update: Update) -> None:
+        self._previous = self.update.digests if self.keep_previous else set()
+        self._fp32_state = None
         self.update, self.version = update, update.version
+        self._retain(update.digests | self._previous)
 
     # --- snapshots ------------------------------------------------------------------------------------------------
 
     @property
     def wants_snapshot(self) -> bool:
-        """The deltas since the last whole state weigh as much as that."""
-        at, whole = self._last_whole
+        """Return whether the deltas since the last whole state take as many bytes as it."""
+        at, state = self._last_state
         deltas = [step.bytes for step in self.update.steps[at:]]
-        return len(deltas) >= MOST or (len(deltas) >= FEWEST and sum(deltas) >= whole.bytes)
+        return len(deltas) >= MAX_DELTAS or (len(deltas) >= MIN_DELTAS and sum(deltas) >= state.bytes)
 
     def add_snapshot(self, state: Buffer) -> None:
-        """Of the newest version. The way now begins at the whole state before it."""
-        first, whole = self._last_whole
+        """Add a snapshot of the newest version. The update then begins at the whole state before it."""
+        first, previous = self._last_state
         steps = self.update.steps[first:]
-        new = self._step("state", "fp32", state).ref
-        snapshots = (StateSnapshot(steps=0, blob=whole), StateSnapshot(steps=len(steps), blob=new))
-        self._become(Update(base=self.update.versions[first], steps=steps, snapshots=snapshots))
+        new = self._add_blob("state", "fp32", state).ref
+        snapshots = (StateSnapshot(steps=0, blob=previous), StateSnapshot(steps=len(steps), blob=new))
+        self.update = Update(base=self.update.versions[first], steps=steps, snapshots=snapshots)
+        self._retain(self.update.digests | self._previous)
 
     def with_snapshot(self, state: Callable[[], Buffer]) -> Update:
-        """The update for a miner that knows only fp32; `state` of the newest version is asked for once."""
+        """Return the update for a miner that reads only fp32. `state` is called at most once a version."""
         steps = self.update.steps
         last = steps[-1]
         if last.kind == "state" and last.codec == "fp32":
             return self.update
-        at, whole = self._last_whole
+        at, whole = self._last_state
         if at < len(steps) or last.kind == "state":
-            whole = self._whole = self._whole or self._step("state", "fp32", state()).ref
+            whole = self._fp32_state = self._fp32_state or self._add_blob("state", "fp32", state()).ref
         return self.update.model_copy(update={"snapshots": (StateSnapshot(steps=len(steps), blob=whole),)})
 
     @property
-    def is_whole(self) -> bool:
-        """The bytes of the newest whole state and of the deltas after it are here: a newcomer can come by them."""
-        at, whole = self._last_whole
-        return {whole.digest, *(step.digest for step in self.update.steps[at:])} <= self.blobs.keys()
+    def is_complete(self) -> bool:
+        """Return whether the bytes of the newest whole state and of the deltas after it are here, for a newcomer."""
+        at, state = self._last_state
+        return {state.digest, *(step.digest for step in self.update.steps[at:])} <= self.blobs.keys()
 
     @property
-    def _last_whole(self) -> tuple[int, BlobRef]:
-        """The newest whole state, and the steps that it makes unnecessary."""
+    def _last_state(self) -> tuple[int, BlobRef]:
+        """Return the newest whole state, and the number of steps up to it."""
         steps = [(at, step.ref) for at, step in enumerate(self.update.steps, 1) if step.kind == "state"]
-        return max([*steps, *((s.steps, s.blob) for s in self.update.snapshots)], key=lambda whole: whole[0])
+        return max([*steps, *((s.steps, s.blob) for s in self.update.snapshots)], key=lambda state: state[0])
 
     # --- the bytes ------------------------------------------------------------------------------------------------
 
     def restore(self, update: Update) -> None:
-        """Go on from the update of an earlier process, with those of its bytes that are kept."""
-        self._before, self._whole, self.blobs = set(), None, {}
-        self._lead(update)
+        """Continue from the update of an earlier process, with those of its blobs that are stored."""
+        self._previous, self._fp32_state, self.blobs = set(), None, {}
+        self.update, self.version = update, update.version
         self.blobs = dict(self.find(update))
 
     def find(self, update: Update) -> Blobs:
-        """What is kept of the bytes that an update names, this one or an order's."""
-        found = ((ref.digest, self.blobs.get(ref.digest) or self._keep.get(ref)) for ref in update.refs)
+        """Return the blobs of an update that are here; the update may be that of an order."""
+        found = ((ref.digest, self.blobs.get(ref.digest) or self._store.get(ref)) for ref in update.refs)
         return {name: data for name, data in found if data is not None}
 
-    def _step(self, kind: Literal["state", "delta"], codec: str, data: Buffer) -> VersionStep:
+    def _add_blob(self, kind: Literal["state", "delta"], codec: str, data: Buffer) -> VersionStep:
         step = VersionStep(kind=kind, codec=codec, digest=digest(kind, data), bytes=memoryview(data).nbytes)
-        self.blobs[step.digest] = self._keep.put(step.ref, data)
+        self.blobs[step.digest] = self._store.put(step.ref, data)
         return step
 
-    def _retain(self, digests: Collection[Digest]) -> None:
+    def _retain(self, digests: set[Digest]) -> None:
         self.blobs = {name: data for name, data in self.blobs.items() if name in digests}
-        self._keep.retain(digests)
-
-
-def _named(update: Update) -> set[Digest]:
-    return {ref.digest for ref in update.refs}
+        self._store.retain(digests)

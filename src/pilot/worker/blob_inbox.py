@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from pilot.interfaces import BlobWriter, Refused, VerifiedWriter
-from protocol import BlobRef, Digest, VersionStep
+from protocol import BlobRef, Digest
 
 IN_MEMORY = ("state", "delta")  # kinds that go into the model, and need no file
 
@@ -50,6 +50,11 @@ class BlobBuffers:
     def add(self, writer: BufferWriter) -> None:
         """Add the blob of a complete writer."""
         self._buffers[writer.ref.digest] = writer.buffer
+
+    @property
+    def sizes(self) -> dict[Digest, int]:
+        """Return the bytes of each blob that is here."""
+        return {digest: len(buffer) for digest, buffer in self._buffers.items()}
 
     def get(self, digest: Digest) -> memoryview | None:
         return self._buffers.get(digest)
@@ -101,12 +106,10 @@ class BlobInbox:
     def new_writer(self, ref: BlobRef) -> BlobWriter:
         return self._buffers.open_writer(ref) if ref.kind in IN_MEMORY else self._store(ref)
 
-    def missing_bytes(self, step: VersionStep) -> int:
-        """Return how many bytes of a step are not here yet."""
-        if step.digest in self._buffers:
-            return 0
-        writer = self._writers.get(step.digest)
-        return step.bytes - (writer.held if writer else 0)
+    @property
+    def held(self) -> dict[Digest, int]:
+        """Return how many bytes of each blob are here, those of broken transfers included."""
+        return {digest: writer.held for digest, writer in self._writers.items()} | self._buffers.sizes
 
     @property
     def arriving(self) -> BufferWriter | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -74,24 +74,24 @@ class Replica:
 
     # --- versions -------------------------------------------------------------------------------------------------
 
-    def path_to(self, order: Order, version: Version | None, missing: Callable[[VersionStep], int]) -> UpdatePath:
-        """Return the path from `version` to the order's version with the fewest `missing` bytes.
+    def path_to(self, order: Order, version: Version | None, held: Mapping[Digest, int]) -> UpdatePath:
+        """Return the path from `version` to the order's version that lacks the fewest bytes, of which `held` are here.
 
         Raises Refused if no path has only codecs that are known here.
         """
-        path = shortest_path(order.update, version, missing, self._usable)
+        steps = order.update.steps
+        codecs = {codec for codec in {"fp32", *(step.codec for step in steps)} if self._supports(codec)}
+        path = shortest_path(order.update, version, codecs, held)
         if path is None:
-            unknown = sorted({f"{step.kind} as {step.codec}" for step in order.update.steps if not self._usable(step)})
+            readable = {"delta": codecs, "state": codecs & {*DENSE}}
+            unknown = sorted({f"{s.kind} as {s.codec}" for s in steps if s.codec not in readable[s.kind]})
             why = f"cannot read a {', '.join(unknown)}" if unknown else "it begins with no whole state"
             raise Refused(400, f"no way to its version: {why}", Fault.MALFORMED)
         return path
 
-    def _usable(self, step: VersionStep) -> bool:
-        return self._supports(step.codec) and (step.kind == "delta" or step.codec in DENSE)
-
     def _apply_steps(self, order: Order, tensors: Tensors) -> None:
         """Bring the model's tensors to the order's version. Raises as `prepare` does."""
-        path = self.path_to(order, self.version, lambda step: 0 if step.digest in self.blobs else step.bytes)
+        path = self.path_to(order, self.version, self.blobs.sizes)
         steps = [(step, self.blobs.get(step.digest)) for step in path]
         if missing := [step.ref for step, data in steps if data is None]:
             raise Refused(409, "what leads to its version is gone: send the order again", missing=missing)
@@ -105,7 +105,7 @@ class Replica:
             self.version = None
             if any(step.kind == "state" for step in path):
                 raise
-            missing = [step.ref for step in self.path_to(order, None, lambda step: step.bytes)]
+            missing = [step.ref for step in self.path_to(order, None, {})]
             raise Refused(409, f"{error}; asks for a whole state", missing=missing) from None
         self.version = order.version
 

@@ -239,7 +239,7 @@ class Worker:
         """Return the blobs that are not here: of the data, and of the path from the version before the order's."""
         before = self._unfinished()
         version = before[-1].order.version if before else self.replica.version
-        path = self.replica.path_to(order, version, self.inbox.missing_bytes)
+        path = self.replica.path_to(order, version, self.inbox.held)
         needed = [step.ref for step in path if step.digest not in self.replica.blobs]
         for ref in order.data.blobs.values():  # the task makes larger ones
             if (ref.bytes <= MAX_SERVED_BYTES or self._has_source(ref)) and self.cache.blob(ref) is None:
@@ -370,7 +370,7 @@ class Worker:
             raise Refused(409, "stopped before it began", Fault.LATE)
 
         load_started = self.clock()
-        path = self.replica.path_to(order, self.replica.version, self.inbox.missing_bytes)
+        path = self.replica.path_to(order, self.replica.version, self.inbox.held)
         megabytes = sum(step.bytes * 32 / bits(step.codec) for step in path) / 1e6
         task, model = await self._executor.run("load", megabytes, self.replica.prepare, order)
         self._drop_blobs()
@@ -428,7 +428,7 @@ class Worker:
         needed: set[Digest] = set()
         for job in jobs:
             with contextlib.suppress(Refused):  # no path leads to its version: its validator was told so
-                path = self.replica.path_to(job.order, self.replica.version, self.inbox.missing_bytes)
+                path = self.replica.path_to(job.order, self.replica.version, self.inbox.held)
                 needed |= {step.digest for step in path}
         self.replica.blobs.retain(needed)
 

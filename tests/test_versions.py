@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typing_extensions import Buffer
 
+from pilot.codec import known_codecs
 from pilot.storage.blob_store import FileBlobStore
-from pilot.training.versions import FEWEST, MOST, MemoryBlobStore, VersionHistory, paths_to, shortest_path
+from pilot.training.versions import MAX_DELTAS, MIN_DELTAS, MemoryBlobStore, VersionHistory, paths_to, shortest_path
 from protocol import MAX_STEPS, BlobRef, StateSnapshot, Update, Version, VersionStep, digest, next_version
 
 STATE = 1000  # bytes of a snapshot
 SETTINGS = settings(derandomize=True, max_examples=200, deadline=None, database=None)
+ANY = known_codecs()
 
 
 def state(number: int) -> bytes:
@@ -69,10 +71,10 @@ def test_every_way_leads_to_the_newest_version(sizes: list[int]) -> None:
         for way in possible:
             begins_anew = bool(way) and way[0].kind == "state"
             assert walk(found, way, None if begins_anew else at) == len(sizes)
-        best = shortest_path(found.update, version, lambda step: step.bytes, lambda step: True)
+        best = shortest_path(found.update, version, ANY, {})
         assert best is not None
         assert sum(s.bytes for s in best) == min(sum(s.bytes for s in way) for way in possible)
-    assert shortest_path(found.update, versions[-1], lambda step: step.bytes, lambda step: True) == ()
+    assert shortest_path(found.update, versions[-1], ANY, {}) == ()
 
 
 def test_what_is_here_already_makes_a_way_short() -> None:
@@ -83,7 +85,7 @@ def test_what_is_here_already_makes_a_way_short() -> None:
     held: dict[str, int] = {}
 
     def best() -> Sequence[VersionStep]:
-        way = shortest_path(found.update, None, lambda step: step.bytes - held.get(step.digest, 0), lambda step: True)
+        way = shortest_path(found.update, None, ANY, held)
         assert way is not None
         return way
 
@@ -97,12 +99,10 @@ def test_what_is_here_already_makes_a_way_short() -> None:
 
 def test_steps_that_nobody_can_read_are_not_gone() -> None:
     found = grown([300] * 6)
-    way = shortest_path(
-        found.update, found.update.versions[2], lambda step: step.bytes, lambda step: step.codec == "fp32"
-    )
+    way = shortest_path(found.update, found.update.versions[2], {"fp32"}, {})
     assert way is None
     update = found.with_snapshot(lambda: state(6))
-    way = shortest_path(update, found.update.versions[2], lambda step: step.bytes, lambda step: step.codec == "fp32")
+    way = shortest_path(update, found.update.versions[2], {"fp32"}, {})
     assert way is not None
     assert walk(found, way, None) == 6
     assert found.with_snapshot(pytest.fail) == update  # made once a version
@@ -122,19 +122,19 @@ def test_a_long_chain_stays_short(size: int) -> None:
     def look(found: VersionHistory) -> None:
         update = found.update
         Update.model_validate_json(update.model_dump_json())  # what an order may say
-        assert len(update.steps) <= 2 * MOST <= MAX_STEPS
+        assert len(update.steps) <= 2 * MAX_DELTAS <= MAX_STEPS
         assert {ref.digest for ref in update.refs} == found.blobs.keys()
-        newcomers = shortest_path(update, None, lambda step: step.bytes, lambda step: True)
+        newcomers = shortest_path(update, None, ANY, {})
         assert newcomers is not None
-        least = max(FEWEST, min(MOST, STATE // size + 1))
+        least = max(MIN_DELTAS, min(MAX_DELTAS, STATE // size + 1))
         assert len(newcomers) <= least + 1
         if update.snapshots and update.snapshots[-1].steps == len(update.steps):
             snapshots.append(update.steps[-1].bytes)
         if len(snapshots) > 1:  # a transfer that begins with a snapshot has until the next but one
-            assert len(update.steps) - update.snapshots[0].steps >= FEWEST
+            assert len(update.steps) - update.snapshots[0].steps >= MIN_DELTAS
 
     grown([size] * 1000, look, before=False)
-    assert 1000 / MOST - 2 <= len(snapshots) <= 1000 / FEWEST
+    assert 1000 / MAX_DELTAS - 2 <= len(snapshots) <= 1000 / MIN_DELTAS
 
 
 def test_the_version_before_keeps_its_bytes_for_a_version() -> None:
@@ -173,7 +173,7 @@ def test_a_state_in_another_codec_is_not_for_who_knows_only_fp32() -> None:
         found.replace(base, "bf16", lambda number=number: b"half" + state(number))  # type: ignore[misc]
         assert len(found.blobs) == 1
         update = found.with_snapshot(lambda number=number: state(number))  # type: ignore[misc]
-        way = shortest_path(update, base, lambda step: step.bytes, lambda step: step.codec == "fp32")
+        way = shortest_path(update, base, {"fp32"}, {})
         assert way is not None
         assert walk(found, way, None) == number
         assert found.with_snapshot(pytest.fail) == update  # made once a version
