@@ -1,4 +1,4 @@
-"""Compute: what the miner, the baseline and a later audit share."""
+"""Compute gradients, for miners and plain training alike."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from tasks import Batch, Task
 
 @dataclass(frozen=True)
 class GradientResult:
-    """What was computed: the mean gradient over `done`, weighted by its count of examples or tokens.
-
-    Or, where there were inner steps over `done`, the pseudo-gradient: see `pilot.training.inner_loop`.
-    """
+    """The mean gradient over `done`, or after inner steps the pseudo-gradient (pilot.training.inner_loop)."""
 
     done: tuple[Range, ...]
     gradient: dict[str, torch.Tensor]  # fp32, by parameter name, on the model's device
@@ -27,12 +24,10 @@ class GradientResult:
 
 
 class GradientAccumulator:
-    """The sum of the task's gradients, one micro-batch at a time; what is done can be taken at any moment between two.
-
-    `batch` may give the task's batches, made ahead.
-    """
+    """The sum of the task's gradients, one micro-batch at a time. The result can be taken after any of them."""
 
     def __init__(self, task: Task, model: nn.Module, batch: Callable[[int], Batch] | None = None) -> None:
+        """`batch` gives the batches if they are prepared elsewhere; None: the task makes them."""
         self.task, self.model, self.batch = task, model, batch or task.batch
         self.parameters = task.trainable(model)
         for p in self.parameters.values():
@@ -41,7 +36,7 @@ class GradientAccumulator:
         self.count, self.loss = 0, 0.0
 
     def add(self, index: int) -> None:
-        """Micro-batch `index`, forward and backward."""
+        """Add the gradient of micro-batch `index`."""
         batch_loss = self.task.loss(self.model, self.batch(index))
         batch_loss.backward()  # type: ignore[no-untyped-call]
         self.loss += float(batch_loss.detach())
@@ -49,7 +44,7 @@ class GradientAccumulator:
         self.done.append(Range(index, index + 1))
 
     def result(self) -> GradientResult:
-        """The mean over what is done, which must not be nothing: so partial work is a mean over it."""
+        """Return the mean over the micro-batches that were added, of which there must be one."""
         gradient = {}
         for name, p in self.parameters.items():
             gradient[name] = torch.zeros_like(p) if p.grad is None else p.grad.div_(self.count)
@@ -59,8 +54,8 @@ class GradientAccumulator:
 def compute(
     task: Task, model: nn.Module, ranges: Sequence[Range], *, batch: Callable[[int], Batch] | None = None
 ) -> GradientResult | None:
-    """The gradient of the task's loss on all of the ranges; None where they are empty."""
-    computation = GradientAccumulator(task, model, batch)
+    """Return the mean gradient over all of the ranges; None if they are empty."""
+    accumulator = GradientAccumulator(task, model, batch)
     for index in indices(ranges):
-        computation.add(index)
-    return computation.result() if computation.done else None
+        accumulator.add(index)
+    return accumulator.result() if accumulator.done else None

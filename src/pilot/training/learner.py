@@ -1,15 +1,16 @@
-"""The validator's model, the only optimizer that touches it, and the replica that miners have of it.
+"""Hold the validator's model, the only optimizer that changes it, and the replica that miners have of it.
 
     exact parameters ──── step(gradient) ───▶ exact parameters
           │ − replica                               Q(d): quantised by the codec
           ▼
-       advance:  d ──▶ Q(d) ──▶ chain ──▶ miners
-                         │ decoded: one multiply and one add a value, here and there
+       advance:  d ──▶ Q(d) ──▶ update ─▶ miners
+                         │ decoded: one multiplication and one addition a value, at both ends
                          ▼
                       replica
 
-The same bytes by the same arithmetic: replicas are bit-equal wherever they are. What Q lost stays in the difference,
-and so goes into the next delta. With `--broadcast full` the whole state goes out: replica and exact parameters are one.
+Every replica applies the same bytes by the same arithmetic, so all replicas are bit-equal. What Q lost stays in the
+difference and goes into the next delta. With `--broadcast full` the whole state is sent, and the replica is the exact
+parameters.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Learner:
-    """Holds the exact parameters, the optimizers, the replica and its chain of versions. Used live, in replay, and by
-    the baseline."""
+    """The exact parameters, the optimizers, the replica and its versions. Used live, in replay, and by plain training."""
 
     def __init__(
         self,
@@ -45,27 +45,30 @@ class Learner:
         codec: str = "fp32",
         keep: BlobStore | None = None,
     ) -> None:
-        """`config` is the optimizer's, which the task knows; `codec` that of deltas, or of states under `full`. `keep`
-        holds the chain's bytes; None: memory."""
+        """Build the task's model and optimizers.
+
+        `config` is the task's optimizer's. `codec` encodes deltas, or states with `full`. `keep` stores the bytes of
+        the versions; None: in memory.
+        """
         self.task = task
         self.clip: float = getattr(config, "clip", 0.0)  # largest global L2 norm of the gradient; 0: any
         self.codec = codec  # may change from version to version
         self.model: nn.Module = task.build_model(device, initial=True)
         self.parameters = task.trainable(self.model)
         self.optimizer = task.optimizer(self.model, config)
-        self.outer = torch.optim.SGD(self.parameters.values(), lr=0.0)  # of rounds whose settings say so (DiLoCo)
+        self.outer = torch.optim.SGD(self.parameters.values(), lr=0.0)  # for rounds of DiLoCo
         full = broadcast == "full"
         for name, buffer in task.buffers(self.model).items():
             if not full and not buffer.dtype.is_floating_point:
                 raise ValueError(
                     f"--broadcast {broadcast}: buffer {name} holds integers, which deltas cannot carry; use full"
                 )
-        plain = torch.contiguous_format  # as codecs add to it, whatever the model's own tensors are
+        plain = torch.contiguous_format  # codecs add to flat memory, whatever the model's own layout
         self.replica: Tensors | None = (
             None if full else {n: t.detach().clone(memory_format=plain) for n, t in self._exact.items()}
         )
         first = codec if full else "fp32"
-        # A restart may go on with the version before the newest, and find on the disk what that one needs.
+        # A restart may continue from the version before the newest, whose blobs must then still be stored.
         self.history = VersionHistory(keep or MemoryBlobStore(), not full, first, self._encoded(first))
         self._proof: tuple[Version, Digest] | None = None
 
@@ -73,18 +76,18 @@ class Learner:
 
     @property
     def _exact(self) -> Tensors:
-        """Everything that travels: what is trained, and buffers."""
+        """Return every tensor that travels: trained parameters and buffers."""
         return {**self.parameters, **self.task.buffers(self.model)}
 
     def step(
         self,
         gradient: Mapping[str, torch.Tensor],
         settings: Settings,
-        buffers: Mapping[str, torch.Tensor] | None = None,  # None: they are the model's own already
+        buffers: Mapping[str, torch.Tensor] | None = None,  # None: the model has them already
     ) -> None:
-        """One optimizer step. Leaves the version as it was: `advance` makes the next.
+        """Take one optimizer step. The version stays; `advance` makes the next.
 
-        With an "outer_lr" among the settings the gradient is a pseudo-gradient, and the step the outer optimizer's.
+        With an "outer_lr" among the settings the gradient is a pseudo-gradient, and the outer optimizer takes the step.
         """
         own = self.task.buffers(self.model)
         for name, buffer in (buffers or {}).items():
@@ -101,11 +104,11 @@ class Learner:
             apply_settings(self.optimizer, settings)
             self.optimizer.step()
         for p in self.parameters.values():
-            p.grad = None  # its memory is the next gradient's
+            p.grad = None  # frees memory for the next gradient
 
     @contextmanager
     def replica_model(self) -> Iterator[nn.Module]:
-        """The model as miners have it, inside the block; the tensors change places, nothing is copied."""
+        """Give the model with the replica's values inside the block. Tensors are swapped, not copied."""
         self._swap()
         try:
             yield self.model
@@ -121,7 +124,7 @@ class Learner:
     # --- versions -------------------------------------------------------------------------------------------------
 
     def advance(self) -> None:
-        """The next version: as near to the parameters as they are now as the codec comes."""
+        """Make the next version, as close to the exact parameters as the codec allows. Raises Diverged."""
         if self.replica is None:
             self.history.replace(self.version, self.codec, lambda: self._encoded(self.codec))
             return
@@ -129,7 +132,7 @@ class Learner:
         delta = codec.encode(_Difference(self._exact, self.replica))
         try:
             codec.check(delta, {name: t.shape for name, t in self.replica.items()})
-        except ProtocolError as error:  # a version of it would be every miner's fault
+        except ProtocolError as error:  # as a version, it would make every miner fail
             raise Diverged(
                 f"the model is no longer finite ({error}): lower the learning rate (--optimizer.lr, --outer-lr), and "
                 "go on with --resume from the last committed round"
@@ -140,12 +143,12 @@ class Learner:
             self.history.add_snapshot(self._encoded("fp32"))
 
     def mend(self) -> None:
-        """After a restart: where bytes on the way to the version are gone from the disk, newcomers get another."""
+        """Make a snapshot for newcomers after a restart, if blobs of the newest version are missing on disk."""
         if not self.history.is_complete:
             self.history.add_snapshot(self._encoded("fp32"))
 
     def _encoded(self, codec: str) -> Buffer:
-        """The whole state that miners have."""
+        """Encode the whole state that miners have."""
         return load_codec(codec).encode(self._exact if self.replica is None else self.replica)
 
     @property
@@ -154,28 +157,30 @@ class Learner:
 
     @property
     def base(self) -> Version | None:
-        """The version before."""
+        """Return the version before the newest."""
         return self.history.update.versions[-2]
 
     @property
     def update(self) -> Update:
-        """How a miner gets to `version`."""
+        """Return the update that leads a miner to `version`."""
         return self.history.update
 
     @property
     def blobs(self) -> Blobs:
-        """What miners may ask for on the way."""
+        """Return the blobs of the update, by digest."""
         return self.history.blobs
 
     def find(self, updates: Collection[Update]) -> Blobs:
-        """What is kept of the bytes that these name, which an earlier process may have given; a whole state of the
-        newest version is made again."""
+        """Return the stored blobs of updates, which may be those of an earlier process's orders.
+
+        A whole state of the newest version is made again.
+        """
         if any(u.version == self.version and s.steps == len(u.steps) for u in updates for s in u.snapshots):
             self.snapshot_now()
         return {name: data for update in updates for name, data in self.history.find(update).items()}
 
     def snapshot_now(self) -> Update:
-        """How a miner gets to `version` that knows only fp32: by a whole state, of what others have, bit for bit."""
+        """Return the update for a miner that reads only fp32: a whole state, bit-equal to what others have."""
         return self.history.with_snapshot(self._as_broadcast)
 
     def _as_broadcast(self) -> Buffer:
@@ -186,7 +191,7 @@ class Learner:
         return load_codec("fp32").encode(load_codec(step.codec).decode(self.history.blobs[step.digest], specs))
 
     def state_digest(self) -> Digest | None:
-        """Of `version`'s whole state, by which a replica is proved. None under `full`: each state has its digest."""
+        """Return the digest of `version`'s whole state, which proves a replica. None with `full`: states have digests."""
         if self.replica is None:
             return None
         if self._proof is None or self._proof[0] != self.version:
@@ -196,20 +201,20 @@ class Learner:
     # --- snapshots of the validator -------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, str], Tensors]:
-        """What a snapshot holds: the chain; parameters, buffers, replica, and the optimizers' moments by parameter."""
+        """Return a snapshot's header and tensors: parameters, buffers, replica, and optimizer moments by parameter."""
         tensors = self._model_state()
         for kind, optimizer in self._optimizers:
             for name, p in self.parameters.items():
                 for key, value in optimizer.state.get(p, {}).items():
                     if value is not None:  # SGD without momentum
                         tensors[f"{kind}/{key}/{name}"] = value
-        return {"version": self.version, "chain": self.update.model_dump_json()}, tensors
+        return {"version": self.version, "update": self.update.model_dump_json()}, tensors
 
     def load_state(self, header: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raises ValueError where the snapshot is of another model; this one is then as it was."""
-        if "chain" not in header:
+        """Load a snapshot. Raises ValueError for one of another model; this model is then unchanged."""
+        if "update" not in header:
             raise ValueError("its snapshot was made by an older release; finish the run with that one")
-        update = Update.model_validate_json(header["chain"])
+        update = Update.model_validate_json(header["update"])
         self.load_tensors(tensors)
         if self.replica is None:
             codec = update.steps[-1].codec
@@ -222,12 +227,12 @@ class Learner:
             )
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """As `load_state`, but for the version, which is left as it was."""
+        """Load a snapshot's tensors as `load_state` does, but keep the version."""
         own = self._model_state()
         moments = {key for key in tensors if key.split("/")[0] in dict(self._optimizers)}
         for key in sorted(own.keys() | (tensors.keys() - moments)):
             if key not in own or key not in tensors or own[key].shape != tensors[key].shape:
-                raise ValueError(f"snapshot: {key} is not as in this model")
+                raise ValueError(f"snapshot: {key} does not fit this model")
         for key, tensor in own.items():
             tensor.copy_(tensors[key])
         for kind, optimizer in self._optimizers:
@@ -243,14 +248,14 @@ class Learner:
         return ("optimizer", self.optimizer), ("outer", self.outer)
 
     def _model_state(self) -> Tensors:
-        """The model's own tensors and the replica's, not copies, by their names in a snapshot."""
+        """Return the model's and the replica's tensors, not copies, by their names in a snapshot."""
         parameters = {f"model/{name}": p.detach() for name, p in self.parameters.items()}
         buffers = {f"buffer/{name}": b.detach() for name, b in self.task.buffers(self.model).items()}
         return parameters | buffers | {f"replica/{name}": t for name, t in (self.replica or {}).items()}
 
 
 class _Difference(Mapping[str, torch.Tensor]):
-    """Of tensors with the same names, made when it is asked for: a codec that takes one at a time holds one."""
+    """The differences of tensors of the same names, each computed on access: a codec holds one at a time."""
 
     def __init__(self, minuend: Tensors, subtrahend: Tensors) -> None:
         self._minuend, self._subtrahend = minuend, subtrahend
@@ -266,5 +271,5 @@ class _Difference(Mapping[str, torch.Tensor]):
 
 
 def state_digest(tensors: Mapping[str, torch.Tensor]) -> Digest:
-    """Of a whole state in fp32: a snapshot of it would have this one."""
+    """Return the digest of a whole state in fp32, which is that of its snapshot."""
     return digest("state", load_codec("fp32").encode(tensors))
