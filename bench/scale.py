@@ -8,7 +8,7 @@ the state, gets it, gets the order again, is polled for its reply, gives its pay
 
 CPU is this process's, all threads, the kernel's part included, without what decodes and sums the payloads; medians of
 rounds. State and payload are 10 KB. Above 128 miners there are no sockets: the miners are in this process too
-(Loopback), and what their methods take is taken off; their signatures are not. Peak is that of the resident set, pages
+(EmulatedNetwork), and what their methods take is taken off; their signatures are not. Peak is that of the resident set, pages
 of files included, above what it was before the first round; state and payload are 4 MB.
 """
 
@@ -41,8 +41,8 @@ from pilot.codec.dense import Dense
 from pilot.common.limits import Limits
 from pilot.market.round import Market, Network, RoundPolicy
 from pilot.ranking import load_ranker
-from pilot.simulation.network import Loopback
-from pilot.simulation.network import run as run_virtual
+from pilot.simulation.network import EmulatedNetwork
+from pilot.simulation.virtual_time import run as run_virtual
 from pilot.storage.run_store import RunStore
 from pilot.training.learner import Learner
 from pilot.transport.client.dendrite import Dendrite, Endpoint
@@ -165,7 +165,7 @@ async def over_loopback(folder: Path, count: int, rounds: int) -> float:
         for method in ("accept_order", "open_blob", "read_payload", "accept_receipt"):
             setattr(service, method, mining.around(getattr(service, method)))
     with closing(RunStore.create(folder / "run", {"task": "quadratic"}, keep=2)) as store:
-        network = Loopback(VALIDATOR, services, keypairs, latency_s=0.01)
+        network = EmulatedNetwork(VALIDATOR, services, keypairs, latency_s=0.01)
         market = make_market(folder, network, store, SMALL, decoding, None)
         ms = await play(market, 1 + rounds, count, [decoding, mining])
         await market.close()

@@ -27,8 +27,8 @@ from pilot.common.units import fp32_megabytes
 from pilot.market.link_budget import Rate
 from pilot.simulation.costs import CostConfig, codec_phases, measure_codec
 from pilot.simulation.link_model import LinkSpec
-from pilot.simulation.network import run
 from pilot.simulation.traces import HOUR_S, make_trace
+from pilot.simulation.virtual_time import run
 from pilot.simulation.world import Conditions, World
 from tasks.optimizer import AdamWConfig
 from tasks.quadratic import Quadratic, QuadraticConfig

@@ -184,7 +184,9 @@ class Bench:
         self.round += 1
         return Order(
             run="bench", round=self.round, hotkey=MINERS[miner].ss58_address, version=next_version(None, blob.digest),
-            update=Update(base=None, steps=(VersionStep(kind="state", codec="fp32", digest=blob.digest, bytes=blob.bytes),)),
+            update=Update(
+                base=None, steps=(VersionStep(kind="state", codec="fp32", digest=blob.digest, bytes=blob.bytes),)
+            ),
             state_digest=None,
             task=TaskSpec(name="bulk", parameters={}),
             data=DataSpec(blobs={"tokens": blob}), ranges=(Range(0, answer),),

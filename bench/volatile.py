@@ -23,8 +23,8 @@ from bench import Figure
 from pilot.market.scheduling import RoundPolicy
 from pilot.simulation.costs import CostConfig
 from pilot.simulation.link_model import LinkSpec
-from pilot.simulation.network import run
 from pilot.simulation.traces import HOUR_S, Interval, make_trace
+from pilot.simulation.virtual_time import run
 from pilot.simulation.world import Conditions, World, WorldState
 from tasks.optimizer import AdamWConfig
 from tasks.quadratic import Quadratic, QuadraticConfig

@@ -116,8 +116,8 @@ def play(variant: Variant, text: str) -> Outcome:
     from pilot.app.training_flags import CodecConfig, RoundConfig
     from pilot.simulation.costs import CostConfig
     from pilot.simulation.link_model import LinkSpec
-    from pilot.simulation.network import run
     from pilot.simulation.traces import Interval
+    from pilot.simulation.virtual_time import run
     from pilot.simulation.world import Conditions, World
     from tasks import load_task
     from tasks.gpt2 import GPT2Config

@@ -92,7 +92,7 @@ def folder_of(config: SimulateConfig) -> Iterator[Path]:
 
 def simulate(config: SimulateConfig, folder: Path, intervals: Sequence[Interval]) -> None:
     from pilot.simulation.costs import measure
-    from pilot.simulation.network import run
+    from pilot.simulation.virtual_time import run
     from tasks import load_task
 
     with cli.mistakes(PROGRAM):

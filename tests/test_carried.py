@@ -14,7 +14,7 @@ import torch
 from pilot.market.receipts import by_miner
 from pilot.market.verify import Contribution
 from pilot.ranking import Evidence
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from pilot.storage.checker import check_run
 from pilot.storage.run_store import RunStore
 from pilot.training.diloco import DiLoCo

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from pilot.market.round import Network
-from pilot.simulation.network import Loopback, run
+from pilot.simulation.network import EmulatedNetwork
+from pilot.simulation.virtual_time import run
 from pilot.storage.run_store import RunStore
 from pilot.training.diloco import DiLoCo
 from pilot.training.ranges import size
@@ -33,7 +34,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> GPT2:
 class Lossy:
     """A network on which receipts get lost, as `loses` says of each; the validator hears that they were not taken."""
 
-    def __init__(self, loopback: Loopback, loses: Callable[[Receipt], bool]) -> None:
+    def __init__(self, loopback: EmulatedNetwork, loses: Callable[[Receipt], bool]) -> None:
         self._loopback, self._loses = loopback, loses
         self.told: list[Receipt] = []  # that got through
 
@@ -52,7 +53,7 @@ class Lossy:
 def place(folder: Path, task: GPT2, loses: Callable[[Receipt], bool], **policy: Any) -> tuple[Place, Lossy]:
     networks: list[Lossy] = []
 
-    def network(loopback: Loopback) -> Network:
+    def network(loopback: EmulatedNetwork) -> Network:
         networks.append(Lossy(loopback, loses))
         return networks[-1]
 

@@ -16,7 +16,8 @@ from pilot.app.training_flags import CodecConfig, RoundConfig
 from pilot.app.validator_flags import ValidatorConfig
 from pilot.interfaces import Faulted, ReceivedReply
 from pilot.market.scheduling import History, RoundPolicy
-from pilot.simulation.network import Loopback, run
+from pilot.simulation.network import EmulatedNetwork
+from pilot.simulation.virtual_time import run
 from pilot.training.diloco import DiLoCo, plain_steps, round_settings, warmup_rounds
 from pilot.training.inner_loop import InnerLoop
 from pilot.training.ranges import indices
@@ -276,7 +277,7 @@ def test_deltas_and_quantised_pseudo_gradients_learn_too(tmp_path: Path, task: G
 class Losing:
     """A network on which the first round's replies come, and are lost."""
 
-    def __init__(self, network: Loopback) -> None:
+    def __init__(self, network: EmulatedNetwork) -> None:
         self.network = network
 
     def __getattr__(self, name: str) -> object:
@@ -295,7 +296,7 @@ def test_what_was_lost_is_done_again_from_the_version(tmp_path: Path, task: GPT2
     plan = replace(PLAN, warmup_rounds=0, optimizer=constant)
 
     async def main(folder: Path, lost: int) -> dict[str, torch.Tensor]:
-        wrap: Callable[[Loopback], Any] = Losing if lost else lambda network: network
+        wrap: Callable[[EmulatedNetwork], Any] = Losing if lost else lambda network: network
         place = make_place(folder, task, network=wrap, batches=2, diloco=plan)
         await play(place.market, 1 + lost)
         assert {r.verdict for r in receipts(place.store, lost).values()} == {"ACCEPTED"}

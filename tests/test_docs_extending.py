@@ -14,7 +14,7 @@ from pilot import aggregation, codec
 from pilot.aggregation import load_aggregator
 from pilot.codec import load_codec
 from pilot.ranking import load_ranker
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from protocol import Fault, ProtocolError
 from tasks import load_task
 from tasks.optimizer import AdamWConfig

@@ -14,7 +14,7 @@ from typing_extensions import Buffer
 
 from pilot.codec import load_codec
 from pilot.interfaces import Refused
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from pilot.worker.worker import Worker
 from protocol import Digest, Fault, Hotkey, Order, Range, Reply, Status, digest
 from tasks.gpt2 import GPT2

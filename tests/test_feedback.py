@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from typing_extensions import Buffer
 
 from pilot.codec import load_codec
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from pilot.storage.miner_store import FileMinerStore
 from pilot.training.executor import TimedExecutor
 from pilot.training.gradient import GradientResult

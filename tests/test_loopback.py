@@ -12,7 +12,8 @@ import pytest
 
 from pilot.interfaces import Faulted
 from pilot.simulation.link_model import EmulatedLink, LinkSpec
-from pilot.simulation.network import Loopback, run
+from pilot.simulation.network import EmulatedNetwork
+from pilot.simulation.virtual_time import run
 from pilot.transport.auth import verify_message
 from protocol import Fault, Reply, Stop, digest
 from tests.echo import MALLORY, MINER, STATE, TOKENS, VALIDATOR, Echo, blobs_of, make_order, make_receipt
@@ -89,9 +90,9 @@ def test_timeouts_expire_in_virtual_time() -> None:
     assert run(main()) == pytest.approx(DAY_S)
 
 
-def network(*services: Echo, latency_s: float = 0.0, bandwidth_bps: float = float("inf")) -> Loopback:
+def network(*services: Echo, latency_s: float = 0.0, bandwidth_bps: float = float("inf")) -> EmulatedNetwork:
     keypairs = {k.ss58_address: k for k in (MINER, MALLORY)}
-    return Loopback(VALIDATOR, {s.hotkey: s for s in services}, keypairs, latency_s, bandwidth_bps)
+    return EmulatedNetwork(VALIDATOR, {s.hotkey: s for s in services}, keypairs, latency_s, bandwidth_bps)
 
 
 def test_an_exchange_pushes_blobs_and_writes_the_payload(tmp_path: Path) -> None:
@@ -118,7 +119,9 @@ def test_an_exchange_pushes_blobs_and_writes_the_payload(tmp_path: Path) -> None
     assert (tmp_path / "p").read_bytes() == STATE
 
 
-def fault(tmp_path: Path, play: Callable[[Loopback], Coroutine[Any, Any, None]], net: Loopback, **order: Any) -> Fault:
+def fault(
+    tmp_path: Path, play: Callable[[EmulatedNetwork], Coroutine[Any, Any, None]], net: EmulatedNetwork, **order: Any
+) -> Fault:
     async def main() -> Fault:
         asked = make_order(**order)
         asyncio.get_running_loop().create_task(play(net))
@@ -129,7 +132,7 @@ def fault(tmp_path: Path, play: Callable[[Loopback], Coroutine[Any, Any, None]],
     return run(main())
 
 
-async def nothing(_: Loopback) -> None:
+async def nothing(_: EmulatedNetwork) -> None:
     pass
 
 
@@ -145,7 +148,7 @@ def test_bandwidth_and_latency_count(tmp_path: Path) -> None:
 
 
 def test_a_miner_that_goes_in_mid_exchange_is_silent_and_can_return(tmp_path: Path) -> None:
-    async def go(net: Loopback) -> None:
+    async def go(net: EmulatedNetwork) -> None:
         await asyncio.sleep(5)
         net.drop(MINER.ss58_address)
 
@@ -173,13 +176,14 @@ def test_waiting_for_a_peer() -> None:
 
 
 def test_two_runs_are_the_same(tmp_path: Path) -> None:
-    async def main() -> list[tuple[float, str, int]]:
+    async def main(folder: Path) -> list[tuple[float, str, int]]:
+        folder.mkdir()  # what is left of a payload would be taken up
         events = []
 
-        async def one(net: Loopback, miner: Echo, round: int) -> None:
+        async def one(net: EmulatedNetwork, miner: Echo, round: int) -> None:
             order = make_order(round=round, hotkey=miner.hotkey, deadline_s=30)
             try:
-                got = await net.exchange(order, net.sign(order), blobs_of(order), tmp_path / f"{round}{miner.hotkey}")
+                got = await net.exchange(order, net.sign(order), blobs_of(order), folder / f"{round}{miner.hotkey}")
                 events.append((net.now(), miner.hotkey, got.reply.round))
             except Faulted as faulted:
                 events.append((net.now(), f"{miner.hotkey}{faulted.fault}", round))
@@ -190,9 +194,9 @@ def test_two_runs_are_the_same(tmp_path: Path) -> None:
         await asyncio.gather(*(one(net, miner, round) for round in range(5) for miner in miners))
         return events
 
-    first = run(main())
+    first = run(main(tmp_path / "first"))
     assert len(first) == 10
-    assert run(main()) == first
+    assert run(main(tmp_path / "second")) == first
 
 
 # --- coming and going -------------------------------------------------------------------------------------------------
@@ -220,7 +224,7 @@ def test_a_change_is_heard_of_by_who_waits() -> None:
 def test_a_miner_that_comes_back_as_another_process_ends_the_exchange_with_the_old_one(tmp_path: Path) -> None:
     fresh = Echo()
 
-    async def replace(net: Loopback) -> None:
+    async def replace(net: EmulatedNetwork) -> None:
         await asyncio.sleep(5)
         net.drop(MINER.ss58_address)
         net.restore(MINER.ss58_address, fresh)
@@ -366,7 +370,9 @@ def test_states_and_payloads_count_for_as_much_as_they_stand_for(
 ) -> None:
     async def main() -> None:
         links = {MINER.ss58_address: LinkSpec(up_bps=8 * len(STATE), down_bps=8 * len(STATE))}
-        net = Loopback(VALIDATOR, {MINER.ss58_address: Echo()}, {MINER.ss58_address: MINER}, links=links, scale=scale)
+        net = EmulatedNetwork(
+            VALIDATOR, {MINER.ss58_address: Echo()}, {MINER.ss58_address: MINER}, links=links, scale=scale
+        )
         order = make_order(deadline_s=1000)
         received = await net.exchange(order, net.sign(order), blobs_of(order), tmp_path / "p")
         assert up * len(STATE) < received.bytes_up < (up + 1) * len(STATE)

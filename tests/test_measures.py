@@ -19,7 +19,7 @@ from pilot.market.receipts import by_miner
 from pilot.market.verify import Contribution
 from pilot.ranking import Evidence
 from pilot.ranking.accepted_work import AcceptedWork
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from protocol import Range
 from tasks.gpt2 import GPT2
 from tests.tiny import MINERS, equal, make_place, parameters, play, receipts, tiny_task

@@ -13,7 +13,7 @@ import pytest
 
 from pilot.codec import known_codecs
 from pilot.market.negotiation import Negotiation
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from pilot.storage.run_store import RunStore
 from pilot.transport.client.dendrite import Dendrite, Endpoint
 from pilot.transport.client.registration import Registration

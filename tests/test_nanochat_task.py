@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from nanochat.common import check_memory, memory_need
 from nanochat.config import MuonAdamWConfig
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from pilot.training.gradient import compute
 from pilot.training.learner import Learner
 from pilot.training.plain_loop import train

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pilot.app.base_train_flags import BaselineConfig
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from pilot.training.gradient import compute
 from pilot.training.learner import Learner
 from pilot.training.plain_loop import train

@@ -13,7 +13,8 @@ import pytest
 from pilot.interfaces import MinerState
 from pilot.simulation.chaos.proxy import proxy_to
 from pilot.simulation.link_model import LinkSpec
-from pilot.simulation.network import Loopback, run
+from pilot.simulation.network import EmulatedNetwork
+from pilot.simulation.virtual_time import run
 from pilot.transport.client.remote_miner import Meter
 from protocol import Hotkey
 from tests.echo import MINER, VALIDATOR, Echo, blobs_of, dendrite, make_order, member, served
@@ -49,7 +50,7 @@ def test_small_transfers_do_not_count_beside_large_ones() -> None:
 def test_the_emulated_network_measures_what_its_links_are(tmp_path: Path) -> None:
     async def main() -> tuple[MinerState, ...]:
         links = {KEY: LinkSpec(up_bps=20e6, down_bps=100e6, latency_s=0.05)}
-        network = Loopback(VALIDATOR, {KEY: Echo()}, {KEY: MINER}, links=links, scale=10.0)
+        network = EmulatedNetwork(VALIDATOR, {KEY: Echo()}, {KEY: MINER}, links=links, scale=10.0)
         order = make_order(BIG, deadline_s=100)
         assert network.miner_states()[0].up_bps == 0
         await network.exchange(order, network.sign(order), blobs_of(order, BIG), tmp_path / "p")

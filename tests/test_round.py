@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from pilot.storage.run_store import RunStore
 from pilot.training.ranges import Cursor
 from protocol import Fault, Range, Signed

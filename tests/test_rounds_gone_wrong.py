@@ -12,7 +12,7 @@ from pilot.common.limits import Limits
 from pilot.market.notifications import AT_ONCE, Notifier
 from pilot.market.scheduling import AHEAD, FIRST_SHARE, History, RoundPolicy
 from pilot.market.verify import verify
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from pilot.training.ranges import size, within
 from pilot.transport.auth import sign_message
 from protocol import Fault, Order, ProtocolError, Range, Reply, Signed
@@ -227,7 +227,7 @@ def test_a_pause_of_the_validator_is_no_time_that_sending_takes(tmp_path: Path, 
     async def main() -> None:
         clock = asyncio.get_running_loop().time
         place = make_place(tmp_path, task, miners=MINERS[:1], deadline_s=60.0)
-        caller = place.network._caller
+        caller = VALIDATOR.ss58_address
         worker = place.workers[A] = make_worker(tmp_path / "m", MINERS[0], [], clock)
         place.network.restore(A, worker)
         await play(place.market, 1)

@@ -16,7 +16,7 @@ from bench.scale import over_loopback
 from pilot.aggregation import load_aggregator
 from pilot.codec import Codec, load_codec
 from pilot.market.verify import Contribution, verify
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from protocol import Range, Reply, digest
 from tests.echo import MINER, make_order
 

@@ -16,8 +16,8 @@ from pilot.codec import COSTS as CODEC_COSTS
 from pilot.market.scheduling import RoundPolicy
 from pilot.simulation.costs import CostConfig, measure
 from pilot.simulation.link_model import LinkSpec
-from pilot.simulation.network import run
 from pilot.simulation.traces import HOUR_S, Interval, make_trace
+from pilot.simulation.virtual_time import run
 from pilot.simulation.world import Conditions, World, WorldState
 from pilot.storage.run_store import RunStore
 from pilot.training.ranges import Cursor, merge, size

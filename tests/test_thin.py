@@ -19,8 +19,9 @@ from pilot.market.round import Market
 from pilot.ranking import load_ranker
 from pilot.simulation.costs import CostConfig
 from pilot.simulation.link_model import LinkSpec
-from pilot.simulation.network import Loopback, run
+from pilot.simulation.network import EmulatedNetwork
 from pilot.simulation.traces import Interval
+from pilot.simulation.virtual_time import run
 from pilot.simulation.world import Conditions, World, WorldState
 from pilot.storage.run_store import RunStore
 from pilot.training.diloco import round_settings
@@ -78,7 +79,7 @@ def replayed(folder: Path, flags: RoundConfig) -> tuple[Market, RoundRecord]:
 
     async def main() -> Market:
         market = Market(
-            *(policy, task, learner, Loopback(VALIDATOR, {}, {}), store, load_ranker("accepted_work")),
+            *(policy, task, learner, EmulatedNetwork(VALIDATOR, {}, {}), store, load_ranker("accepted_work")),
             *(load_aggregator("median_norm_mean"), load_codec),
             round_settings(policy.diloco, task, AdamWConfig(), flags.rounds),
         )

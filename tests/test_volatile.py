@@ -10,13 +10,25 @@ import pytest
 
 from pilot.interfaces import Refused
 from pilot.market.scheduling import History, RoundPolicy
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from pilot.storage.run_store import RunStore
 from pilot.training.ranges import Cursor, indices, size
 from protocol import Digest, Fault, Hotkey, Order, Range, Receipt, Reply, Stop
 from tasks.gpt2 import GPT2
 from tests.test_round import Dying
-from tests.tiny import MINERS, Place, batch_takes, equal, make_place, make_worker, parameters, play, receipts, tiny_task
+from tests.tiny import (
+    MINERS,
+    VALIDATOR,
+    Place,
+    batch_takes,
+    equal,
+    make_place,
+    make_worker,
+    parameters,
+    play,
+    receipts,
+    tiny_task,
+)
 
 A, B, C = (k.ss58_address for k in MINERS[:3])
 
@@ -252,7 +264,7 @@ def test_a_leaving_miner_refuses_and_one_without_work_leaves_at_once(tmp_path: P
 def test_a_stop_that_overtakes_its_order_stops_it(tmp_path: Path, task: GPT2) -> None:
     async def main() -> None:
         place = make_place(tmp_path, task, batch_s=(1.0, 1.0))
-        caller, worker = place.network._caller, place.workers[A]
+        caller, worker = VALIDATOR.ss58_address, place.workers[A]
         order, signed = place.market._order(0, A, (Range(0, 100),), 0.0, 0)
         stop = Stop(run=order.run, round=0, hotkey=A, order=signed.digest)
         for _ in range(2):

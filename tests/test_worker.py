@@ -18,7 +18,7 @@ import torch
 
 from pilot.codec import known_codecs, load_codec
 from pilot.interfaces import BlobWriter, Refused
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from pilot.storage.blob_store import FolderSource
 from pilot.training.gradient import compute
 from pilot.training.learner import Learner

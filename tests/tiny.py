@@ -19,7 +19,7 @@ from pilot.codec import load_codec
 from pilot.interfaces import MinerService
 from pilot.market.round import Market, Network, RoundPolicy
 from pilot.ranking import load_ranker
-from pilot.simulation.network import Loopback
+from pilot.simulation.network import EmulatedNetwork
 from pilot.storage.miner_store import FileMinerStore
 from pilot.storage.run_store import RunStore
 from pilot.training.diloco import round_settings
@@ -81,7 +81,7 @@ class Place:
 
     market: Market
     store: RunStore
-    network: Loopback
+    network: EmulatedNetwork
     workers: dict[Hotkey, Worker]
     said: list[str]
 
@@ -111,7 +111,7 @@ def batch_takes(seconds: float) -> Charge:
 def make_place(
     folder: Path,
     task: Task,
-    network: Callable[[Loopback], Network] = lambda loopback: loopback,
+    network: Callable[[EmulatedNetwork], Network] = lambda loopback: loopback,
     wrap: Callable[[Worker], MinerService] = lambda worker: worker,
     store: RunStore | None = None,
     miners: Sequence[Keypair] = MINERS[:2],
@@ -137,7 +137,7 @@ def make_place(
     }
     services = {hotkey: wrap(worker) for hotkey, worker in workers.items()}
     keys = {k.ss58_address: k for k in miners}
-    loopback = Loopback(VALIDATOR, services, keys, latency_s=0.01, bandwidth_bps=bits_per_s)
+    loopback = EmulatedNetwork(VALIDATOR, services, keys, latency_s=0.01, bandwidth_bps=bits_per_s)
     asked = replace(TERMS, **policy)
     keep = store.versions if asked.broadcast == "delta" else None
     market = Market(

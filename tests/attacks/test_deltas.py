@@ -18,7 +18,7 @@ from typing_extensions import Buffer
 
 from pilot.codec import load_codec
 from pilot.interfaces import Faulted, Refused
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from pilot.training.learner import Learner
 from protocol import BlobRef, Digest, Fault, Hotkey, Order, Reply, StateSnapshot, Update, VersionStep, digest
 from tasks.gpt2 import GPT2

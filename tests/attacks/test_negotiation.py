@@ -15,7 +15,7 @@ import pytest
 
 from pilot.codec import known_codecs
 from pilot.interfaces import Refused
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from pilot.worker.worker import Worker
 from protocol import Fault, Hello, Hotkey, Order, Reply, Status, Update, VersionStep, digest
 from tasks.gpt2 import GPT2

@@ -27,7 +27,7 @@ from pilot.market.scheduling import RoundPolicy
 from pilot.ranking import load_ranker
 from pilot.simulation.costs import CostConfig
 from pilot.simulation.link_model import LinkSpec
-from pilot.simulation.network import Loopback
+from pilot.simulation.network import EmulatedNetwork
 from pilot.simulation.traces import Ending, Interval
 from pilot.storage.miner_store import FileMinerStore
 from pilot.storage.run_store import RunStore
@@ -138,7 +138,7 @@ class World:
         keypairs = {machine.hotkey: machine.keypair for machine in self.machines}
         validator = Keypair.create_from_uri("//Validator")
         wire = conditions.wire or conditions.scale
-        self.network = Loopback(validator, {}, keypairs, seed=conditions.seed, scale=wire)
+        self.network = EmulatedNetwork(validator, {}, keypairs, seed=conditions.seed, scale=wire)
         learner = Learner(task, optimizer, device, policy.broadcast, policy.codec_down)
         self.costs = conditions.costs.for_codecs(policy.codec_up, policy.codec_down)
         self.state_mb = fp32_megabytes(p.shape for p in learner.parameters.values())

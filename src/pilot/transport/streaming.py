@@ -98,7 +98,7 @@ async def pump(content: aiohttp.StreamReader, write: Callable[[bytes], object], 
                 pending.append(loop.run_in_executor(thread, take, batch))
             else:
                 take(batch)
-            await _ended(pending)
+            await wait_for_threads(pending)
     for future in pending:
         future.result()
 
@@ -106,12 +106,12 @@ async def pump(content: aiohttp.StreamReader, write: Callable[[bytes], object], 
 async def to_the_end(function: Callable[[], None]) -> None:
     """Runs it in a thread, and waits for it also where the waiting is cancelled, which then shows afterwards."""
     running = asyncio.ensure_future(asyncio.to_thread(function))
-    await _ended([running])
+    await wait_for_threads([running])
     running.result()
 
 
-async def _ended(jobs: Collection[asyncio.Future[None]]) -> None:
-    """Of threads; a cancellation shows only when all are, and the loop goes on meanwhile."""
+async def wait_for_threads(jobs: Collection[asyncio.Future[None]]) -> None:
+    """Wait until all jobs have ended; a cancellation is raised only then, and the loop goes on meanwhile."""
     cancelled: asyncio.CancelledError | None = None
     while running := [job for job in jobs if not job.done()]:
         try:

@@ -67,7 +67,7 @@ class BlobBuffers:
 
 
 class BlobInbox:
-    """Takes from the validator the blobs that the last refused order lacks, and no others.
+    """Takes from the validator the blobs that the last refused order lacks, or one that it is told to expect.
 
     A transfer that breaks off is resumed: what is held of a blob stays while orders still need it.
     """
@@ -90,6 +90,11 @@ class BlobInbox:
         if missing:
             held = {digest: writer.held for digest, writer in self._writers.items()}
             raise Refused(409, "send the blobs that are missing, then the order again", missing=missing, held=held)
+
+    def expect(self, ref: BlobRef) -> None:
+        """Take one blob ahead of its order, unless others are expected; the next `require` uses or drops it."""
+        if not self._wanted:
+            self._wanted = {ref.digest: ref}
 
     def open_writer(self, ref: BlobRef, offset: int) -> BlobWriter:
         """Raises Refused if no order asked for the blob, or if another offset is due."""

@@ -105,10 +105,10 @@ def replay_violations(run: Path, config: ValidatorConfig, task: Task) -> list[Vi
 async def _restore(run: Path, config: ValidatorConfig, task: Task, store: RunStore) -> None:
     from pilot.app.build_validator import restored_market
     from pilot.display.console import Console
-    from pilot.simulation.network import Loopback
+    from pilot.simulation.network import EmulatedNetwork
     from pilot.transport.auth import Keypair
 
-    network = Loopback(Keypair.create_from_uri("//nobody"), {}, {})  # a replay sends nothing
+    network = EmulatedNetwork(Keypair.create_from_uri("//nobody"), {}, {})  # a replay sends nothing
     with ThreadPoolExecutor(1) as tensors:
         await restored_market(config, run, task, network, store, tensors, Console(config.rounds, debug=False))
 

@@ -1,7 +1,7 @@
 """The validator's client: finds its miners, gives orders, fetches replies and payloads. The market's `Network`.
 
-A miner is whoever signs hello's nonce with the hotkey that its endpoint is pinned to, or who calls at the `Gateway`. They
-may come and go at any time.
+A miner is a peer that signs hello's nonce with the hotkey that its endpoint is pinned to, or that calls the `Gateway`.
+Miners may come and go at any time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pilot.common.limits import Limits
 from pilot.interfaces import Blobs, Faulted, MinerState, ReceivedReply, Refused
 from pilot.transport.auth import Keypair, sign_message, verify_message
 from pilot.transport.client.exchange import Exchange, Push, Room
-from pilot.transport.client.peer import Endpoint, Lost, Peer, open_session, parse_endpoint
-from pilot.transport.client.remote_miner import RemoteMiner
+from pilot.transport.client.peer import Endpoint, Peer, open_session, parse_endpoint
+from pilot.transport.client.remote_miner import Lost, MinerChannel, RemoteMiner
 from pilot.transport.server.pull_queue import Pull, PullQueue
 from protocol import Fault, Hello, Hotkey, Message, Order, ProtocolError, Signed, new_nonce, one_line
 
@@ -177,7 +177,7 @@ class Dendrite:
 
     def miner_states(self) -> tuple[MinerState, ...]:
         """Every miner as it is now, in the order in which they were added."""
-        return tuple(contact.link() for contact in self._contacts)
+        return tuple(contact.state() for contact in self._contacts)
 
     def known_codecs(self, hotkey: Hotkey) -> tuple[str, ...] | None:
         """Those that a miner says it knows; None for one that was not heard of yet."""
@@ -263,7 +263,10 @@ class Dendrite:
         self, contact: RemoteMiner, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int | None
     ) -> Exchange:
         what = (order, signed, blobs, path, largest, self._limits, self._room, self._background)
-        return Pull(contact, *what) if isinstance(contact, PullQueue) else Push(contact, *what)
+        if isinstance(contact, PullQueue):
+            return Pull(contact, *what)
+        assert isinstance(contact, MinerChannel)
+        return Push(contact, *what)
 
     async def await_late_reply(self, order: Order, signed: Signed, timeout_s: float) -> Signed | None:
         """After its round was closed: the signed reply to an order, if it still comes. Its payload is not fetched."""

@@ -25,6 +25,7 @@ class Download:
         self._file = path.open("r+b" if path.is_file() else "w+b", buffering=0)
         self._hasher = Hasher("payload")
         self.held = 0
+        self.ended = False  # nobody needs what `prepare` would make ready
         self.found = False  # some of it was left by an earlier process
         self._expected: Digest | None = None
         self._size = 0
@@ -39,6 +40,8 @@ class Download:
         A system clears each page before its first use: at 500 MB that takes a disk's cache 0.1 to 1 s, which is better
         spent before the payload is there. Where memory is scarce it is left to the writes.
         """
+        if self.ended:
+            return
         self._take_what_is_left()
         if size > SMALL and hasattr(os, "posix_fallocate"):
             with contextlib.suppress(OSError):  # no room for the largest, or not on this file system: writes will tell

@@ -8,27 +8,24 @@ where the miner calls, it is `mailbox.Pull`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import TypeVar
-
-import aiohttp
-from typing_extensions import Buffer
 
 from pilot.common.files import NO_SPACE
 from pilot.common.limits import Limits
 from pilot.interfaces import Blobs, Faulted, ReceivedReply, Refused
 from pilot.transport.auth import open_reply, verify_message
 from pilot.transport.client.download import Download
-from pilot.transport.client.peer import Lost, Peer, pause
-from pilot.transport.client.remote_miner import Progress, RemoteMiner
-from pilot.transport.streaming import CHUNK, pump
+from pilot.transport.client.remote_miner import Lost, MinerChannel, Progress, RemoteMiner, pause
+from pilot.transport.streaming import CHUNK, wait_for_threads
 from protocol import MAX_BLOB_BYTES, BlobRef, Digest, Fault, Order, ProtocolError, Reply, Signed, Status
 
 T = TypeVar("T")
@@ -54,7 +51,7 @@ class Exchange(ABC):
         largest: int | None,  # bytes of the payload, where that is known
         limits: Limits,
         room: Room,
-        background: Executor,  # where there is time
+        background: Executor | None,  # for what is not urgent; None: the loop's own
     ) -> None:
         self.peer, self.order, self.signed, self.blobs, self.path = peer, order, signed, blobs, path
         self.largest, self.limits, self.room, self.background = largest, limits, room, background
@@ -65,11 +62,15 @@ class Exchange(ABC):
         self.sent: Counter[Digest] = Counter()  # bytes of each blob; an attempt counts as a CHUNK at least
         self.progress = Progress(batches=sum(stop - start for start, stop in order.ranges))
 
+    @property
+    def jitter(self) -> Random | None:
+        return self.peer.jitter if isinstance(self.peer, MinerChannel) else None
+
     async def run(self) -> ReceivedReply:
         """Raises Faulted, ProtocolError."""
-        began, restarts, healed = time.monotonic(), 0, 0
+        began, restarts, healed = _now(), 0, 0
         download: Download | None = None
-        job: Future[None] | None = None
+        job: asyncio.Future[None] | None = None
         try:
             self.room(self.path, self.largest or 0)
             download = Download(self.path)
@@ -81,19 +82,22 @@ class Exchange(ABC):
                 self.on_accepted()
                 self.progress.doing = "working"
                 if to_prepare:
-                    job, to_prepare = self.background.submit(download.prepare, self.largest or 0), False
+                    loop, to_prepare = asyncio.get_running_loop(), False
+                    job = loop.run_in_executor(self.background, download.prepare, self.largest or 0)
                 try:
                     signed, reply = await self._await_reply()
                     if job is not None:
-                        await asyncio.wrap_future(job)
+                        await asyncio.shield(job)
                     await self._fetch(download, reply)
                     self.progress.doing, self.progress.batches_done = "done", self.progress.batches
-                    return ReceivedReply(reply, signed, self.bytes_up, self.bytes_down, time.monotonic() - began)
+                    return ReceivedReply(reply, signed, self.bytes_up, self.bytes_down, _now() - began)
                 except Refused as refused:
                     healed += bool(refused.missing)
                     if (refused.status != 404 and not refused.missing) or healed > HEALED:
                         raise faulted(refused) from None
-                await asyncio.sleep(pause(restarts))  # it was restarted, or lacks more than it knew: the order again
+                await asyncio.sleep(
+                    pause(restarts, jitter=self.jitter)
+                )  # it was restarted, or lacks more: the order again
                 restarts += 1
         except OSError as error:
             if error.errno not in NO_SPACE:
@@ -104,10 +108,13 @@ class Exchange(ABC):
         finally:
             if self.progress.doing != "done":
                 self.progress.doing = "idle"
-            if job is not None and not job.cancel():
-                await asyncio.gather(asyncio.wrap_future(job), return_exceptions=True)  # who was cancelled asks not
             if download is not None:
-                download.close()
+                download.ended = True
+                try:
+                    if job is not None:
+                        await wait_for_threads([job])
+                finally:
+                    download.close()
 
     @abstractmethod
     async def _offer(self) -> None:
@@ -148,38 +155,57 @@ class Exchange(ABC):
         return memoryview(blob).cast("B")[offset:]
 
     def _log(self, what: str, size: int, began: float) -> None:
-        seconds = time.monotonic() - began
+        seconds = _now() - began
         logger.debug("round %d: %s: %s, %d bytes, %.3f s", self.order.round, self.peer.name, what, size, seconds)
 
 
 class Push(Exchange):
     """The miner serves, and is called."""
 
-    peer: Peer
+    peer: MinerChannel
 
     async def run(self) -> ReceivedReply:
-        received = await super().run()
+        try:
+            received = await super().run()
+        except BaseException:
+            self.peer.version = None  # it may have any version now
+            raise
         self.peer.reachable = True  # whatever broke on the way
         return received
 
     # --- out ----------------------------------------------------------------------------------------------------------
 
     async def _offer(self) -> None:
-        """Until the order is accepted, with the blobs that the miner lacks, each taken once."""
+        """Send the order until it is accepted, and each blob that the miner lacks once.
+
+        The newest step goes before the order, unasked, to a miner that is known to have the version before it: then
+        one request does. Whatever comes of that, the miner says with the order what it lacks.
+        """
+        newest = self.order.update.steps[-1]
+        if newest.kind == "delta" and newest.digest in self.blobs and self._has_all_but_newest():
+            with contextlib.suppress(Lost, Refused):
+                await self._put(newest.ref, 0)
         taken: set[BlobRef] = set()
         while not await self._persist(partial(self._offer_once, taken)):
             pass
+        self.peer.version = self.order.version
+
+    def _has_all_but_newest(self) -> bool:
+        before = self.order.update.versions[-2]
+        return before is not None and self.peer.version == before
 
     async def _offer_once(self, taken: set[BlobRef]) -> bool:
         """True where the order is accepted; else the miner has got some of what it lacks."""
-        body = self.signed.model_dump_json().encode()
         try:
-            await self._call("POST", "/v1/order", body=body)
+            text = await self.peer.post_order(self.signed)
+            self.bytes_down += len(self.signed.body)
+            self._check_status(text)
             return True
         except Refused as refused:
             if not refused.missing:
                 raise faulted(refused) from None
             missing, held = refused.missing, refused.held
+        self.peer.version = None
         for ref in missing:
             if ref in taken:
                 raise Faulted(Fault.MALFORMED, f"asks again for the {ref.kind} that it has taken")
@@ -189,84 +215,77 @@ class Push(Exchange):
 
     async def _push(self, ref: BlobRef, offset: int) -> bool:
         """The rest of a blob. False where the miner says that it holds another part of it."""
-        rest = self._blob(ref.digest, ref.bytes, ref.kind, offset)
-        if not rest:  # it is about to find out that it has all of it
+        if offset == ref.bytes:  # it is about to find out that it has all of it
+            self._blob(ref.digest, ref.bytes, ref.kind, offset)
             self.sent[ref.digest] += CHUNK
-            await asyncio.sleep(pause(0))
+            await asyncio.sleep(pause(0, jitter=self.jitter))
             return False
-        target = f"/v1/blob?kind={ref.kind}&digest={ref.digest}&bytes={ref.bytes}&offset={offset}"
-        self.progress.move(f"sending {ref.kind}", ref.bytes, offset)
-        before, began = self.bytes_down, time.monotonic()
         try:
-            await self._call("PUT", target, blob=rest)
+            await self._put(ref, offset)
         except Refused as refused:
             if not refused.missing:
                 raise faulted(refused) from None
-            await asyncio.sleep(pause(0))
+            await asyncio.sleep(pause(0, jitter=self.jitter))
             return False
-        finally:
-            self.sent[ref.digest] += max(self.bytes_down - before, CHUNK)
-            self.progress.rest("ordering")
-        self.peer.down.add(len(rest), time.monotonic() - began)
-        self._log(f"{ref.kind} sent", ref.bytes - offset, began)
         return True
+
+    async def _put(self, ref: BlobRef, offset: int) -> None:
+        """Send a blob from `offset` on. Raises Lost, Refused, Faulted."""
+        rest = self._blob(ref.digest, ref.bytes, ref.kind, offset)
+        self.progress.move(f"sending {ref.kind}", ref.bytes, offset)
+        began, sent = _now(), 0
+
+        def passed(size: int) -> None:
+            nonlocal sent
+            sent += size
+            self.bytes_down += self.peer.wire_bytes(ref.kind, size)
+            self.progress.moved += size
+
+        try:
+            self._check_status(await self.peer.put_blob(ref, rest, passed))
+        finally:
+            self.sent[ref.digest] += max(sent, CHUNK)
+            self.progress.rest("ordering")
+        self._log(f"{ref.kind} sent", ref.bytes - offset, began)
+
+    def _check_status(self, text: bytes) -> Status:
+        self.bytes_up += len(text)
+        return verify_message(Signed.parse(text), Status, self.order.hotkey)
 
     # --- back ---------------------------------------------------------------------------------------------------------
 
     async def _await_reply(self) -> tuple[Signed, Reply]:
         while True:
             status, body = await self._persist(partial(self.peer.poll_reply, self.signed))
-            self.bytes_up += len(body)
-            signed = Signed.parse(body)
             if status == 200:
+                self.bytes_up += len(body)
+                signed = Signed.parse(body)
                 return signed, open_reply(signed, self.order, self.signed.digest)
-            self.progress.batches_done = verify_message(signed, Status, self.order.hotkey).batches_done
-            await asyncio.sleep(0.05)  # it is still working; one that does not wait shall not keep us busy
+            self.progress.batches_done = self._check_status(body).batches_done
+            await asyncio.sleep(0.05)  # still working; a miner that answers at once must not keep us busy
 
     async def _bring(self, download: Download, size: int) -> None:
         await self._persist(partial(self._fetch_rest, download, size))
 
     async def _fetch_rest(self, download: Download, size: int) -> None:
-        left = size - download.held
-        target = f"/v1/payload?order={self.signed.digest}&offset={download.held}"
-        before, began = download.held, time.monotonic()
+        before, began = download.held, _now()
 
         def take(chunk: bytes) -> None:
             download.write(chunk)
             self.progress.moved = download.held
 
+        self.progress.move("fetching", size, before)
         try:
-            async with self.peer.open("GET", target) as response:
-                if response.content_length != left:
-                    raise ProtocolError(f"payload: {response.content_length} bytes, {left} of those signed are left")
-                self.progress.move("fetching", size, before)
-                await pump(response.content, take, self.limits)
-        except TimeoutError:
-            raise Lost(f"{self.peer.endpoint}: fewer than {self.limits.min_rate:g} bytes a second") from None
-        except (aiohttp.ClientError, ConnectionError) as error:
-            raise Lost(f"{self.peer.endpoint}: {str(error) or type(error).__name__}") from error
+            await self.peer.read_payload(self.signed.digest, before, size, take)
         finally:
-            self.bytes_up += download.held - before
+            self.bytes_up += self.peer.wire_bytes("payload", download.held - before)
             self.peer.bytes_up += download.held - before
             self.progress.rest("working")
         if download.held != size:
-            raise Lost(f"{self.peer.endpoint}: the payload broke off")
-        self.peer.up.add(left, time.monotonic() - began)
-        self._log("payload fetched", left, began)
+            raise Lost(f"{self.peer.name}: the payload broke off")
+        self._log("payload fetched", size - before, began)
 
     # --- both ---------------------------------------------------------------------------------------------------------
-
-    async def _call(self, method: str, target: str, *, body: bytes = b"", blob: Buffer | None = None) -> None:
-        """A request that is answered with the miner's status."""
-        _, text = await self.peer.call(method, target, "status", body=body, blob=blob, passed=self._passed)
-        self.bytes_down += len(body)
-        self.bytes_up += len(text)
-        verify_message(Signed.parse(text), Status, self.order.hotkey)
-
-    def _passed(self, size: int) -> None:
-        """So many more bytes of a blob have left."""
-        self.bytes_down += size
-        self.progress.moved += size
 
     async def _persist(self, step: Callable[[], Awaitable[T]]) -> T:
         """Repeats a step until the miner has been away for `away_s`, or came and moved nothing in that time.
@@ -281,18 +300,23 @@ class Push(Exchange):
             except Lost as lost:
                 if self._moved - moved >= quota:
                     attempt, lost_since, moved = 0, float("inf"), self._moved
-                lost_since = min(lost_since, time.monotonic())
-                away = time.monotonic() - lost_since >= self.limits.away_s
+                lost_since = min(lost_since, _now())
+                away = _now() - lost_since >= self.limits.away_s
                 if attempt or away:  # the first failure may be an idle connection that was closed under us
                     self.peer.reachable = False
                 if away:
                     raise Faulted(Fault.SILENT, str(lost)) from None
-            await asyncio.sleep(pause(attempt))
+            await asyncio.sleep(pause(attempt, jitter=self.jitter))
             attempt += 1
 
     @property
     def _moved(self) -> int:
         return self.bytes_up + self.bytes_down
+
+
+def _now() -> float:
+    """Return the running loop's time, which is virtual in an emulation."""
+    return asyncio.get_running_loop().time()
 
 
 def faulted(refused: Refused) -> Faulted:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from pilot.interfaces import ANNOUNCE_S, MinerService, Refused
 from pilot.transport.auth import Keypair, sign_message, verify_message
-from pilot.transport.client.peer import Lost, Peer, pause
+from pilot.transport.client.peer import Peer
+from pilot.transport.client.remote_miner import Lost, pause
 from protocol import Announce, Hello, ProtocolError, Refusal, Signed, new_nonce, one_line
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
 import re
 import ssl
 import time
@@ -18,26 +16,10 @@ from yarl import URL
 from pilot.common.addresses import is_loopback
 from pilot.common.limits import Limits
 from pilot.interfaces import Refused
-from pilot.transport.auth import Keypair, is_bittensor_address, open_reply, sign_request
-from pilot.transport.client.remote_miner import RemoteMiner
-from pilot.transport.streaming import CHUNK, SMALL, Pace
-from protocol import Hotkey, Order, ProtocolError, Refusal, Signed
-
-
-class Lost(Exception):
-    """The connection failed, was too slow, or the peer failed inside: the same request may work in a moment.
-
-    `hint` is for the user, where it looks as if that moment would not come by itself.
-    """
-
-    def __init__(self, reason: str, hint: str = "") -> None:
-        super().__init__(reason)
-        self.hint = hint
-
-
-def pause(attempt: int, most: float = 1.0) -> float:
-    """Seconds before another attempt: doubling from 0.05 to `most`, with jitter so that many do not come at once."""
-    return min(most, 0.05 * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1.5)
+from pilot.transport.auth import Keypair, is_bittensor_address, sign_request
+from pilot.transport.client.remote_miner import Lost, MinerChannel
+from pilot.transport.streaming import CHUNK, SMALL, Pace, pump
+from protocol import BlobRef, Digest, Hotkey, ProtocolError, Refusal, Signed
 
 
 @dataclass(frozen=True)
@@ -77,7 +59,7 @@ def parse_endpoint(text: str, tls: bool = False, flag: str = "axons", whose: str
     return endpoint
 
 
-class Peer(RemoteMiner):
+class Peer(MinerChannel):
     """Requests to one peer. Connection failures become Lost, error statuses Refused.
 
     For its validator it is a miner; a miner calls its validator by one too.
@@ -111,27 +93,34 @@ class Peer(RemoteMiner):
                 return False
         return False
 
-    async def await_late_reply(self, order: Order, signed: Signed) -> Signed | None:
-        attempt = 0
-        while True:
-            try:
-                status, body = await self.poll_reply(signed)
-                if status == 200:
-                    envelope = Signed.parse(body)
-                    open_reply(envelope, order, signed.digest)
-                    return envelope
-                attempt = 0
-            except Lost:
-                attempt += 1
-            except (Refused, ProtocolError):
-                return None
-            await asyncio.sleep(pause(attempt))
+    async def post_order(self, signed: Signed) -> bytes:
+        _, text = await self.call("POST", "/v1/order", "status", body=signed.model_dump_json().encode())
+        return text
+
+    async def put_blob(self, ref: BlobRef, rest: memoryview, passed: Callable[[int], object]) -> bytes:
+        offset, began = ref.bytes - len(rest), time.monotonic()
+        target = f"/v1/blob?kind={ref.kind}&digest={ref.digest}&bytes={ref.bytes}&offset={offset}"
+        _, text = await self.call("PUT", target, "status", blob=rest, passed=passed)
+        self.down.add(len(rest), time.monotonic() - began)
+        return text
 
     async def poll_reply(self, signed: Signed) -> tuple[int, bytes]:
-        """200 and the reply to an order, or 202 and how far it is, after `poll_s` at most. Raises as `call` does."""
         wait_s = self._limits.poll_s
         target = f"/v1/reply?order={signed.digest}&wait={max(1, round(wait_s))}"
         return await self.call("GET", target, "reply", wait_s=wait_s)
+
+    async def read_payload(self, order: Digest, offset: int, size: int, write: Callable[[bytes], object]) -> None:
+        began, left = time.monotonic(), size - offset
+        try:
+            async with self.open("GET", f"/v1/payload?order={order}&offset={offset}") as response:
+                if response.content_length != left:
+                    raise ProtocolError(f"payload: {response.content_length} bytes, {left} of those signed are left")
+                await pump(response.content, write, self._limits)
+        except TimeoutError:
+            raise Lost(f"{self.endpoint}: fewer than {self._limits.min_rate:g} bytes a second") from None
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise Lost(f"{self.endpoint}: {str(error) or type(error).__name__}") from error
+        self.up.add(left, time.monotonic() - began)
 
     async def hello(self, nonce: str) -> bytes:
         """The answer to an unsigned hello. Raises Lost, Refused, ProtocolError."""

@@ -1,7 +1,7 @@
 """A miner without an open port: it fetches what waits for it at its validator, and brings what it did.
 
-The same messages go the same way into the same `MinerService` as an axon's. A letter that comes again (the validator was
-restarted, or gave the order anew) begins its order's way anew; what was computed or sent before is not lost by that.
+The same messages reach the same `MinerService` as an axon's. A message that comes again (the validator was restarted,
+or gave the order again) starts the order again; what was computed or sent before is not lost by that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pilot.common.limits import Limits
 from pilot.interfaces import MinerService, Refused
 from pilot.transport.auth import Keypair, sign_message, verify_message
 from pilot.transport.client.heartbeat import Heartbeat
-from pilot.transport.client.peer import Lost, Peer, RefusedAt, pause
+from pilot.transport.client.peer import Peer, RefusedAt
+from pilot.transport.client.remote_miner import Lost, pause
 from pilot.transport.streaming import pump, to_the_end
 from protocol import (
     BlobRef,

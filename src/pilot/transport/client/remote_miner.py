@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -9,8 +11,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
-from pilot.interfaces import MinerState
-from protocol import Hotkey, Order, Signed
+from pilot.interfaces import MinerState, Refused
+from pilot.transport.auth import open_reply
+from protocol import BlobRef, Digest, Hotkey, Order, ProtocolError, Signed, Version
+
+
+class Lost(Exception):
+    """A request that got no answer: the connection failed, was too slow, or the peer failed inside.
+
+    The same request may work in a moment. `hint` tells the user why it may never work, where there is a sign of that.
+    """
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
+
+
+def pause(attempt: int, most: float = 1.0, jitter: random.Random | None = None) -> float:
+    """Return the seconds before another attempt: doubling from 0.05 to `most`, with jitter, so that many spread out."""
+    uniform = (jitter or random).uniform
+    return min(most, 0.05 * 2.0 ** min(attempt, 10)) * uniform(0.5, 1.5)
 
 
 @dataclass(eq=False)
@@ -64,6 +84,7 @@ class RemoteMiner(ABC):
         self.changed: Callable[[], object] = lambda: None
         self._under_way: list[Progress] = []  # oldest first; this and what follows is for display
         self._ended = Progress()  # the last of them
+        self.version: Version | None = None  # of the last order that it took, unless that order failed
         self.latency_s = 0.0
         self.bytes_up = self.bytes_down = 0
         self.up, self.down = Meter(), Meter()
@@ -90,7 +111,7 @@ class RemoteMiner(ABC):
             self._under_way.remove(progress)
             self._ended = progress
 
-    def link(self) -> MinerState:
+    def state(self) -> MinerState:
         """With the oldest exchange under way; where there is none, the last one."""
         at = self._under_way[0] if self._under_way else self._ended
         state = at.doing if self.reachable else "away"
@@ -106,3 +127,49 @@ class RemoteMiner(ABC):
     @abstractmethod
     async def await_late_reply(self, order: Order, signed: Signed) -> Signed | None:
         """The reply to an order whose round is closed, as it comes; None where none will. Cancelled by its caller."""
+
+
+class MinerChannel(RemoteMiner):
+    """The requests to a miner that serves, of which an exchange (`Push`) is made.
+
+    Implemented over HTTP (`Peer`) and in an emulation (`simulation.network`). Every request may raise Lost, Refused and
+    ProtocolError, and may be repeated.
+    """
+
+    jitter: random.Random | None = None  # of the pauses between attempts; None: the process's own
+
+    def wire_bytes(self, kind: str, size: int) -> int:
+        """Return how many bytes of a blob or payload count as sent: an emulation lets small models stand for large."""
+        return size
+
+    @abstractmethod
+    async def post_order(self, signed: Signed) -> bytes:
+        """Post an order. Returns the miner's signed Status; raises Refused with the blobs that are missing."""
+
+    @abstractmethod
+    async def put_blob(self, ref: BlobRef, rest: memoryview, passed: Callable[[int], object]) -> bytes:
+        """Send the last len(rest) bytes of a blob; `passed` counts them. Returns the miner's signed Status."""
+
+    @abstractmethod
+    async def poll_reply(self, signed: Signed) -> tuple[int, bytes]:
+        """Wait for the reply to an order: 200 and the signed Reply, or after a while 202 and the signed Status."""
+
+    @abstractmethod
+    async def read_payload(self, order: Digest, offset: int, size: int, write: Callable[[bytes], object]) -> None:
+        """Pass the payload of `size` bytes to `write`, from `offset` on, in order."""
+
+    async def await_late_reply(self, order: Order, signed: Signed) -> Signed | None:
+        attempt = 0
+        while True:
+            try:
+                status, body = await self.poll_reply(signed)
+                if status == 200:
+                    envelope = Signed.parse(body)
+                    open_reply(envelope, order, signed.digest)
+                    return envelope
+                attempt = 0
+            except Lost:
+                attempt += 1
+            except (Refused, ProtocolError):
+                return None
+            await asyncio.sleep(pause(attempt, jitter=self.jitter))

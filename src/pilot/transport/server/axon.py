@@ -1,4 +1,4 @@
-"""A miner's HTTP server: checks who calls and what they send, hands typed messages to a `MinerService`, signs its answers.
+"""A miner's HTTP server: checks callers and bodies, hands typed messages to a `MinerService`, signs its answers.
 
 Hello and status are open; everything else is signed by the caller and passes the guard (`pilot.transport.server.base`).
 """
