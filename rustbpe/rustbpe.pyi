@@ -8,17 +8,17 @@ import numpy as np
 import numpy.typing as npt
 
 DEFAULT_PATTERN: str
-"""GPT-4's, as the published rustbpe 0.1.0 has it."""
+"""GPT-4's pattern, as in the published rustbpe 0.1.0."""
 NANOCHAT_PATTERN: str
-"""The same with at most two digits a chunk, which suits small vocabularies."""
+"""The same, with at most two digits per chunk, which suits small vocabularies."""
 GPT2_PATTERN: str
 CL100K_PATTERN: str
 
 class Tokenizer:
     """A byte-pair tokenizer: train it, load it or import it; then encode and decode.
 
-    A tokenizer may be used by several threads at once. Where a chunk of text has several encodings, it is tiktoken's.
-    A pattern that gives up on a text, or leaves some of it out, is a ValueError: no text is ever skipped.
+    It is safe to use from several threads. If a chunk of text has several encodings, the result is tiktoken's. A
+    pattern that fails on a text, or does not cover all of it, raises ValueError: no text is ever skipped.
     """
 
     def __init__(self) -> None: ...
@@ -30,13 +30,13 @@ class Tokenizer:
         pattern: str | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
-        """Learn a vocabulary of `vocab_size` tokens: 256 bytes, merges, the special tokens added before.
+        """Learn a vocabulary of `vocab_size` tokens: 256 bytes, merges, and the special tokens already added.
 
-        Texts are taken from the iterator `buffer_size` at a time; only their distinct words are kept. The merges do not
-        depend on the number of threads (`RAYON_NUM_THREADS`, else all cores). `progress(done, wanted)` counts merges.
-        UserWarning where the text gives fewer merges than wanted; `vocab_size` then says what was reached.
-        ValueError for no text at all, a vocabulary too small, a bad pattern. After an error or Ctrl-C the tokenizer is
-        what it was before.
+        Takes `buffer_size` texts from the iterator at a time, and keeps only their distinct words. The merges do not
+        depend on the number of threads (`RAYON_NUM_THREADS`, by default all cores). `progress(done, wanted)` counts
+        merges. Warns (UserWarning) if the text has fewer merges than wanted; `vocab_size` is then what was reached.
+        Raises ValueError for no text, too small a vocabulary or a bad pattern. An error or Ctrl-C leaves the tokenizer
+        unchanged.
         """
     def encode(
         self,
@@ -45,10 +45,10 @@ class Tokenizer:
         allowed_special: Collection[str] | Literal["all"] = ...,
         disallowed_special: Collection[str] | Literal["all"] = "all",
     ) -> list[int]:
-        """The ids of a text. Special tokens in it: those of `allowed_special` (none by default) become their ids, those
-        of `disallowed_special` (by default all others) are a ValueError, the rest are ordinary text."""
+        """Return the ids of a text. Special tokens in it become their ids if in `allowed_special` (by default none),
+        raise ValueError if in `disallowed_special` (by default all others), and are ordinary text otherwise."""
     def encode_ordinary(self, text: str) -> list[int]:
-        """The ids of a text in which special tokens are ordinary text."""
+        """Return the ids of a text, with special tokens as ordinary text."""
     def encode_batch(
         self,
         texts: Iterable[str],
@@ -57,7 +57,7 @@ class Tokenizer:
         allowed_special: Collection[str] | Literal["all"] = ...,
         disallowed_special: Collection[str] | Literal["all"] = "all",
     ) -> list[list[int]]:
-        """As `encode`, of many texts on `num_threads` threads (by default all cores)."""
+        """Encode many texts, as `encode` does, on `num_threads` threads (by default all cores)."""
     batch_encode = encode_batch  # under the published package's name
     def encode_to_numpy(
         self,
@@ -66,35 +66,35 @@ class Tokenizer:
         allowed_special: Collection[str] | Literal["all"] = ...,
         disallowed_special: Collection[str] | Literal["all"] = "all",
     ) -> npt.NDArray[np.uint32]:
-        """As `encode`, into an array."""
+        """Encode a text, as `encode` does, into an array."""
     def decode(self, ids: Iterable[int] | npt.NDArray[np.integer], errors: str = "replace") -> str:
-        """The text of some ids; `errors` as for `bytes.decode`. ValueError for an id that is not in the vocabulary."""
+        """Return the text of ids; `errors` as for `bytes.decode`. Raises ValueError for an unknown id."""
     def decode_bytes(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> bytes: ...
     @property
     def vocab_size(self) -> int:
-        """One more than the highest id: 256 bytes, merges, special tokens."""
+        """The highest id plus one: 256 bytes, merges, special tokens."""
     def get_pattern(self) -> str: ...
     def get_mergeable_ranks(self) -> list[tuple[bytes, int]]:
-        """Tokens as bytes with their ids, without the special ones."""
+        """Return tokens, as bytes, and their ids, without the special ones."""
     def add_special_tokens(self, tokens: Sequence[str]) -> None:
         """Give each of these the next id after the highest."""
     def special_tokens(self) -> dict[str, int]: ...
     def encode_single_token(self, token: str | bytes) -> int:
-        """The id of a special token or of an ordinary one; KeyError if it is neither."""
+        """Return the id of a special or an ordinary token. Raises KeyError if it is neither."""
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a JSON file, whole or not at all."""
+        """Write a JSON file atomically."""
     @staticmethod
     def load(path: str | PathLike[str]) -> Tokenizer:
-        """Read what `save` wrote. ValueError where the file is damaged or something else."""
+        """Read a file of `save`. Raises ValueError if it is damaged or something else."""
     def to_tiktoken(self, name: str = "rustbpe") -> dict[str, object]:
-        """What `tiktoken.Encoding(**…)` takes."""
+        """Return the arguments of `tiktoken.Encoding(**…)`."""
     def to_huggingface(self) -> str:
-        """A tokenizer.json: `tokenizers.Tokenizer.from_str` makes the same ids of a text."""
+        """Return a tokenizer.json, with which `tokenizers.Tokenizer.from_str` gives the same ids."""
     @staticmethod
     def from_tiktoken(
         path_or_bytes: str | PathLike[str] | bytes, pattern: str, special_tokens: dict[str, int] = ...
     ) -> Tokenizer:
-        """From a tiktoken file (its path, or its content as bytes): a line a token, in base64, and its id."""
+        """Import a tiktoken file, by path or content: a line per token, in base64, with its id."""
     @staticmethod
     def from_gpt2(encoder_json_path: str | PathLike[str], vocab_bpe_path: str | PathLike[str]) -> Tokenizer:
-        """From GPT-2's own two files, with its own ids."""
+        """Import GPT-2's two files, with GPT-2's ids."""

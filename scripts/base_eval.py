@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PROGRAM = "base_eval.py"
 KINDS = ("bpb", "core", "sample")
 REDRAW_S = 0.1
-LINE_S = 5.0  # between two lines where there is no terminal
+LINE_S = 5.0  # between two lines without a terminal
 MEGABYTE = 1 << 20  # characters encoded at a time
 
 
@@ -128,13 +128,13 @@ class BaseEvalConfig:
 
     @property
     def kinds(self) -> list[str]:
-        """--eval, also where it has commas, as nanochat's own."""
+        """Return the values of --eval, which may have commas, as in nanochat."""
         return [kind for given in self.eval for kind in given.split(",") if kind]
 
 
 @dataclass(frozen=True)
 class Wired:
-    """What an evaluation needs; of text, tasks and prompts those that are asked for."""
+    """The parts of an evaluation; text, tasks and prompts only if asked for."""
 
     checkpoint: Checkpoint
     model: GPT
@@ -172,7 +172,7 @@ def evaluate(config: BaseEvalConfig, wired: Wired) -> dict[str, Any]:
     if wired.text is not None:
         path, index = wired.text
         print(f"bits per byte: {results['bpb']:.4f} on {index.total:,} tokens of {path}")
-        if kept := checkpoint.meta.get("validation"):  # a fraction, where it was not a file of its own
+        if kept := checkpoint.meta.get("validation"):  # a fraction, unless it was a file of its own
             print(f"  this run kept {kept:.0%} of its text for validation: of that text, this is on all")
     if core is not None:
         report(core)
@@ -225,7 +225,7 @@ def report(core: CoreResult) -> None:
 
 
 def sample(config: BaseEvalConfig, wired: Wired, prompts: list[list[int]], how: Sampling) -> list[dict[str, Any]]:
-    """Of each prompt the likeliest continuation, and some drawn ones."""
+    """Print for each prompt the likeliest continuation and some sampled ones."""
     from nanochat.engine import Engine, Sampling
 
     engine = Engine(wired.model, wired.tokenizer)
@@ -247,7 +247,7 @@ def sample(config: BaseEvalConfig, wired: Wired, prompts: list[list[int]], how: 
 
 
 def wire(config: BaseEvalConfig) -> Wired:
-    """Raises ValueError for everything that is not there or does not fit together."""
+    """Load all parts. Raises ValueError for anything that is missing or does not fit together."""
     from nanochat.checkpoint_manager import load, load_model
 
     if config.checkpoint is None:
@@ -280,7 +280,7 @@ def dtype_of(config: BaseEvalConfig, checkpoint: Checkpoint, device: torch.devic
 
 
 def load_tokenizer(config: BaseEvalConfig, checkpoint: Checkpoint) -> Tokenizer:
-    """That of the checkpoint, from its own folder or the file of the flag."""
+    """Return the checkpoint's tokenizer, from its folder or from --tokenizer."""
     from nanochat.checkpoint_manager import check_tokenizer
     from nanochat.tokenizer import Tokenizer
 
@@ -303,7 +303,7 @@ def load_tokenizer(config: BaseEvalConfig, checkpoint: Checkpoint) -> Tokenizer:
 
 
 def pack(config: BaseEvalConfig, tokenizer: Tokenizer, length: int) -> tuple[Path, PackingIndex]:
-    """The text's file, and its rows: every token of it is in one of them, once."""
+    """Return the text's file and its rows, which hold every token of it exactly once."""
     import numpy as np
 
     from nanochat.packing import PackingIndex
@@ -330,7 +330,7 @@ def pack(config: BaseEvalConfig, tokenizer: Tokenizer, length: int) -> tuple[Pat
 
 
 def held_out(config: BaseEvalConfig) -> Path:
-    """The file for bits per byte: of several the last, which training leaves out."""
+    """Return the file for bits per byte: the last of several, which training leaves out."""
     from nanochat.dataset import data_dir
     from tasks.data.compression import of_data
     from tasks.data.documents import TextError, local_files
@@ -394,7 +394,7 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 
 class Progress:
-    """How far each evaluation is: bars on a terminal, now and then a line elsewhere. A context manager."""
+    """Show the progress of each evaluation: bars on a terminal, otherwise a line now and then. A context manager."""
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -1,4 +1,4 @@
-"""The baseline: the same task, optimizer, schedule and batches as a marketplace, in one process or one a GPU.
+"""The baseline: the same task, optimizer, schedule and batches as a marketplace, in one process, or one per GPU.
 
     python scripts/base_train.py --task gpt2 --rounds 20 --batches 8 --out final.safetensors
     python scripts/base_train.py --depth 4 --max-seq-len 512 --num-iterations 20
@@ -55,7 +55,7 @@ SHORT = {  # nanochat's names, and those of nanochat_train.py
 
 
 def parse(argv: Sequence[str], program: str) -> BaselineConfig:
-    """With --resume the flags that the run was started with are the defaults."""
+    """Parse the flags. With --resume the flags that the run was started with are the defaults."""
     first, flags = long_names(argv)
     config = cli.parse(BaselineConfig, program, flags, first)
     if not config.resume:
@@ -73,9 +73,9 @@ def parse(argv: Sequence[str], program: str) -> BaselineConfig:
 
 
 def long_names(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What the names imply, and nanochat's own names as ours.
+    """Translate nanochat's own flag names to ours.
 
-    One that only nanochat has asks for that task, unless another is asked for; a W&B project asks for W&B.
+    A name that only nanochat has implies that task, unless another is named; a W&B project turns W&B on.
     """
     flags: list[str] = []
     for argument in argv:
@@ -92,7 +92,7 @@ def long_names(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 @dataclass
 class Run:
-    """What is wired for a run; `steps_done` is the loop's only state besides the learner's."""
+    """The parts of a run; `steps_done` is the loop's only state besides the learner's."""
 
     config: BaselineConfig
     rounds: int
@@ -110,7 +110,7 @@ class Run:
             yield ranks.share(step * self.batches, (step + 1) * self.batches), settings
 
     def loader(self, ranks: Ranks, stack: ExitStack) -> Callable[[int], Batch]:
-        """This rank's micro-batches, each called for in its turn: nanochat's are made ahead."""
+        """Return a function that gives this rank's micro-batches in order; nanochat's are made ahead."""
         if self.config.task != "nanochat":
             return self.task.batch
         from tasks.nanochat import Nanochat
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> None:
         cli.fail(program, "stopped; a checkpoint, where there is one, is as it was", code=130)
     except RankLost as lost:
         cli.fail(program, f"{lost}; --resume goes on from the newest checkpoint, where there is one", code=1)
-    except OSError as error:  # a folder that cannot be written, a disk that is full
+    except OSError as error:  # an unwritable folder or a full disk
         cli.fail(
             program, f"{error.filename or 'a file'}: {error.strerror or error}; a checkpoint is whole or not there", 1
         )
@@ -165,7 +165,7 @@ def train(config: BaselineConfig, ranks: Ranks, program: str) -> None:
         batch = run.loader(ranks, stack)
         with ranks.stops():
             loop(run, ranks, batch, console, metrics, log)
-            ranks.wait()  # for the first one's last checkpoint: torchrun ends all where one ends
+            ranks.wait()  # for the first rank's last checkpoint: torchrun ends all ranks when one ends
         if run.steps_done < run.rounds:
             ended = f"stopped after step {run.steps_done}" + ("; --resume goes on from there" if run.folder else "")
             cli.fail(program, ended if ranks.first else "stopped", code=130)
@@ -177,7 +177,7 @@ def train(config: BaselineConfig, ranks: Ranks, program: str) -> None:
 
 
 def _silent(line: str) -> None:
-    """The first rank speaks for all."""
+    """Print nothing: only the first rank prints."""
 
 
 def loop(
@@ -188,7 +188,7 @@ def loop(
     metrics: Metrics | None,
     log: TextIO,
 ) -> None:
-    """A step; once in a while an evaluation and a checkpoint."""
+    """Train step by step; once in a while evaluate and save a checkpoint."""
     from nanochat.common import peak_flops
     from pilot.training.plain_loop import train as trained
 
@@ -224,7 +224,7 @@ def loop(
 
 
 def check(config: BaselineConfig) -> None:
-    """Mistakes that can be seen before anything is read."""
+    """Raise ValueError for mistakes that can be found before anything is read."""
     from nanochat.checkpoint_manager import steps
 
     for flag, least in (("rounds", 1), ("batches", 1), ("eval_every", 0), ("save_every", 0), ("save_keep", 1)):
@@ -272,7 +272,7 @@ def wire(config: BaselineConfig, task: Task, device: torch.device, ranks: Ranks)
 
 
 def batches_of(config: BaselineConfig, task: Task, ranks: Ranks) -> int:
-    """Micro-batches in a step, over all ranks."""
+    """Return the number of micro-batches in a step, over all ranks."""
     batches, each, total = config.batches, task.count(0), config.total_batch_size
     if total == -1:
         if config.task != "nanochat":
@@ -303,7 +303,7 @@ def rounds_of(config: BaselineConfig, task: Task, batches: int) -> int:
 
 
 def folder_of(config: BaselineConfig) -> Path | None:
-    """Where the run's checkpoints are, if it keeps any."""
+    """Return the folder of the run's checkpoints, if it keeps any."""
     if config.checkpoints is not None:
         return config.checkpoints.expanduser()
     if config.task != "nanochat":
@@ -328,7 +328,7 @@ def open_metrics(run: Run) -> Metrics:
 
 
 def rows_before(path: Path, step: int) -> list[str]:
-    """The whole lines of a file of figures that are of steps before this one."""
+    """Return the complete lines of a file of figures for steps before this one."""
     if not step or not path.is_file():
         return []
     lines = (line for line in path.read_text().splitlines() if line.endswith("}"))
@@ -339,7 +339,7 @@ def rows_before(path: Path, step: int) -> list[str]:
 
 
 def save(run: Run) -> None:
-    """Everything that the next step depends on."""
+    """Save everything that the next step depends on."""
     from nanochat import checkpoint_manager
 
     assert run.folder is not None
@@ -355,7 +355,7 @@ def save(run: Run) -> None:
 
 
 def restore(run: Run) -> None:
-    """With --resume the newest checkpoint. ValueError where it is of another run."""
+    """Load the newest checkpoint, with --resume. Raises ValueError if it is of another run."""
     from nanochat import checkpoint_manager
 
     assert run.folder is not None
@@ -379,7 +379,7 @@ def restore(run: Run) -> None:
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """What a resumed run must keep, as JSON has it, for its steps to be those of a run that never ended."""
+    """Return what a resumed run must keep so that its steps equal those of an uninterrupted run, as JSON values."""
     kept: dict[str, Any] = {
         "task": run.task.spec().model_dump(mode="json"),
         "data": run.task.data_digest,

@@ -1,8 +1,8 @@
-"""Check a tokenizer on a text: every document comes back, bytes a token on each kind of text, speed.
+"""Check a tokenizer on a text: exact round trips, bytes per token on each kind of text, speed.
 
     python scripts/tok_eval.py --tokenizer tokenizer.json --data books_val.parquet
 
-Exit code 1 where a document does not come back as it was.
+Exit code 1 if a document does not decode to what it was.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BATCH = 4 << 20  # characters encoded at a time
 
 @dataclass(frozen=True)
 class TokEvalConfig:
-    """Check a tokenizer on a text: whether it gives every document back, how well it compresses, how fast it is."""
+    """Check a tokenizer on a text: whether it decodes every document exactly, how well it compresses, its speed."""
 
     tokenizer: Path = Path("tokenizer.json")
     """File that tok_train wrote."""
@@ -63,7 +63,7 @@ class Totals:
     tokens: int = 0
     encode_s: float = 0.0
     decode_s: float = 0.0
-    broken: list[int] = field(default_factory=list)  # the numbers of the texts that did not come back, from 1
+    broken: list[int] = field(default_factory=list)  # the numbers, from 1, of the texts that did not decode exactly
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load(path: Path) -> Tokenizer:
-    """Raises ValueError where there is no such file, or it is damaged."""
+    """Load the tokenizer. Raises ValueError if the file is missing or damaged."""
     from tasks.data.compression import tokenizer_class
 
     cls = tokenizer_class()
@@ -113,7 +113,7 @@ def load(path: Path) -> Tokenizer:
 
 
 def peers(config: TokEvalConfig) -> dict[str, Encode]:
-    """The tokenizers to compare with, by name."""
+    """Return the tokenizers to compare with, by name."""
     from tasks.data.compression import encode_with, gpt2_encode, tokenizer_class
 
     gpt2 = gpt2_encode(config.gpt2_vocabulary)
@@ -143,7 +143,7 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def check(tokenizer: Tokenizer, texts: list[str], totals: Totals) -> None:
-    """Encodes and decodes the texts, and adds what was seen."""
+    """Encode and decode the texts, and add the results to the totals."""
     began = time.perf_counter()
     ids = tokenizer.encode_batch(texts, disallowed_special=())
     encoded = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Train a tokenizer: a byte-pair vocabulary of a text, compared with GPT-2's on what the text holds.
+"""Train a tokenizer, a byte-pair vocabulary, on a text, and compare it with GPT-2's on each kind of text.
 
 python scripts/tok_train.py --data books/ --vocab_size 32768 --out tokenizer.json
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "tok_train.py"
 REDRAW_S = 0.1
-LINE_S = 5.0  # between two lines where there is no terminal
+LINE_S = 5.0  # between two lines without a terminal
 LONGEST = 10  # tokens shown
 
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Texts:
-    """Texts on their way into the training, counted, with samples of each kind kept."""
+    """Count the texts that are trained on, and keep samples of each kind."""
 
     def __init__(self, texts: Iterator[str], progress: Progress, samples: Samples) -> None:
         self.chars = 0
@@ -117,7 +117,7 @@ class Texts:
 
 
 def train(tokenizer: Tokenizer, config: TokTrainConfig, progress: Progress) -> Texts:
-    """Raises ValueError, naming the flag, for a text or a pattern that will not do."""
+    """Train the tokenizer. Raises ValueError, with the flag, for an unusable text or pattern."""
     from tasks.data.compression import Samples, of_data, pattern_of, read_texts
     from tasks.data.documents import TextError
 
@@ -126,7 +126,7 @@ def train(tokenizer: Tokenizer, config: TokTrainConfig, progress: Progress) -> T
     began = time.perf_counter()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a text too small for the vocabulary: the report says it
+            warnings.simplefilter("ignore", UserWarning)  # text too small for the vocabulary: the report says it
             tokenizer.train_from_iterator(iter(texts), size, pattern=pattern, progress=progress.merged)
     except TextError as error:
         raise of_data(config.data, error) from None
@@ -162,7 +162,7 @@ def report(tokenizer: Tokenizer, config: TokTrainConfig, texts: Texts, gpt2: Enc
 
 
 class Progress:
-    """Characters read, then merges made: bars on a terminal, now and then a line elsewhere. A context manager."""
+    """Show characters read, then merges made: bars on a terminal, otherwise a line now and then. A context manager."""
 
     def __init__(self, max_chars: int) -> None:
         from rich.console import Console

@@ -1,1 +1,1 @@
-"""nanochat's model, optimizers, data, evaluation, checkpoints and engine. Nothing here knows of a marketplace."""
+"""nanochat's model, optimizers, data, evaluation, checkpoints and engine. It does not know the marketplace."""

@@ -1,4 +1,4 @@
-"""AdamW: one pass of torch's fused kernel over parameters, gradients and moments, the same on CPU and GPU."""
+"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) in one pass of torch's fused kernel, on CPU and GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.optim.adamw import adamw
 
 
 def new_state(p: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What AdamW remembers of a parameter before its first step."""
+    """Return a parameter's optimizer state before its first step."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device=p.device),
         "exp_avg": torch.zeros_like(p),
@@ -20,17 +20,17 @@ def new_state(p: torch.Tensor) -> dict[str, torch.Tensor]:
 def adamw_step(
     parameters: list[torch.Tensor],  # changed in place
     gradients: list[torch.Tensor],
-    states: list[dict[str, Any]],  # of `new_state`, changed in place
+    states: list[dict[str, Any]],  # from `new_state`, changed in place
     *,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step with decoupled weight decay: p -= lr * weight_decay * p too."""
+    """Make one step, with decoupled weight decay: p -= lr * weight_decay * p."""
     adamw(
         parameters,
-        [g.contiguous() for g in gradients],  # the kernel goes through memory in the parameter's order
+        [g.contiguous() for g in gradients],  # the kernel reads memory in the parameter's order
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [],

@@ -13,34 +13,34 @@ from nanochat.linear import Linear
 ROTARY_BASE = 100_000.0
 QK_SCALE = 1.2  # on the normed queries and keys: sharper attention
 VALUE_GATE = 3.0  # the gates' upper bound
-MOST_PRODUCTS = 1024  # keys up to which bf16 on a CPU is faster with plain products than with torch's fused kernel
+MOST_PRODUCTS = 1024  # up to this many keys, plain products in bf16 on a CPU are faster than torch's fused kernel
 
 Rotary = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each (T, 1, head_dim / 2)
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm without parameters."""
+    """Apply RMSNorm, without parameters."""
     return F.rms_norm(x, (x.size(-1),))
 
 
 def rotary_tables(length: int, head_dim: int, device: torch.device | str | None, dtype: torch.dtype) -> Rotary:
-    """For positions 0 to length - 1. Made on the CPU, so that they are the same for every device."""
+    """Return the tables of positions 0 to length - 1. They are made on the CPU, so every device gets the same."""
     frequencies = ROTARY_BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), frequencies)[:, None]
     return angles.cos().to(device=device, dtype=dtype), angles.sin().to(device=device, dtype=dtype)
 
 
 def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """x (B, T, heads, head_dim): channel i of the first half pairs with channel i of the second, turned by -angle."""
+    """Rotate x (B, T, heads, head_dim) by -angle: channel i of the first half pairs with channel i of the second."""
     cos, sin = rotary
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    """q (B, heads, T, head_dim); k and v (B, kv heads, S, head_dim), whose last T are the queries' own.
+    """Attend from q (B, heads, T, head_dim) to k and v (B, kv heads, S, head_dim), whose last T are the queries' own.
 
-    A query sees itself and at most `window` tokens before it. With T = 1 it sees all that are given.
+    A query sees itself and at most `window` tokens before it. With T = 1 it sees all keys.
     """
     length, seen = q.size(2), k.size(2)
     if length == 1:
@@ -55,7 +55,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> to
 def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = False
 ) -> torch.Tensor:
-    """Where `mask` (T, S) holds; causal: T = S."""
+    """Attend where `mask` (T, S) is true, or causally with T = S."""
     length, seen, groups = q.size(2), k.size(2), q.size(1) // k.size(1)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or length == 1 or seen > MOST_PRODUCTS:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=groups > 1)
@@ -67,17 +67,17 @@ def _attention(
 
 
 def _visible(first: int, rows: int, columns: int, window: int, device: torch.device) -> torch.Tensor:
-    """The mask (rows, columns) of queries from position `first` on and keys from position 0 on."""
+    """Return the mask (rows, columns) for queries from position `first` and keys from position 0."""
     query = torch.arange(first, first + rows, device=device)[:, None]
     distance = query - torch.arange(columns, device=device)
     return (distance >= 0) & (distance <= window)
 
 
 def _attend_in_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    """In blocks of `window` queries, each with its own keys and the block's before: no work on what nobody sees."""
+    """Attend in blocks of `window` queries, each to its own keys and those of the block before; skip masked blocks."""
     rows, heads, length, width = q.shape
     if length % window:
-        padding = (0, 0, 0, window - length % window)  # at the end: causal attention shows it to padding alone
+        padding = (0, 0, 0, window - length % window)  # at the end, where under causal attention only padding sees it
         q, k, v = (F.pad(part, padding) for part in (q, k, v))
     first = _attention(q[:, :, :window], k[:, :, :window], v[:, :, :window], causal=True)
 
@@ -106,7 +106,7 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self, x: torch.Tensor, value_embed: torch.Tensor | None, rotary: Rotary, cache: KVCache | None
     ) -> torch.Tensor:
-        """x (B, T, n_embd), normed; value_embed (B, T, kv_dim)."""
+        """Return the output for x (B, T, n_embd), normed, and value_embed (B, T, kv_dim)."""
         rows, length, _ = x.shape
         q = self.c_q(x).view(rows, length, self.n_head, self.head_dim)
         k = self.c_k(x).view(rows, length, self.n_kv_head, self.head_dim)

@@ -1,4 +1,4 @@
-"""What the model's calculator answers: arithmetic, and how often a string is in another. Never by running code."""
+"""The model's calculator: arithmetic, and how often a string occurs in another. It never runs code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Final
 
 MAX_CHARS: Final = 1000
 MAX_DEPTH: Final = 100  # of nested operations; a sum of 100 numbers is one
-MAX_BITS: Final = 1024  # of an integer, on the way to the answer too
+MAX_BITS: Final = 1024  # of an integer, in every intermediate result too
 THOUSANDS: Final = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 Number = int | float
@@ -29,13 +29,13 @@ BINARY: Final[dict[type[ast.operator], Callable[[Number, Number], Number]]] = {
 
 
 class _Refused(ValueError):
-    """Not arithmetic, or too much of it."""
+    """The expression is not arithmetic, or too large."""
 
 
 def calculate(expression: str) -> str | None:
-    """The value of `1 + 2 * (3 - 4) ** 2`, `1,000 / 8` or `'strawberry'.count('r')`, as Python prints it.
+    """Return the value of `1 + 2 * (3 - 4) ** 2`, `1,000 / 8` or `'strawberry'.count('r')`, as Python prints it.
 
-    None for everything else: other names and calls, numbers out of bounds, a division by zero. Answers at once.
+    Returns None for anything else: other names and calls, numbers out of bounds, a division by zero. Always fast.
     """
     if len(expression) > MAX_CHARS:
         return None
@@ -43,7 +43,7 @@ def calculate(expression: str) -> str | None:
         expression = THOUSANDS.sub("", expression)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the parser's, about the model's spelling
+            warnings.simplefilter("ignore")  # of the parser, about what the model wrote
             tree = ast.parse(expression.strip(), mode="eval")
         return str(_value(tree.body, MAX_DEPTH))
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
@@ -73,7 +73,7 @@ def _value(node: ast.expr, depth: int) -> Number:
 
 def _power(base: Number, exponent: Number) -> Number:
     if isinstance(base, int) and isinstance(exponent, int) and exponent > 0:
-        if (abs(base).bit_length() - 1) * exponent > MAX_BITS:  # a power of two still comes out exactly
+        if (abs(base).bit_length() - 1) * exponent > MAX_BITS:  # exact for powers of two
             raise _Refused
         return _bounded(base**exponent)
     if base < 0 and not float(exponent).is_integer():

@@ -1,13 +1,13 @@
-"""Checkpoints, each a folder that appears at once and proves itself whole.
+"""Checkpoints: folders that are written atomically and verified when read.
 
-    <folder>/step_000123/meta.json                what the caller keeps, and each file's size and digest
+    <folder>/step_000123/meta.json                the caller's values, and each file's size and digest
                         /model.safetensors        parameters by name, fp32
-                        /optimizer.safetensors    its state by parameter name; where it is kept
-                        /tokenizer.json           and other files that the caller hands in
+                        /optimizer.safetensors    its state by parameter name; optional
+                        /tokenizer.json           and other files of the caller
 
-It is written under a temporary name, brought to the disk and renamed, so what lies under a step's name is whole, unless
-the disk or somebody changed it: `load` finds that out. One process at a time writes to a folder; many may read.
-Everything found wrong is a ValueError of one line that names the file.
+A checkpoint is written under a temporary name, synced to disk and renamed, so a step's folder is always complete.
+`load` detects later changes. One process at a time writes to a folder; many may read it. Anything wrong raises a
+ValueError of one line that names the file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from nanochat.gpt import GPT
 
 META = "meta.json"
-CONFIG = "config"  # the key of the meta data that holds the GPTConfig as a dictionary
+CONFIG = "config"  # the metadata's key of the GPTConfig, a dictionary
 TOKENIZER = "tokenizer"  # and that of the tokenizer's digest
 _DOMAIN = "checkpoint"
 _SUFFIX = ".safetensors"
@@ -60,11 +60,14 @@ class Checkpoint:
 
     path: Path
     step: int
-    meta: dict[str, Any]  # as the caller gave it
-    files: frozenset[str]  # the names of those that there are, "model.safetensors" among them
+    meta: dict[str, Any]  # the caller's
+    files: frozenset[str]  # names of all files, such as "model.safetensors"
 
     def tensors(self, part: str = "model") -> dict[str, torch.Tensor]:
-        """Of "model" or "optimizer", by name, on the CPU, read as they are touched. ValueError where it has no such."""
+        """Return the tensors of "model" or "optimizer" by name, on the CPU, read on first use.
+
+        Raises ValueError if the checkpoint has none.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -75,12 +78,12 @@ class Checkpoint:
             raise ValueError(f"{path}: no tensors can be read: {error}") from None
 
     def read(self, name: str) -> bytes:
-        """A file that the caller handed to `save`. ValueError where there is none of that name."""
+        """Return a file that was given to `save`. Raises ValueError if there is none of that name."""
         return self._existing(name).read_bytes()
 
     @cached_property
     def config(self) -> GPTConfig:
-        """The model's shape. ValueError where the meta data holds none."""
+        """Return the model's shape. Raises ValueError if the metadata has none."""
         found = self.meta.get(CONFIG)
         names = {field.name for field in fields(GPTConfig)}
         if not isinstance(found, dict) or found.keys() != names:
@@ -110,10 +113,10 @@ def save(
     files: Mapping[str, bytes] | None = None,
     keep: int = 0,
 ) -> Path:
-    """Writes `tensors` ({"model": …, "optimizer": …}), `meta` (plain JSON) and `files` as the checkpoint of `step`.
+    """Write `tensors` ({"model": …, "optimizer": …}), `meta` (plain JSON) and `files` as the checkpoint of `step`.
 
-    One of that step is replaced. Of the checkpoints up to `step` the last `keep` stay (0: all); later ones, of a run
-    that was gone back in, stay too. Tensors may lie on any device; one at a time is copied.
+    Replaces a checkpoint of the same step. Keeps the last `keep` checkpoints up to `step` (0: all), and any later ones,
+    which a run has that was resumed from an older step. Tensors may be on any device; one at a time is copied.
     """
     make_folder(folder)
     _clear(folder)
@@ -139,7 +142,7 @@ def save(
 
 
 class _Writer:
-    """A file that is hashed and counted as it is written."""
+    """Hash and count a file as it is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -156,7 +159,7 @@ class _Writer:
 
 @contextmanager
 def _writing(folder: Path, name: str, digests: dict[str, dict[str, int | str]]) -> Iterator[_Writer]:
-    """A new file, on the disk when the block ends; its size and digest are then in `digests`."""
+    """Write a new file, synced when the block ends; its size and digest are then in `digests`."""
     if Path(name).name != name:
         raise ValueError(f"{name}: not a plain file name")
     with (folder / name).open("xb") as file:
@@ -168,7 +171,7 @@ def _writing(folder: Path, name: str, digests: dict[str, dict[str, int | str]]) 
 
 
 def _write_tensors(file: _Writer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A safetensors file, one tensor in memory at a time: safetensors' own writer copies them all."""
+    """Write a safetensors file, one tensor in memory at a time; safetensors' own writer copies all of them."""
     import torch
 
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # keeps each aligned
@@ -186,14 +189,14 @@ def _write_tensors(file: _Writer, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _body_digest(body: Mapping[str, Any]) -> Digest:
-    """Over the meta data's canonical JSON: its layout in the file does not matter."""
+    """Hash the metadata's canonical JSON, so its layout in the file does not matter."""
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return digest(_DOMAIN, text.encode())
 
 
 @contextmanager
 def _temporary(folder: Path, name: str) -> Iterator[Path]:
-    """A folder to write in, locked while its writer lives. It is gone afterwards, under this name."""
+    """Make a folder to write in, locked while its writer lives. Afterwards no folder has this name."""
     temporary = folder / f".{name}.{secrets.token_hex(4)}.tmp"
     temporary.mkdir()
     try:
@@ -205,12 +208,12 @@ def _temporary(folder: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Whether nobody else holds the folder. The kernel lets go of it when its holder ends, however it ends."""
+    """Lock the folder; False if another process holds it. The kernel releases the lock when its holder ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # held; or a file system without locks, where leftovers stay
+        except OSError:  # locked, or a file system without locks, where leftovers stay
             yield False
         else:
             yield True
@@ -219,7 +222,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 def _take_name(temporary: Path, final: Path) -> None:
-    """A folder cannot be renamed over a full one: the one before it is set aside, where readers find it meanwhile."""
+    """Rename the folder to its final name. An old one is first moved aside, where readers find it in the meantime."""
     aside = final.with_name(f".{final.name}.old")
     if final.exists():
         os.replace(final, aside)
@@ -229,14 +232,14 @@ def _take_name(temporary: Path, final: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """At once, as far as readers can see."""
+    """Delete a folder, atomically as far as readers can see."""
     doomed = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     os.replace(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _clear(folder: Path) -> None:
-    """What killed writers left behind."""
+    """Remove what killed writers left."""
     for path in list(folder.iterdir()):
         if (replaced := _REPLACED.fullmatch(path.name)) and not (folder / replaced[1]).exists():
             os.replace(path, folder / replaced[1])
@@ -252,7 +255,7 @@ def _clear(folder: Path) -> None:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that there is a checkpoint of, ascending; none where there is no such folder."""
+    """Return the steps that have a checkpoint, ascending; none if the folder does not exist."""
     if not folder.is_dir():
         return []
     names = (_STEP.fullmatch(_plain(path.name)) for path in folder.iterdir())
@@ -260,10 +263,10 @@ def steps(folder: Path) -> list[int]:
 
 
 def load(folder: Path, step: int | None = None, *, parts: Collection[str] | None = None) -> Checkpoint:
-    """The checkpoint of `step`, or the newest one; `folder` may also be a checkpoint itself.
+    """Return the checkpoint of `step`, or the newest one; `folder` may also be a checkpoint itself.
 
-    Every file is verified, or of the tensors only those of `parts`, for who wants no more than {"model"}.
-    Raises ValueError where there is none, or where a file is missing, cut short or changed.
+    Verifies every file. With `parts`, such as {"model"}, only these tensors are verified. Raises ValueError if there is
+    no checkpoint, or if a file is missing, truncated or changed.
     """
     if (folder / META).is_file() or _STEP.fullmatch(folder.name):
         return _load_one(folder, step, parts)
@@ -327,7 +330,7 @@ def _file_digest(file: Path) -> Digest:
 
 def _path(folder: Path, step: int) -> Path:
     path = folder / f"step_{step:06d}"
-    aside = folder / f".{path.name}.old"  # where a writer was killed, or is, between two renames
+    aside = folder / f".{path.name}.old"  # exists between a writer's two renames
     return path if path.exists() or not aside.exists() else aside
 
 
@@ -336,13 +339,13 @@ def _plain(name: str) -> str:
     return replaced[1] if replaced else name
 
 
-# --- of models --------------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype) -> GPT:
-    """The model with the checkpoint's weights, its activations in `dtype`.
+    """Return the model with the checkpoint's weights, its activations in `dtype`.
 
-    Raises ValueError where the weights are not those of the shape that the checkpoint says it has.
+    Raises ValueError if the weights do not have the shape that the checkpoint states.
     """
     import torch
 
@@ -367,7 +370,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.
 
 
 def check_tokenizer(checkpoint: Checkpoint, tokenizer: Digest) -> None:
-    """Raises ValueError unless the checkpoint's model was trained with the tokenizer of this digest."""
+    """Raise ValueError unless the checkpoint's model was trained with the tokenizer of this digest."""
     expected = checkpoint.meta.get(TOKENIZER)
     if expected != tokenizer:
         raise ValueError(f"{checkpoint.path}: trained with the tokenizer {expected}, not with {tokenizer}")

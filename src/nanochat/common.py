@@ -1,4 +1,4 @@
-"""Where nanochat keeps its files, and what devices can do: their peak speed, their memory, and what a model needs."""
+"""nanochat's folder, the peak speed and memory of devices, and the memory that a model needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pilot.common.units import format_bytes
 if TYPE_CHECKING:
     import torch
 
-# Dense bf16 tensor TFLOP/s with fp32 accumulation, without sparsity, from the makers' data sheets. A device is the
+# Dense bf16 tensor TFLOP/s with fp32 accumulation, without sparsity, from the vendors' data sheets. A device is the
 # first entry whose words are all in its name.
 _PEAKS: tuple[tuple[str, float], ...] = (
     ("gb300", 2500.0),
@@ -56,27 +56,27 @@ _PEAKS: tuple[tuple[str, float], ...] = (
     ("mi325x", 1307.4),
     ("mi300x", 1307.4),
     ("mi300a", 980.6),
-    ("mi250x", 191.5),  # a device is one of its two dies
+    ("mi250x", 191.5),  # per die; each of the two is a device
     ("mi250", 181.0),
     ("mi210", 181.0),
 )
-_OTHER_CHIP = frozenset({"laptop", "mobile", "max", "mig", "super", "ti", "d"})  # of other speed than the plain name's
+_OTHER_CHIP = frozenset({"laptop", "mobile", "max", "mig", "super", "ti", "d"})  # other speeds than the plain name's
 
 # Activations a token, in widths of the model: what the backward pass of a block keeps, and of the stream outside them.
 _BLOCK_WIDTHS = 34
 _STREAM_WIDTHS = 8
-_MIXED_BYTES = 24  # a block's width of what stays fp32 where activations are smaller
+_MIXED_BYTES = 24  # fp32 parts of a block where activations are smaller
 _LOSS_BYTES = 96 << 20  # the loss holds a chunk of the logits at a time
-_TABLES_MADE = 3  # gradients of tables that are under way, before they are added to those that there are
+_TABLES_MADE = 3  # gradients of tables not yet added to the accumulated ones
 _FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     2: ("memory.max", "memory.current", "inactive_file"),
 }
-_UNLIMITED = 1 << 60  # a cgroup without a limit says a number beyond this, or "max"
+_UNLIMITED = 1 << 60  # a cgroup without a limit reports a number above this, or "max"
 
 
 def base_dir() -> Path:
-    """The folder for data, tokenizer and checkpoints: $NANOCHAT_BASE_DIR, or ~/.cache/nanochat. Not made here."""
+    """Return the folder for data, tokenizer and checkpoints: $NANOCHAT_BASE_DIR or ~/.cache/nanochat."""
     chosen = os.environ.get("NANOCHAT_BASE_DIR")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "nanochat"
 
@@ -85,7 +85,7 @@ def base_dir() -> Path:
 
 
 def peak_flops(device: torch.device | str) -> float | None:
-    """Dense bf16 FLOP/s of a device by its name; None where that is not known, as of every CPU."""
+    """Return the dense bf16 FLOP/s of a device; None if unknown, as for every CPU."""
     import torch
 
     device = torch.device(device)
@@ -93,7 +93,7 @@ def peak_flops(device: torch.device | str) -> float | None:
 
 
 def peak_flops_of(name: str) -> float | None:
-    """By the name that the driver gives, such as "NVIDIA H100 80GB HBM3"; a laptop's chip or a slice is not known."""
+    """Return them by the driver's name, such as "NVIDIA H100 80GB HBM3"; None for laptop chips and MIG slices."""
     words = frozenset(re.findall(r"[a-z0-9]+", name.lower()))
     for known, tera in _PEAKS:
         wanted = frozenset(known.split())
@@ -108,25 +108,25 @@ def peak_flops_of(name: str) -> float | None:
 def memory_need(
     shape: GPTConfig, batch: int, optimizer: bool = True, *, activation_bytes: int = 4, copies: int = 0
 ) -> int:
-    """Bytes to train on `batch` sequences at once, about: weights, gradients to add to, moments, activations.
+    """Estimate the bytes needed to train on `batch` sequences at once: weights, gradients, moments, activations.
 
-    Without `optimizer`, what a miner needs: no moments. `activation_bytes` is 4 for fp32 and 2 for bf16; `copies` are
-    those of all weights that are held besides, such as a state on its way.
+    Without `optimizer` there are no moments, as at a miner. `activation_bytes` is 4 for fp32, 2 for bf16. `copies` is
+    the number of further copies of all weights, such as a state being sent.
     """
     counts = shape.parameter_counts()
     moments = 2 * (counts["total"] - counts["matrices"]) + counts["matrices"] if optimizer else 0
     fixed = (2 + copies) * counts["total"] + moments + _TABLES_MADE * counts["wte"]
-    fixed += 2 * shape.rotary_len * shape.head_dim  # the rotary tables, and as much to make them
+    fixed += 2 * shape.rotary_len * shape.head_dim  # the rotary tables, and as much again to make them
     mixed = _MIXED_BYTES * shape.n_layer if activation_bytes < 4 else 0
     widths = activation_bytes * (_BLOCK_WIDTHS * shape.n_layer + _STREAM_WIDTHS) + mixed
     return 4 * fixed + _LOSS_BYTES + batch * shape.sequence_len * shape.n_embd * widths
 
 
 def available_memory(device: torch.device | str, root: Path = Path("/")) -> int | None:
-    """Bytes that this process can still take there; None where that cannot be told.
+    """Return the bytes that this process can still allocate on the device; None if unknown.
 
-    Of the CPU's memory on Linux what the kernel can free, and what the control groups that the process is in allow
-    (`root` is where /proc and /sys lie).
+    For the CPU, on Linux: the least of what the kernel can free and of what the process's control groups allow. `root`
+    is the folder of /proc and /sys.
     """
     import torch
 
@@ -151,7 +151,7 @@ def check_memory(
     copies: int = 0,
     root: Path = Path("/"),
 ) -> None:
-    """Raises ValueError, which names what to change, where training does not fit in what the device has left."""
+    """Raise ValueError, with what to change, if training does not fit in the device's free memory."""
     need_of = partial(memory_need, optimizer=optimizer, activation_bytes=activation_bytes, copies=copies)
     need = need_of(shape, batch)
     there = available_memory(device, root)
@@ -175,7 +175,7 @@ def _weights(shape: GPTConfig) -> int:
 
 
 def _that_fits(shape: GPTConfig, there: int, need_of: Callable[[GPTConfig, int], int]) -> str:
-    """The greatest depth of which one sequence at a time fits, in words."""
+    """Say which is the greatest depth that fits with one sequence at a time."""
     for depth in range(shape.n_layer - 1, 0, -1):
         other = GPTConfig.from_depth(
             depth,
@@ -197,7 +197,7 @@ def _machine_memory(meminfo: Path) -> list[int]:
 
 
 def _group_memory(root: Path) -> list[int]:
-    """What is left in each control group that limits this process, of version 1 or 2; page cache can be freed."""
+    """Return the bytes left in each control group (v1 or v2) that limits this process; page cache counts as free."""
     left = []
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
@@ -216,7 +216,7 @@ def _group_memory(root: Path) -> list[int]:
 
 
 def _text(path: Path) -> str:
-    """A file of the kernel's; empty where it is not there."""
+    """Read a file of the kernel; "" if it does not exist."""
     try:
         return path.read_text()
     except (FileNotFoundError, NotADirectoryError, PermissionError):

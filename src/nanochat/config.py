@@ -1,4 +1,4 @@
-"""The shape of a nanochat GPT, its counts, and its optimizer's settings. Torch-free: the flags are built from it."""
+"""The shape of a nanochat GPT, its parameter counts, and its optimizer's flags. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pilot.common.flags import arg
 
 Preset = Literal["modern", "classic"]
 
-VOCAB_MULTIPLE = 64  # tables and head are padded to it, logits are cut to the vocabulary
-GATE_CHANNELS = 12  # of the residual stream: what the value embeddings' gates see
-SMEAR_CHANNELS = 24  # and what smear's gate sees
-ROTARY_REACH = 10  # the rotary tables reach so many times the sequence length
+VOCAB_MULTIPLE = 64  # tables and head are padded to a multiple; logits are cut to the vocabulary
+GATE_CHANNELS = 12  # of the residual stream, the input of the value embeddings' gates
+SMEAR_CHANNELS = 24  # the input of smear's gate
+ROTARY_REACH = 10  # the rotary tables cover this many times the sequence length
 WINDOW_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of the model. `preset` and `depth` choose one: see `from_depth`."""
+    """The shape of the model; `from_depth` makes one from a preset and a depth."""
 
     sequence_len: int = 2048
     vocab_size: int = 32_768
@@ -27,7 +27,7 @@ class GPTConfig:
     n_head: int = 6
     n_kv_head: int = 6
     n_embd: int = 768
-    window_pattern: str = "SSSL"  # a letter a layer, tiled: S a quarter of the sequence, L all of it; the last is L
+    window_pattern: str = "SSSL"  # a letter per layer, repeated: S a quarter of the sequence, L all; the last is L
     value_embeds: bool = True
     smear: bool = True
     backout: bool = True
@@ -58,9 +58,9 @@ class GPTConfig:
         kv_ratio: int = 1,
         window_pattern: str = "SSSL",
     ) -> GPTConfig:
-        """`depth` layers of width depth * aspect_ratio, rounded up to whole heads; `kv_ratio` query heads a kv head.
+        """Return `depth` layers of width depth * aspect_ratio, in whole heads; `kv_ratio` query heads share a kv head.
 
-        classic is the first nanochat: no value embeddings, smear, backout or windows.
+        The preset classic is the first nanochat: no value embeddings, smear, backout or windows.
         """
         heads = math.ceil(depth * aspect_ratio / head_dim)
         if heads % kv_ratio:
@@ -93,27 +93,27 @@ class GPTConfig:
 
     @property
     def rotary_len(self) -> int:
-        """The longest sequence that the rotary tables reach."""
+        """Return the longest sequence that the rotary tables cover."""
         return ROTARY_REACH * self.sequence_len
 
     @property
     def backout_layer(self) -> int:
-        """The layer after which the residual stream is kept, to be taken out again before the head."""
+        """Return the layer whose output is subtracted again, scaled, before the head."""
         return self.n_layer // 2
 
     def has_value_embed(self, layer: int) -> bool:
-        """Every other layer has one, the last among them."""
+        """Tell whether a layer has a value embedding: every other layer does, including the last."""
         return self.value_embeds and layer % 2 == (self.n_layer - 1) % 2
 
     def windows(self) -> tuple[int, ...]:
-        """For each layer how many tokens before its own a query sees at most."""
+        """Return for each layer how many tokens before its own a query sees at most."""
         short = math.ceil(self.sequence_len / 4 / WINDOW_MULTIPLE) * WINDOW_MULTIPLE
         letters = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer)]
         letters[-1] = "L"
         return tuple(short if letter == "S" else self.sequence_len for letter in letters)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters of each kind; `total` is their sum."""
+        """Return the number of parameters of each kind, and their sum as `total`."""
         tables = sum(map(self.has_value_embed, range(self.n_layer)))
         block = self.n_embd * (2 * self.n_embd + 2 * self.kv_dim + 8 * self.n_embd)
         counts = {
@@ -127,12 +127,12 @@ class GPTConfig:
 
     @property
     def scaling_parameters(self) -> int:
-        """What the data-to-parameter ratio counts: the blocks' matrices and the head."""
+        """Return the parameters that the data-to-parameter ratio counts: the blocks' matrices and the head."""
         counts = self.parameter_counts()
         return counts["matrices"] + counts["lm_head"]
 
     def flops_per_token(self, length: int | None = None) -> int:
-        """Forward and backward, in sequences of `length`: 6 a matmul parameter, and attention within its windows."""
+        """Return the FLOPs per token, forward and backward: 6 per matmul parameter, plus attention over `length`."""
         length = length or self.sequence_len
         attention = sum(12 * self.n_head * self.head_dim * min(window, length) for window in self.windows())
         return 6 * self.scaling_parameters + attention

@@ -1,7 +1,7 @@
-"""The CORE metric of DataComp-LM: 22 tasks in context, each accuracy centred on chance, and their mean.
+"""The CORE metric of DataComp-LM (Li et al. 2024, arXiv 2406.11794): the mean centred accuracy of 22 in-context tasks.
 
-The data are JSON lines in the schemas of mosaicml's llm-foundry, anywhere below a folder, or in a tar or zip archive of
-it. A task whose file is not there is named in the result; the mean is then over the others.
+The data are JSON lines in the schemas of mosaicml's llm-foundry, anywhere below a folder or in a tar or zip archive of
+it. The result names the tasks without a file; the mean is then over the others.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ Example = dict[str, Any]
 
 SHUFFLE_SEED = 1337
 SHOTS_SEED = 1234  # plus the example's number
-CHUNK = 256  # examples made into tokens at a time
-MAX_LOGITS = 1 << 27  # held at a time where the likeliest tokens are wanted: 512 MB
+CHUNK = 256  # examples tokenized at a time
+MAX_LOGITS = 1 << 27  # held at a time to find the likeliest tokens: 512 MB
 ARCHIVES = (".tar", ".tar.xz", ".tar.gz", ".tgz", ".tar.bz2", ".zip")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of the 22. Where the first of `files` is not there the next stands in for it."""
+    """One of the 22 tasks. If the first of `files` is missing, the next replaces it."""
 
     name: str
     files: tuple[str, ...]
     kind: Kind
     shots: int = 0
-    chance: float = 0.0  # accuracy of a guess, as the metric's authors state it
+    chance: float = 0.0  # accuracy of guessing, as the metric's authors state it
     delimiter: str = " "  # between a question and its answer
 
 
@@ -77,7 +77,7 @@ TASKS: Final[tuple[Task, ...]] = (
 
 
 class Model(Protocol):
-    """What is asked of nanochat.gpt.GPT."""
+    """The part of nanochat.gpt.GPT that is used here."""
 
     @property
     def config(self) -> Any: ...  # with sequence_len and vocab_size
@@ -89,14 +89,14 @@ class Model(Protocol):
 
 
 class Encoder(Protocol):
-    """What is asked of nanochat.tokenizer.Tokenizer."""
+    """The part of nanochat.tokenizer.Tokenizer that is used here."""
 
     def get_bos_token_id(self) -> int: ...
     def encode(self, text: list[str], /) -> list[list[int]]: ...
 
 
 class Row(NamedTuple):
-    """One sequence for the model, beginning with BOS; asked are the tokens from `start` on."""
+    """One sequence for the model, beginning with BOS; the tokens from `start` are scored."""
 
     tokens: list[int]
     start: int  # at least 1
@@ -104,7 +104,7 @@ class Row(NamedTuple):
 
 class CoreData(NamedTuple):
     tasks: tuple[tuple[Task, str, list[Example]], ...]  # with the name of the file that the examples are from
-    missing: tuple[str, ...]  # the names of the tasks that have none
+    missing: tuple[str, ...]  # names of the tasks without a file
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,13 @@ class TaskResult:
     file: str
     examples: int
     accuracy: float
-    centred: float  # 0 at chance, 1 where all is right
+    centred: float  # 0 at chance, 1 if all are correct
 
 
 @dataclass(frozen=True)
 class CoreResult:
     tasks: tuple[TaskResult, ...]
-    missing: tuple[str, ...]  # whose files were not there
+    missing: tuple[str, ...]  # names of the tasks without a file
 
     @property
     def core(self) -> float:
@@ -127,13 +127,13 @@ class CoreResult:
 
     @property
     def stand_ins(self) -> tuple[TaskResult, ...]:
-        """The tasks whose examples are from another file than their own, a part of it."""
+        """Return the tasks whose examples come from a replacement file, which holds a part of their own."""
         own = {task.name: task.files[0] for task in TASKS}
         return tuple(task for task in self.tasks if task.file != own[task.name])
 
     @property
     def title(self) -> str:
-        """What `core` is: `CORE`, or the tasks that it lacks."""
+        """Return the metric's name: `CORE`, or with the tasks that are missing."""
         if not self.missing:
             return "CORE"
         return f"CORE over {len(self.tasks)} of {len(TASKS)} tasks (missing: {', '.join(self.missing)})"
@@ -148,10 +148,10 @@ def evaluate_core(
     batch_tokens: int = 16_384,
     progress: Callable[[str, int, int], object] = lambda task, done, total: None,
 ) -> CoreResult:
-    """Every task that the folder (or archive) has, on its first `max_per_task` shuffled examples, or all of them.
+    """Evaluate every task in the folder (or archive) on its first `max_per_task` shuffled examples, or all of them.
 
     A batch has up to `batch_tokens` tokens, padding included. `progress(task, done, total)` counts examples. Raises
-    ValueError, before anything is evaluated, where `load` does.
+    ValueError, before anything is evaluated, as `load` does.
     """
     data = load(data) if isinstance(data, Path) else data
     results = []
@@ -169,9 +169,9 @@ def evaluate_core(
 
 
 def load(folder: Path) -> CoreData:
-    """All tasks that are below a folder, or in an archive.
+    """Load all tasks that are below a folder or in an archive.
 
-    Raises ValueError where there is none, and with file and line where one is damaged.
+    Raises ValueError if there are none; if one is damaged, the error names file and line.
     """
     with opened(folder) as below:
         there = find(below)
@@ -184,14 +184,14 @@ def load(folder: Path) -> CoreData:
 
 
 def find(folder: Path) -> dict[str, Path]:
-    """The tasks' files below a folder, by name; of several of one name the first by path."""
+    """Return the tasks' files below a folder by name; of several with one name, the first by path."""
     wanted = {name for task in TASKS for name in task.files}
     return {path.name: path for path in sorted(folder.rglob("*.jsonl"), reverse=True) if path.name in wanted}
 
 
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[Path]:
-    """The folder, or for as long as it is needed a temporary one with the tasks' files of an archive."""
+    """Give the folder, or for an archive a temporary folder with its task files."""
     if folder.is_dir():
         yield folder
     elif not folder.exists():
@@ -208,7 +208,7 @@ def opened(folder: Path) -> Iterator[Path]:
 
 
 def _unpack(archive: Path, into: Path) -> None:
-    """Copies the tasks' files out, by their base names: nothing else, and nowhere else."""
+    """Extract only the tasks' files, by their base names, so that no path in the archive is used."""
     wanted = {name for task in TASKS for name in task.files}
 
     def copy(member: str, source: IO[bytes] | None) -> None:
@@ -229,7 +229,7 @@ def _unpack(archive: Path, into: Path) -> None:
 
 
 def read(path: Path, kind: Kind, folder: Path) -> list[Example]:
-    """The examples of a file below `folder`. Raises ValueError, naming both and the line, where it is damaged."""
+    """Return the examples of a file below `folder`. Raises ValueError, with both and the line, if it is damaged."""
     where = f"{folder}: {path.name}"
     examples: list[Example] = []
     with path.open("rb") as file:
@@ -249,7 +249,7 @@ def read(path: Path, kind: Kind, folder: Path) -> list[Example]:
 
 
 def _wrong(example: object, kind: Kind) -> str | None:
-    """What is wrong with an example, if anything."""
+    """Return what is wrong with an example, or None."""
     if not isinstance(example, dict):
         return "not a JSON object"
     strings = {MC: ("query",), "schema": ("continuation",), LM: ("context", "continuation")}[kind]
@@ -271,13 +271,13 @@ def _wrong(example: object, kind: Kind) -> str | None:
 
 
 def choose_shots(examples: Sequence[Example], index: int, shots: int) -> list[Example]:
-    """The solved examples before number `index`: as many others as are wanted, or there are."""
+    """Choose the solved examples shown before example `index`: as many others as the task wants, or as there are."""
     others = [i for i in range(len(examples)) if i != index]
     return [examples[i] for i in random.Random(SHOTS_SEED + index).sample(others, min(shots, len(others)))]
 
 
 def prompts(task: Task, example: Example, shots: Iterable[Example]) -> list[str]:
-    """What the model reads: a text for each option; for language modeling the text without its answer, and with it."""
+    """Return the model's inputs: a text per option; for language modeling the text without and with its answer."""
     head = "".join(f"{_solved(task, shot)}\n\n" for shot in shots)
     if task.kind == MC:
         return [f"{head}{example['query']}{task.delimiter}{choice}" for choice in example["choices"]]
@@ -296,10 +296,10 @@ def _solved(task: Task, example: Example) -> str:
 
 
 def rows_of(kind: Kind, texts: Sequence[list[int]], length: int) -> list[Row]:
-    """The sequences of one example from its texts' tokens, BOS first, cropped on the left to `length` tokens.
+    """Return the sequences of one example from its texts' tokens, BOS first, cropped on the left to `length` tokens.
 
-    Asked is what the texts do not share at their beginning (multiple choice), what they share at their end (schema), or
-    what the second has after the first (language modeling); always a token at least.
+    Scored are the tokens after the texts' common beginning (multiple choice), their common end (schema), or what the
+    second has after the first (language modeling): always at least one token.
     """
     if kind == "schema":
         shared = _common([text[::-1] for text in texts])
@@ -309,13 +309,13 @@ def rows_of(kind: Kind, texts: Sequence[list[int]], length: int) -> list[Row]:
 
 
 def _common(texts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all have in common from their beginning on."""
+    """Return the length of the common prefix."""
     shortest = min(map(len, texts))
     return next((i for i in range(shortest) if len({text[i] for text in texts}) > 1), shortest)
 
 
 def _cropped(tokens: list[int], start: int, length: int) -> Row:
-    """BOS stays in its place: the model has never read a row without."""
+    """Crop on the left, but keep BOS, which every row in training began with."""
     extra = max(0, len(tokens) - length)
     return Row(tokens[:1] + tokens[1 + extra :], max(1, start - extra))
 
@@ -326,7 +326,7 @@ def _cropped(tokens: list[int], start: int, length: int) -> Row:
 def _grade(
     model: Model, tokenizer: Encoder, task: Task, examples: list[Example], max_per_task: int, batch_tokens: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Yields (examples done, examples in all, right among the last of them)."""
+    """Yield (examples done, examples in total, correct ones among the newest)."""
     examples = examples.copy()
     random.Random(SHUFFLE_SEED).shuffle(examples)
     total = min(max_per_task, len(examples)) if max_per_task else len(examples)
@@ -345,7 +345,7 @@ def _grade(
 
 
 def _scores(model: Model, rows: Sequence[Row], exact: bool, batch_tokens: int) -> list[float]:
-    """For each row the mean loss of the tokens asked, or with `exact` how many of them are not the likeliest."""
+    """Return for each row the mean loss of the scored tokens, or with `exact` how many are not the likeliest."""
     import torch
 
     if exact:
@@ -372,7 +372,7 @@ def _scores(model: Model, rows: Sequence[Row], exact: bool, batch_tokens: int) -
 
 
 def _batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of rows of like lengths, the longest first: what does not fit in memory shows at once."""
+    """Yield the numbers of rows of similar lengths, longest first, so that a lack of memory shows at once."""
     batch: list[int] = []
     width = 0
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens)):

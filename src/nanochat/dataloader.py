@@ -1,4 +1,4 @@
-"""Batches of packed rows: whose turn it is, made ahead, resumed exactly.
+"""Load batches of packed rows ahead of time, by rank, and resume exactly.
 
 tokens ─▶ PackingIndex (packing.py) ─▶ Loader ─▶ inputs and targets
 """
@@ -24,11 +24,11 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Loader:
-    """Batches for ever: of each epoch as many whole ones as it has, in `order(epoch)`, a permutation of the rows.
+    """An endless iterator over batches: each epoch's whole ones, in `order(epoch)`, a permutation of the rows.
 
-    The batches have one numbering, across epochs, whatever the number of ranks: this one's are rank, rank + world_size,
-    and so on. A thread makes the next `ahead` of them. `state_dict` is of what was handed out, so a loader that loads
-    it goes on with exactly the batch after that, also with another number of ranks. A context manager.
+    Batches are numbered across epochs, whatever the number of ranks: this rank gets rank, rank + world_size, and so on.
+    A thread makes the next `ahead` of them. `state_dict` covers the batches returned so far, so a loader that loads it
+    continues with exactly the next one, also with another number of ranks. A context manager.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Loader:
         ahead: int = 4,
         tokenizer: Digest | None = None,
     ) -> None:
-        """ValueError where the rows make no batch, or `tokenizer` (a digest) is not the one that made the tokens."""
+        """Raises ValueError if the rows make no batch, or if `tokenizer` (a digest) did not make the tokens."""
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
         if not 1 <= batch_size <= len(index):
@@ -69,7 +69,7 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        """Inputs and targets, each (batch_size, T) int64, on the device. Raises what went wrong in the thread."""
+        """Return inputs and targets, each (batch_size, T) int64, on the device. Raises the thread's error."""
         while len(self._made) < self._ahead:
             number = self._position + self._rank + self._world_size * len(self._made)
             self._made.append(self._thread.submit(self._make, number))
@@ -80,7 +80,7 @@ class Loader:
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def _make(self, number: int) -> torch.Tensor:
-        """(batch_size, T + 1): batch `number`, in pinned memory for a GPU."""
+        """Make batch `number`, (batch_size, T + 1), in pinned memory for a GPU."""
         epoch, at = divmod(number, self.batches_per_epoch)
         chosen = self._of_epoch(epoch)[at * self._batch_size : (at + 1) * self._batch_size]
         ids = torch.from_numpy(self._index.rows(chosen))
@@ -90,17 +90,17 @@ class Loader:
             return ids.pin_memory()
 
     def _of_epoch(self, epoch: int) -> NDArray[Any]:
-        """The thread's alone."""
+        """Return the order of an epoch. Called by the thread only."""
         if self._epoch_order[0] != epoch:
             self._epoch_order = (epoch, self._order(epoch))
         return self._epoch_order[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values, the same on all ranks."""
+        """Return plain values, the same on all ranks."""
         return {"position": self._position, "batch_size": self._batch_size, **self._identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on after the last batch of that state. ValueError where it is of other data, batches or order."""
+        """Continue after the state's last batch. Raises ValueError if it is of other data, batches or order."""
         own = self.state_dict()
         if not isinstance(state, Mapping) or state.keys() != own.keys():
             raise ValueError("no state of a data loader")
@@ -120,7 +120,7 @@ class Loader:
         self._made.clear()
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stop the thread."""
         self._forget()
         self._thread.shutdown(wait=True)
 

@@ -1,10 +1,10 @@
-"""Shards of text: parquet files with a column of documents, from the hub or of your own.
+"""Shards of text: parquet files with a column of documents, from the hub or your own.
 
     python -m nanochat.dataset -n 240
 
-downloads the first 240 shards of ClimbMix-400B (shuffled) and the last one, which is for validation. What is there
-already is kept, what was begun goes on. Exit code 0: all are there; 1: some are missing, and named; 2: a wrong flag.
-Any folder of parquet files with such a column serves as well.
+downloads the first 240 shards of ClimbMix-400B (shuffled) and the last one, which is for validation. It keeps complete
+shards and continues partial ones. Exit code 0: all are there; 1: some are missing, and named; 2: a wrong flag. Any
+folder of parquet files with such a column works as well.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ if TYPE_CHECKING:
 BASE_URL = "https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main"
 LAST = 6542  # the number of the last shard
 SUMS = "SHA256SUMS"
-LINE_S = 5.0  # between two lines where there is no terminal
+LINE_S = 5.0  # between two lines without a terminal
 NAMED = 20  # missing shards named at most
 
 Say = Callable[[str], object]
 
 
 class ShardError(ValueError):
-    """A shard that cannot be read: its path and why, in one line."""
+    """Say in one line which shard cannot be read, and why."""
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def data_dir() -> Path:
-    """Where shards are, unless a flag says something else."""
+    """Return the default folder of the shards."""
     from nanochat.common import base_dir
 
     return base_dir() / "base_data"
 
 
 def list_shards(folder: Path | None = None) -> list[Path]:
-    """The folder's parquet files, sorted; none where it is not there. Of two or more the last is for validation."""
+    """Return the folder's parquet files, sorted; none if it does not exist. The last of several is for validation."""
     return sorted(path for path in (folder or data_dir()).glob("*.parquet") if path.is_file())
 
 
 def read_shard(path: Path, column: str = "text", start: int = 0) -> Iterator[str]:
-    """The texts from row `start` on, a row group in memory at a time; rows without a text are left out.
+    """Yield the texts from row `start`, one row group in memory at a time; rows without a text are skipped.
 
-    Raises ShardError where the file is damaged, or has no such column of text.
+    Raises ShardError if the file is damaged or has no such column of text.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -75,7 +75,7 @@ def read_shard(path: Path, column: str = "text", start: int = 0) -> Iterator[str
 
 
 def check_shard(path: Path, column: str | None = None) -> None:
-    """Raises ShardError unless the parquet footer is whole and, if asked for, the column is there. Reads no text."""
+    """Raise ShardError unless the parquet footer is intact and has the column, if one is given. Reads no text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -107,9 +107,9 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which shards, from where, to where."""
+    """The shards to download, their source and destination."""
 
-    shards: int  # the first so many, and the last; -1: all
+    shards: int  # this many from the start, and the last one; -1: all
     folder: Path
     base_url: str = BASE_URL
     checksums: str | None = None  # a file or an address; None: SHA256SUMS beside the shards, if there is one
@@ -142,14 +142,14 @@ class Wanted:
 
 @dataclass
 class Outcome:
-    """What became of the shards, by name."""
+    """The result of a download, by the shards' names."""
 
     there: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)  # why
 
 
 async def download(wanted: Wanted, display: Display) -> Outcome:
-    """Fetches what is not there yet. Raises ValueError where the given checksums or the folder cannot be had."""
+    """Download the missing shards. Raises ValueError if the given checksums or the folder are not available."""
     import aiohttp
 
     from nanochat.download import Patience
@@ -196,7 +196,7 @@ async def _one(
 
 
 def _is_whole(file: File, say: Say) -> bool:
-    """Whether the file is there already, with a whole footer and the digest, if that is known; if not it is deleted."""
+    """Check that the file exists with an intact footer and the right digest, if known; delete it otherwise."""
     from nanochat.download import sha256
 
     if not file.path.exists():
@@ -213,7 +213,7 @@ def _is_whole(file: File, say: Say) -> bool:
 
 
 async def _checksums(session: aiohttp.ClientSession, wanted: Wanted, patience: Patience) -> dict[str, str]:
-    """sha256 by name: from --checksums, or from beside the shards if there is such a file."""
+    """Return the sha256 digests by name, from --checksums or from the file beside the shards, if there is one."""
     given = wanted.checksums
     if given is not None and not given.startswith(("http://", "https://")):
         try:
@@ -248,7 +248,7 @@ async def _get_text(session: aiohttp.ClientSession, url: str, patience: Patience
 
 
 def _parse_sums(origin: str, text: str) -> dict[str, str]:
-    """Lines of sha256sum: "<64 hex digits>  <name>"."""
+    """Parse the lines of sha256sum: "<64 hex digits>  <name>"."""
     from nanochat.download import SHA256
 
     sums = {}
@@ -263,7 +263,7 @@ def _parse_sums(origin: str, text: str) -> dict[str, str]:
 
 
 class Display:
-    """Shards and bytes: a bar on a terminal, now and then a line elsewhere. A context manager."""
+    """Show shards and bytes: a bar on a terminal, otherwise a line every few seconds. A context manager."""
 
     def __init__(self, shards: int) -> None:
         from rich.console import Console
@@ -277,7 +277,7 @@ class Display:
         self._shards, self._done = shards, 0
         self._began = self._spoke = time.monotonic()
         self._bytes = 0  # of this call
-        self._held: dict[Path, int] = {}  # of each file that is on its way
+        self._held: dict[Path, int] = {}  # of each file being downloaded
         self._sizes: dict[Path, int] = {}
 
     def grew(self, file: File, held: int) -> None:

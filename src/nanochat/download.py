@@ -1,4 +1,4 @@
-"""One file over HTTP: resumed where it stopped, tried again with patience, checked before it gets its name."""
+"""Download a file over HTTP: resume it, retry it, and check it before it gets its name."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 class DownloadError(Exception):
-    """A file that could not be had: why, in one line."""
+    """Say in one line why a file could not be downloaded."""
 
 
 class _Failed(Exception):
-    """An attempt that failed; another one may not."""
+    """An attempt failed; the next one may succeed."""
 
     def __init__(self, reason: str, wait_s: float = 0.0) -> None:
         super().__init__(reason)
-        self.wait_s = wait_s  # that the server asked for
+        self.wait_s = wait_s  # the server's Retry-After
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How often a file is tried without a new byte of it, and how long to wait before the next attempt."""
+    """How many attempts may bring no new byte of a file, and how long to wait between attempts."""
 
     attempts: int = 5
     wait_s: float = 1.0
 
     def before(self, attempt: int) -> float:
-        """Seconds before attempt 1, 2, …: doubled each time, and of that a random part, so that callers spread."""
+        """Return the seconds to wait before attempt 1, 2, …: doubled each time, times a random factor."""
         return min(LONGEST_WAIT_S, self.wait_s * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
 
 
 @dataclass
 class File:
-    """A file to fetch. `sha256` is known beforehand or learnt from the server; `check` raises ValueError."""
+    """A file to download. `sha256` is given, or learned from the server; `check` raises ValueError."""
 
     url: str
     path: Path
     check: Callable[[Path], object]
     sha256: str | None = None
-    size: int | None = None  # bytes, once the server has said it
+    size: int | None = None  # bytes, once the server has sent it
 
     @property
     def part(self) -> Path:
@@ -65,9 +65,9 @@ class File:
 async def fetch(
     session: aiohttp.ClientSession, file: File, patience: Patience, progress: Callable[[File, int], None]
 ) -> None:
-    """Downloads the file, going on with what an earlier call left. `progress(file, held)` as it grows.
+    """Download the file, continuing what an earlier call left. Calls `progress(file, held)` as it grows.
 
-    Raises DownloadError where it cannot be had, or another process is at it; what there is of it stays for the next.
+    Raises DownloadError if it is not available, or another process is downloading it; a partial file stays for later.
     """
     try:
         with _locked(file.part) as part:
@@ -104,10 +104,10 @@ async def _attempt(
 ) -> None:
     held = _end(part)
     headers = {"Range": f"bytes={held}-"} if held else {}
-    # "identity": a length and a range then count the file's own bytes
+    # "identity", so that lengths and ranges count the file's own bytes
     async with session.get(file.url, headers=headers | {"Accept-Encoding": "identity"}, timeout=TIMEOUT) as response:
         _learn(file, response)
-        if response.status == 416:  # all of it is here already, or more than there is
+        if response.status == 416:  # the file is complete, or longer than the server's
             if file.size is None or held != file.size:
                 _restart(part)
                 raise _Failed(f"{held} bytes are not a part of it")
@@ -121,13 +121,13 @@ async def _attempt(
     part.flush()
     held = _end(part)
     if file.size is not None and held != file.size:
-        raise _Failed(f"{held} of {file.size} bytes")  # of more than there are the next attempt hears HTTP 416
+        raise _Failed(f"{held} of {file.size} bytes")  # if too long, the next attempt gets HTTP 416
     await asyncio.to_thread(_finish, file, part)
     progress(file, held)
 
 
 def _learn(file: File, response: aiohttp.ClientResponse) -> None:
-    """Size and digest from this response or those that led to it: the hub says them before it redirects."""
+    """Learn size and digest from this response or its redirects: the hub sends them before it redirects."""
     file.size = response.content_length if response.status == 200 else None
     total = response.headers.get("Content-Range", "").rpartition("/")[2]
     if response.status in (206, 416) and total.isdecimal():
@@ -142,7 +142,7 @@ def _learn(file: File, response: aiohttp.ClientResponse) -> None:
 
 
 def _seek(file: File, part: BinaryIO, response: aiohttp.ClientResponse) -> None:
-    """Puts the file where the response's bytes begin: at its end, or at 0 where the server ignores ranges."""
+    """Seek to where the response's bytes begin: the file's end, or 0 if the server ignores ranges."""
     if response.status == 200:
         if response.content_length not in (None, file.size):
             raise _Failed(f"{response.content_length} bytes, not {file.size}")
@@ -163,7 +163,7 @@ def _refused(file: File, response: aiohttp.ClientResponse) -> None:
 
 
 def _finish(file: File, part: BinaryIO) -> None:
-    """Checks the whole file and gives it its name; what is wrong is deleted, for no resuming would mend it."""
+    """Check the whole file and give it its name; delete a wrong one, which resuming could not repair."""
     try:
         if file.sha256 is not None and (found := sha256(file.part)) != file.sha256:
             raise ValueError(f"sha256 is {found[:12]}, not {file.sha256[:12]}")
@@ -182,7 +182,7 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
-    """The part, open for appending, held against other processes. It is deleted if it is still empty at the end."""
+    """Open the partial file for appending, locked against other processes; delete it if it is empty at the end."""
     with _open_locked(path) as part:
         try:
             yield part
@@ -202,7 +202,7 @@ def _open_locked(path: Path) -> BinaryIO:
             raise DownloadError(f"{path.name}: another process is at it") from None
         if _is(path, part):
             return part
-        part.close()  # meanwhile finished and renamed by the one who held it
+        part.close()  # finished and renamed by its holder in the meantime
 
 
 def _is(path: Path, part: BinaryIO) -> bool:

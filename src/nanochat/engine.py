@@ -1,7 +1,7 @@
-"""Generation: a prompt is read once, its samples go on together from one cache, and the finished ones leave it.
+"""Generation: a prompt is read once; its samples continue together from one cache, which finished ones leave.
 
-Between <|python_start|> and <|python_end|> the model may write a sum: its value is put after it, between
-<|output_start|> and <|output_end|>, as if the model had written it.
+Between <|python_start|> and <|python_end|> the model may write an expression: its value is inserted after it,
+between <|output_start|> and <|output_end|>, as if the model had written it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Model(Protocol):
-    """What is asked of nanochat.gpt.GPT."""
+    """The part of nanochat.gpt.GPT that is used here."""
 
     @property
     def config(self) -> GPTConfig: ...
@@ -34,7 +34,7 @@ class Model(Protocol):
 
 
 class Codec(Protocol):
-    """What is asked of nanochat.tokenizer.Tokenizer."""
+    """The part of nanochat.tokenizer.Tokenizer that is used here."""
 
     def get_bos_token_id(self) -> int: ...
     def encode_special(self, text: str, /) -> int: ...
@@ -44,7 +44,7 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 takes the likeliest; top_k 0 and top_p 1 leave none out."""
+    """How the next token is chosen. Temperature 0 takes the likeliest; top_k 0 and top_p 1 exclude none."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -60,14 +60,14 @@ class Sampling:
 
 
 class Step(NamedTuple):
-    """A token of each sample, None where it has ended; forced are those that the calculator wrote."""
+    """A token of each sample, None if it has ended; `forced` marks those that the calculator wrote."""
 
     tokens: list[int | None]
     forced: list[bool]
 
 
 class Generation(NamedTuple):
-    """What follows a prompt, without the token that ended it."""
+    """A prompt's continuation, without the token that ended it."""
 
     tokens: list[int]
     forced: list[bool]
@@ -81,9 +81,9 @@ class _Sample:
 
 
 def sample(logits: torch.Tensor, uniform: torch.Tensor, how: Sampling) -> torch.Tensor:
-    """logits (B, V), uniform (B,) drawn from [0, 1) -> ids (B,): a pure function, by the inverse of the distribution.
+    """Choose ids (B,) by logits (B, V) and uniform numbers (B,) in [0, 1), by inverting the cumulative distribution.
 
-    The numbers come from outside, so that they are the same on every device and a row's do not hang on the others'.
+    The caller draws the numbers, so they are the same on every device, and each row's are independent of the others.
     """
     if how.temperature == 0:
         return logits.argmax(-1)
@@ -91,7 +91,7 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, how: Sampling) -> torch.
     if how.top_k or how.top_p < 1:
         logits, ids = logits.topk(min(how.top_k or logits.size(-1), logits.size(-1)))
     chances = ((logits - logits.amax(-1, keepdim=True)) / how.temperature).softmax(-1)
-    if how.top_p < 1:  # the likeliest that together reach it
+    if how.top_p < 1:  # the likeliest ones whose sum reaches it
         chances = chances.masked_fill(chances.cumsum(-1) - chances >= how.top_p, 0)
     reached = chances.cumsum(-1)
     at = torch.searchsorted(reached, uniform.to(reached)[:, None] * reached[:, -1:], right=True)
@@ -100,7 +100,7 @@ def sample(logits: torch.Tensor, uniform: torch.Tensor, how: Sampling) -> torch.
 
 
 class Engine:
-    """Generates with a model and its tokenizer. Without the special tokens of the calculator, there is none."""
+    """Generates text with a model and its tokenizer. The calculator needs the tokenizer's special tokens."""
 
     def __init__(self, model: Model, tokenizer: Codec) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -117,9 +117,9 @@ class Engine:
         how: Sampling = Sampling(),
         seed: int = 42,
     ) -> Iterator[Step]:
-        """Token by token. A sample's last token is <|assistant_end|> or <|bos|>, unless `max_tokens` ends it before.
+        """Yield token by token. A sample ends with <|assistant_end|> or <|bos|>, or after `max_tokens`.
 
-        Raises ValueError where prompt and `max_tokens` go beyond the model's rotary tables.
+        Raises ValueError if prompt and `max_tokens` exceed the model's rotary tables.
         """
         self._check([prompt], num_samples, max_tokens)
         return self._steps([prompt], [seed], num_samples, max_tokens, how)
@@ -133,9 +133,9 @@ class Engine:
         how: Sampling = Sampling(),
         seed: int = 42,
     ) -> list[list[Generation]]:
-        """For each prompt its samples; prompts of one length go together. Prompt i has the seed `seed` + i.
+        """Return the samples of each prompt; prompts of one length share a batch. Prompt i has the seed `seed` + i.
 
-        Raises ValueError as `generate`.
+        Raises ValueError as `generate` does.
         """
         self._check(prompts, num_samples, max_tokens)
         done = [[Generation([], []) for _ in range(num_samples)] for _ in prompts]
@@ -172,7 +172,7 @@ class Engine:
     def _steps(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], num_samples: int, max_tokens: int, how: Sampling
     ) -> Iterator[Step]:
-        """Of prompts of one length, `num_samples` rows each."""
+        """Generate from prompts of one length, `num_samples` rows each."""
         total = len(prompts) * num_samples
         draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         samples = [_Sample(number) for number in range(total)]
@@ -195,7 +195,7 @@ class Engine:
             logits = self._logits([[chosen[i]] for i in goes_on], cache)
 
     def _read(self, prompts: Sequence[Sequence[int]], num_samples: int, capacity: int) -> tuple[KVCache, torch.Tensor]:
-        """Each prompt once, then a row a sample."""
+        """Read each prompt once, then make a row for each sample."""
         cache = KVCache(self.model.config, len(prompts), capacity, self.model.device, self.model.dtype)
         logits = self._logits(prompts, cache)
         if num_samples > 1:
@@ -203,12 +203,12 @@ class Engine:
         return cache, logits.repeat_interleave(num_samples, 0)
 
     def _logits(self, tokens: Sequence[Sequence[int]], cache: KVCache) -> torch.Tensor:
-        """(B, V), of the token that follows."""
+        """Return the logits of the next token, (B, V)."""
         with torch.no_grad():
             return self.model(torch.tensor(tokens, device=self.model.device), cache=cache, last_only=True)[:, -1]
 
     def _take(self, each: _Sample, token: int) -> int:
-        """The sample's next token: one that is forced, or the one chosen; then what the calculator has to say to it."""
+        """Return the sample's next token, forced or chosen, and let the calculator react to it."""
         if each.waiting:
             return each.waiting.popleft()
         if self._tool is not None:

@@ -19,7 +19,7 @@ HEAD_STD = 0.001
 GATE_BOUND = 0.02
 FC_SCALE = 0.4
 BACKOUT = 0.2
-RESIDUAL = (1.15, 1.05)  # at the first and the last layer, as the next
+RESIDUAL = (1.15, 1.05)  # at the first and the last layer, like the next
 FROM_X0 = (0.20, 0.05)
 
 
@@ -58,9 +58,9 @@ class Embedding(nn.Module):
 
 
 class GPT(nn.Module):
-    """Parameters are fp32, and hold nothing of use before `init_weights` or `load_state_dict`.
+    """The model. Parameters are fp32, and uninitialized before `init_weights` or `load_state_dict`.
 
-    `dtype` is the activations'. Logits and loss are fp32.
+    `dtype` is that of the activations. Logits and loss are fp32.
     """
 
     cos: torch.Tensor
@@ -99,7 +99,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """By a CPU generator, torch's own unless one is given, so that every device gets the same weights."""
+        """Initialize from a CPU generator, by default torch's own, so that every device gets the same weights."""
         bound = (3 / self.config.n_embd) ** 0.5  # a uniform distribution of standard deviation n_embd^-0.5
         for name, parameter in self.named_parameters():
             value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
@@ -129,10 +129,10 @@ class GPT(nn.Module):
         last_only: bool = False,
         reduction: Reduction = "mean",
     ) -> torch.Tensor:
-        """idx (B, T), int64: the logits (B, T, vocab_size), or the last token's alone, (B, 1, vocab_size).
+        """Return the logits of idx (B, T), int64: (B, T, vocab_size), or only the last token's, (B, 1, vocab_size).
 
-        With targets (B, T), of which -1 are ignored: the loss in nats, a scalar, or (B, T) with reduction "none".
-        With a cache, idx continue what it holds. ValueError where the sequence outgrows the rotary tables or the cache.
+        With targets (B, T), where -1 is ignored: the loss in nats, a scalar, or (B, T) with reduction "none".
+        With a cache, idx continues its tokens. Raises ValueError if the sequence exceeds rotary tables or cache.
         """
         x = self._hidden(idx, cache)
         weight, vocab_size = self.lm_head.weight, self.config.vocab_size
@@ -142,7 +142,7 @@ class GPT(nn.Module):
         return loss.view_as(targets) if reduction == "none" else loss
 
     def _hidden(self, idx: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        """What the head sees, (B, T, n_embd)."""
+        """Return the head's input, (B, T, n_embd)."""
         rows, length = idx.shape
         start = cache.position if cache is not None else 0
         if start + length > self.config.rotary_len:
@@ -168,7 +168,7 @@ class GPT(nn.Module):
         return norm(x)
 
     def _smear(self, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        """Mixes into each token's embedding some of the one before it."""
+        """Mix a gated part of the previous token's embedding into each token's."""
         if not self.config.smear:
             return x
         gate = self.smear_lambda.to(x.dtype) * torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that a model has seen, so that the next ones cost no more than themselves."""
+"""The keys and values of past tokens, so that each new token is computed only once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from nanochat.config import GPTConfig
 
 
 class KVCache:
-    """`batch` sequences of equal length, `capacity` tokens at most.
+    """A cache of `batch` sequences of equal length, at most `capacity` tokens each.
 
-    A layer with a window holds that window only: its slots are a ring, token t lies in slot t modulo their number.
+    A layer with a window keeps only that window, in a ring buffer: token t is in slot t modulo the number of slots.
     """
 
     def __init__(
@@ -39,16 +39,16 @@ class KVCache:
         return self._layers[0][0].size(0)
 
     def check(self, batch: int, length: int) -> None:
-        """Raises ValueError unless `length` more tokens of `batch` rows can be held."""
+        """Raise ValueError unless `length` more tokens of `batch` rows fit."""
         if batch != self.batch:
             raise ValueError(f"{batch} rows for a cache of {self.batch}")
         if self.position + length > self.capacity:
             raise ValueError(f"{self.position} + {length} tokens for a cache of {self.capacity}")
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Holds a layer's new keys and values, (batch, n_kv_head, T, head_dim); gives all that their queries may see.
+        """Store a layer's new keys and values, (batch, n_kv_head, T, head_dim), and return all that their queries see.
 
-        Those end with the new ones, in order, except that for one new token they come in any order.
+        These are in order, the new ones last; for a single new token they are in any order.
         """
         return self._update(layer, 0, k), self._update(layer, 1, v)
 
@@ -68,11 +68,11 @@ class KVCache:
         return torch.arange(start, end, device=self._layers[0][0].device) % slots
 
     def advance(self, length: int) -> None:
-        """After all layers have been updated."""
+        """Count new tokens, once all layers have been updated."""
         self.position += length
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keeps the rows of these indices, in their order and as often as they are named (or where this mask holds)."""
+        """Keep the rows of these indices, in their order and with repetitions, or the rows of a mask."""
         rows = torch.as_tensor(rows, device=self._layers[0][0].device)
         self._layers = [(k[rows], v[rows]) for k, v in self._layers]
         self.previous = None if self.previous is None else self.previous[rows]

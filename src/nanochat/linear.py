@@ -1,7 +1,7 @@
-"""Products with weights, on the kernels that are fast for them.
+"""Products with weights, on the fastest kernels.
 
-On a CPU, fp32 products take the way of 1x1 convolutions. Those are oneDNN's, which uses AVX-512 wherever it is there;
-matmuls are MKL's, which does not on AMD and takes twice as long. The results are the same but for the order of sums.
+On a CPU, fp32 products run as 1x1 convolutions. Those are oneDNN's, which uses AVX-512 where it is available; matmuls
+are MKL's, which does not on AMD and takes twice as long. The results are equal up to the order of summation.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-FEW_ROWS = 64  # a product of fewer is bound by reading the weight
-MANY_ROWS = 1024  # enough to be cut into images of a good size
+FEW_ROWS = 64  # with fewer, reading the weight dominates
+MANY_ROWS = 1024  # enough for images of a good size
 ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # how torch was built
 
 
 class Linear(nn.Module):
-    """No bias; the weight is held in fp32 and used in the activations' dtype."""
+    """A linear layer without bias; its weight is stored in fp32 and used in the activations' dtype."""
 
     def __init__(self, inputs: int, outputs: int, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Linear(nn.Module):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (..., C) and weight (V, C): x @ weight.T, (..., V)."""
+    """Return x @ weight.T, (..., V), for x (..., C) and weight (V, C)."""
     rows = x.reshape(-1, x.size(-1))
     if not _convolves(rows):
         return F.linear(x, weight)
@@ -38,7 +38,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def linear_gradients(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: tuple[bool, bool]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What `linear` of x (N, C) hands on to x and to the weight (V, C) for a gradient (N, V); None where not wanted."""
+    """Return the gradients of `linear` by x (N, C) and weight (V, C), given the output's (N, V); None if not wanted."""
     if not _convolves(grad):
         return grad @ weight if wanted[0] else None, grad.t() @ x if wanted[1] else None
     kernel, rest = weight[:, :, None, None], (None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
@@ -55,6 +55,6 @@ def _convolves(rows: torch.Tensor) -> bool:
 
 
 def _images(rows: torch.Tensor) -> torch.Tensor:
-    """(N, C) as pixels, channels last: nothing is copied. For 16 images torch takes oneDNN even in a single thread."""
+    """View (N, C) as pixels, channels last, without a copy. With 16 images torch uses oneDNN even in one thread."""
     count = 16 if rows.size(0) % 16 == 0 and rows.size(0) >= MANY_ROWS else 1
     return rows.reshape(count, -1, 1, rows.size(1)).permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
-"""Soft-capped logits, and their cross-entropy without ever holding all of them.
+"""Soft-capped logits, and their cross-entropy without holding all of them at once.
 
-The cap is 15 tanh(z / 15) = 30 sigmoid(2 z / 15) - 15: softmax does not see the constant, and a sigmoid costs far less
-than a tanh. Capped logits lie within 30 of each other, so no probability comes near fp32's smallest number.
+The cap is 15 tanh(z / 15) = 30 sigmoid(2 z / 15) - 15. The constant cancels in the softmax, and a sigmoid is cheaper
+than a tanh. Capped logits lie within 30 of each other, so no probability underflows in fp32.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Reduction = Literal["mean", "sum", "none"]
 
 SOFTCAP = 15.0
 IGNORED = -1
-CPU_CHUNK = 1 << 26  # bytes of logits that are held at a time
+CPU_CHUNK = 1 << 26  # bytes of logits held at a time
 CHUNK = 1 << 28  # on other devices
-CPU_BLOCK = 1 << 19  # logits that go through the elementwise steps together: they stay in the cache
+CPU_BLOCK = 1 << 19  # logits per block of elementwise steps, so that they stay in the cache
 CHUNK_MULTIPLE = 64
 
 
 def softcapped_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (..., C), weight (V, C) -> (..., V) in fp32, between -15 and 15."""
+    """Return the capped logits of x (..., C) and weight (V, C): (..., V) in fp32, between -15 and 15."""
     logits = linear(x, weight.to(x.dtype)).float()
     return SOFTCAP * torch.tanh(logits / SOFTCAP)
 
@@ -33,10 +33,10 @@ def softcapped_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def softcapped_cross_entropy(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, reduction: Reduction = "mean"
 ) -> torch.Tensor:
-    """x (N, C), weight (vocab_size or more, C), targets (N,) of which -1 are ignored: nats, a scalar or (N,).
+    """Return the loss in nats, a scalar or (N,): x (N, C), weight (vocab_size or more, C), targets (N,), -1 is ignored.
 
-    For "mean" and "sum" the gradients are made together with the loss; for "none" the logits are made again for them.
-    In a compiled model all this is left out of the graph, which it would only swell.
+    For "mean" and "sum" the gradients are computed with the loss; for "none" the backward pass recomputes the logits.
+    A compiled model leaves all this out of its graph, which it would only enlarge.
     """
     if torch.compiler.is_compiling():
         outside: Any = torch.compiler.disable(_loss)  # type: ignore[no-untyped-call]
@@ -65,7 +65,7 @@ class Head(NamedTuple):
 
 
 class _Reduced(torch.autograd.Function):
-    """The sum or the mean; the gradients wait for the backward pass."""
+    """The sum or the mean; its gradients are saved for the backward pass."""
 
     @staticmethod
     def forward(
@@ -88,7 +88,7 @@ class _Reduced(torch.autograd.Function):
 
 
 class _Losses(torch.autograd.Function):
-    """Each token's; the backward pass makes the logits again, for their weights are known only then."""
+    """Each token's loss. The backward pass recomputes the logits, because the tokens' weights are known only then."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
@@ -113,7 +113,7 @@ def _chunks(
     rows: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The losses (N,), 0 where ignored, and the wanted gradients of their sum weighted by scale * rows (N,)."""
+    """Return the losses (N,), 0 where ignored, and the wanted gradients of their sum weighted by scale * rows (N,)."""
     tokens, factor = x.size(0), 4 * scale
     matrix = weight[: head.vocab_size].to(x.dtype)
     losses = torch.empty(tokens, device=x.device, dtype=torch.float32)
@@ -137,9 +137,9 @@ def _chunks(
 
 
 def _step(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (n,), and a quarter of their gradient by the uncapped logits (n, V), made in these logits' place.
+    """Return the losses (n,), and a quarter of their gradient by the uncapped logits (n, V), written over the logits.
 
-    That is (p - onehot) s (1 - s): the cap's slope is 4 s (1 - s) for s, its sigmoid. Blocks share their memory.
+    That is (p - onehot) s (1 - s): the cap's slope is 4 s (1 - s), where s is its sigmoid. Blocks share their memory.
     """
     losses = []
     block = max(CPU_BLOCK // logits.size(1), 1) if logits.device.type == "cpu" else logits.size(0)
@@ -165,7 +165,7 @@ def _compiled_step() -> Any:
 
 
 def _pure_step(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for a compiler, which makes few kernels of it."""
+    """Do the same without in-place operations, for a compiler, which fuses it into few kernels."""
     target = targets.clamp(min=0)[:, None]
     s = torch.sigmoid(logits.float() * (2 / SOFTCAP))
     p = torch.softmax(s * (2 * SOFTCAP), 1)

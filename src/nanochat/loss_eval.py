@@ -1,4 +1,4 @@
-"""Bits per byte: a loss that does not depend on how large the tokenizer's vocabulary is."""
+"""Bits per byte: a loss that is comparable across vocabularies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (B, T)
 
 @dataclass(frozen=True)
 class Sums:
-    """Over an evaluation's targets: all of them, and those that stand for bytes of text."""
+    """Sums over an evaluation's targets: all of them, and those that stand for bytes of text."""
 
     nats: float
     targets: float
@@ -24,12 +24,12 @@ class Sums:
 
     @property
     def loss(self) -> float:
-        """Mean nats a target; NaN where there are none."""
+        """Return the mean nats per target; NaN if there are none."""
         return self.nats / self.targets if self.targets else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        """inf where there are no bytes."""
+        """Return the bits per byte; inf if there are no bytes."""
         return self.text_nats / (math.log(2) * self.text_bytes) if self.text_bytes else math.inf
 
 
@@ -37,11 +37,11 @@ class Sums:
 def evaluate(
     model: Callable[..., torch.Tensor],  # model(x, y, reduction="none") -> nats, (B, T)
     batches: Iterable[Batch],
-    token_bytes: NDArray[Any] | torch.Tensor | None,  # (vocab,): see Tokenizer.token_bytes; None: bytes are not known
+    token_bytes: NDArray[Any] | torch.Tensor | None,  # (vocab,): see Tokenizer.token_bytes; None: unknown
 ) -> Sums:
-    """Sums are fp64; targets of -1 do not count, nor special tokens as text. The model's mode is left alone.
+    """Sum the losses in fp64. Targets of -1 do not count, nor do special tokens as text. Keeps the model's mode.
 
-    Where torch.distributed is initialised they are those of all ranks, which evaluate batches of their own.
+    If torch.distributed is initialized, the sums are over all ranks, which evaluate batches of their own.
     """
     device = _device(model)
     exact = torch.device("cpu") if device.type == "mps" else device  # which has no fp64
@@ -65,12 +65,12 @@ def evaluate(
 def evaluate_bpb(
     model: Callable[..., torch.Tensor], batches: Iterable[Batch], token_bytes: NDArray[Any] | torch.Tensor
 ) -> float:
-    """Bits per byte of the targets that stand for bytes; inf where there are none. See `evaluate`."""
+    """Return the bits per byte of the targets that stand for bytes; inf if there are none. See `evaluate`."""
     return evaluate(model, batches, token_bytes).bits_per_byte
 
 
 def own_share(batches: range) -> range:
-    """This rank's part of what all ranks evaluate together."""
+    """Return this rank's share of what all ranks evaluate together."""
     if not _distributed():
         return batches
     return batches[torch.distributed.get_rank() :: torch.distributed.get_world_size()]

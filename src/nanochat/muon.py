@@ -1,15 +1,21 @@
-"""Muon: momentum whose matrix is made orthogonal, so that an update turns all directions of a weight alike.
+"""Muon: momentum with its matrix made orthogonal, so that an update moves all directions of a weight equally.
 
-Functions of stacks (n, rows, cols): parameters of one shape take one batched call. The steps, in order, are Nesterov
-momentum; rows of one length (MuonEq); Newton-Schulz with the coefficients of Polar Express; one Frobenius norm (Muon+);
-a running second moment a row or column (NorMuon); and decoupled weight decay where it goes along with the update.
+All functions take stacks (n, rows, cols), so parameters of one shape take one batched call. A step, in order:
+
+1. Nesterov momentum.
+2. Rows scaled to one length: MuonEq (Chang et al. 2026, arXiv 2603.28254).
+3. Orthogonalization by Newton-Schulz iterations: Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/),
+   with the coefficients of Polar Express (Amsel et al. 2025, arXiv 2505.16932).
+4. One Frobenius norm for all updates: Muon+ (Zhang et al. 2026, arXiv 2602.21545).
+5. A running second moment for each row or column: NorMuon (Li et al. 2025, arXiv 2510.05491).
+6. Decoupled weight decay, only where it has the update's direction.
 """
 
 from __future__ import annotations
 
 import torch
 
-# Each triple is one odd polynomial a x + b x^3 + c x^5 on the singular values; the five take [1e-3, 1] close to 1.
+# Each triple is one odd polynomial a x + b x^3 + c x^5 of the singular values; all five map [1e-3, 1] close to 1.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -18,12 +24,12 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 BETA2 = 0.9  # of the second moment
-MARGIN = 1.01  # above the Frobenius norm, so that in bf16 too no singular value begins beyond 1
+MARGIN = 1.01  # above the Frobenius norm, so that no singular value starts above 1, even in bf16
 TINY = 1e-7
 
 
 def second_moment_shape(shape: torch.Size) -> tuple[int, int]:
-    """One number a row of a tall or square matrix, one a column of a wide one."""
+    """Return the second moment's shape: one number per row of a tall or square matrix, per column of a wide one."""
     rows, cols = shape
     return (rows, 1) if rows >= cols else (1, cols)
 
@@ -39,11 +45,11 @@ def muon_step(
     weight_decay: float,
     beta2: float = BETA2,
 ) -> None:
-    """One step. A tall matrix's rate is lr * sqrt(rows / cols)."""
+    """Make one step. The learning rate of a tall matrix is lr * sqrt(rows / cols)."""
     rows, cols = parameters.shape[-2:]
     momenta.lerp_(gradients, 1 - momentum)
     update = torch.lerp(gradients, momenta, momentum)
-    # The polynomials' matrix products are most of the step: tensor cores take them in bf16, a CPU in fp32.
+    # Most of the step is matrix products: in bf16 on tensor cores, in fp32 on a CPU.
     dtype = torch.bfloat16 if update.is_cuda else torch.float32
     update = orthogonalize(equalize_rows(update).to(dtype)).float()
     update *= min(rows, cols) ** 0.5 / _norm(update).clamp_min(TINY)
@@ -54,14 +60,14 @@ def muon_step(
 
 
 def equalize_rows(x: torch.Tensor) -> torch.Tensor:
-    """(n, rows, cols): each row divided by its length; a row of zeros stays."""
+    """Divide each row of (n, rows, cols) by its length. Rows of zeros stay zero."""
     return x / _norm(x, (-1,)).clamp_min(TINY)
 
 
 def orthogonalize(x: torch.Tensor) -> torch.Tensor:
-    """(n, rows, cols) to about the nearest matrix whose rows, or columns if it is tall, are orthonormal.
+    """Return approximately the nearest matrices with orthonormal rows, or columns if tall, for (n, rows, cols).
 
-    Singular values above a thousandth of the Frobenius norm come to lie around 1, zeros stay zero.
+    Singular values above a thousandth of the Frobenius norm become about 1; zeros stay zero.
     """
     tall = x.shape[-2] > x.shape[-1]
     x = x / (_norm(x) * MARGIN + 1e-6)
@@ -73,9 +79,9 @@ def orthogonalize(x: torch.Tensor) -> torch.Tensor:
 
 
 def even_out(x: torch.Tensor, second_moments: torch.Tensor, beta2: float) -> torch.Tensor:
-    """(n, rows, cols), each row (column) divided by the root of its running mean square; each matrix's norm stays.
+    """Divide each row (column) of (n, rows, cols) by the root of its running mean square; keep each matrix's norm.
 
-    `second_moments` is changed in place.
+    Changes `second_moments` in place.
     """
     over = -1 if second_moments.shape[-1] == 1 else -2
     mean_square = x.square().mean(dim=over, keepdim=True)
@@ -87,6 +93,6 @@ def even_out(x: torch.Tensor, second_moments: torch.Tensor, beta2: float) -> tor
 
 
 def _norm(x: torch.Tensor, dim: tuple[int, ...] = (-2, -1)) -> torch.Tensor:
-    """(n, 1, 1), the Frobenius norms; over the last dimension (n, rows, 1), the rows' lengths."""
+    """Return the Frobenius norms, (n, 1, 1), or over the last dimension the rows' lengths, (n, rows, 1)."""
     norm: torch.Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return norm

@@ -1,8 +1,8 @@
 """Muon for the blocks' matrices, AdamW for the tables, the head and the scalars, as one optimizer.
 
-A parameter's group follows from its name. What is remembered of it lies in `optimizer.state[p]`, plain tensors only.
-A schedule sets a group's "lr" as its value times the group's "lr_scale", and "momentum" and "weight_decay" likewise:
-see `schedules.settings`. AdamW's weight decay is fixed.
+A parameter's group follows from its name; its state is in `optimizer.state[p]`, plain tensors only. A schedule sets a
+group's "lr" to its value times the group's "lr_scale", and "momentum" and "weight_decay" likewise: see
+`schedules.settings`. AdamW's weight decay is fixed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nanochat.muon import muon_step, second_moment_shape
 
 EPS = 1e-10
 GATE_LR = 0.2  # of smear and backout
-STACK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of one batched call: on a CPU they stay in its cache
+STACK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of one batched call; on a CPU these fit in its cache
 
 _MATRIX = re.compile(r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|c_proj|ve_gate)|mlp\.(c_fc|c_proj))\.weight")
 _OTHERS = {
@@ -39,7 +39,7 @@ State = dict[str, Any]
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Steps each group by its "kind": "muon" or "adamw". Equal gradients give bit-equal steps on one machine."""
+    """Steps groups of two kinds, "muon" and "adamw". Equal gradients give bit-equal steps on one machine."""
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(groups, {})
@@ -49,7 +49,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Parameters without a gradient stay as they are. Gradients are not changed."""
+        """Make one step. Skips parameters without a gradient, and does not change gradients."""
         assert closure is None, "no closures"
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -104,10 +104,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(model: nn.Module, config: MuonAdamWConfig) -> MuonAdamW:
-    """For the parameters that are trained. Raises ValueError where one has a name that no group is for.
+    """Make the optimizer of all trained parameters. Raises ValueError for a name that belongs to no group.
 
-    Rates of tables and head go with width ** -0.5, from that of depth 12. A schedule's multiplier of "lr" has the
-    steps' size in it, and that is for all groups.
+    Learning rates of tables and head scale with width ** -0.5, relative to depth 12. The schedule's factor of "lr"
+    accounts for the batch size, in all groups.
     """
     members: defaultdict[str, list[nn.Parameter]] = defaultdict(list)
     for name, p in sorted(model.named_parameters()):
@@ -156,7 +156,7 @@ def _group_of(name: str) -> str:
 
 
 def _stacks(parameters: list[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
-    """Parameters of one shape together, as many as one batched call should take."""
+    """Yield parameters of one shape together, as many as one batched call should take."""
     by_shape: defaultdict[tuple[torch.Size, torch.device], list[nn.Parameter]] = defaultdict(list)
     for p in parameters:
         by_shape[p.shape, p.device].append(p)

@@ -1,8 +1,8 @@
-"""Rows of exactly T + 1 tokens, packed from whole documents as far as they fit.
+"""Rows of exactly T + 1 tokens, packed from whole documents where they fit.
 
-Every row begins with <|bos|>, and so does every piece of a document in it. Of a buffer of documents the largest that
-still fits comes next; where none does, the shortest is cropped to fill the row. The index is a pure function of the
-tokens and the parameters, so a row's number means the same tokens on every machine.
+Every row begins with <|bos|>, and so does every piece of a document in it. The next document is the largest in a buffer
+that still fits; if none fits, the shortest is cropped to fill the row. The index is a pure function of the tokens and
+the parameters, so a row's number means the same tokens on every machine.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Array = NDArray[Any]
 BUFFER = 1000  # documents to choose from
 MAGIC = b"pilotpk1"
 HEADER = struct.Struct("<8sQQ")  # magic, bytes of the JSON that follows, number of pieces
-VERSION = 1  # of the packing: another one makes other rows of the same tokens
+VERSION = 1  # of the packing; raise it if the same tokens make other rows
 CHUNK = 1 << 24  # tokens searched for documents at a time
-SERIALS = 1 << 40  # more than the documents that there can be
+SERIALS = 1 << 40  # above any number of documents
 
 
 # --- the index --------------------------------------------------------------------------------------------------------
@@ -39,10 +39,10 @@ SERIALS = 1 << 40  # more than the documents that there can be
 
 @dataclass(frozen=True)
 class Packing:
-    """What, besides the tokens themselves, determines the rows."""
+    """Everything besides the tokens that determines the rows."""
 
     data: str  # names the tokens, by their digest
-    tokenizer: str  # the digest of the tokenizer that made them; "" where it is not known
+    tokenizer: str  # the digest of the tokenizer that made them; "" if unknown
     tokens: int
     bos: int
     row_len: int
@@ -57,13 +57,13 @@ class Packing:
 
 
 class PackingIndex:
-    """Which pieces of the tokens make each row. `len()` is the number of rows."""
+    """The pieces of the tokens that make each row. `len()` is the number of rows."""
 
     def __init__(self, tokens: Array, packing: Packing, starts: Array, lengths: Array, total: int) -> None:
-        """`starts` and `lengths` are the pieces', (pieces,), row after row; `total` is `tokens` without the bos."""
+        """`starts` and `lengths`, (pieces,), are the pieces', row after row; `total` counts tokens without the bos."""
         self.packing = packing
         self.total = total  # tokens of text
-        self.kept = int(lengths.sum()) - len(lengths)  # of them, those that are in a row
+        self.kept = int(lengths.sum()) - len(lengths)  # those of them in a row
         self._tokens, self._starts, self._lengths = np.asarray(tokens), starts, lengths
         ends = np.cumsum(lengths, dtype=np.int64)
         rows = int(ends[-1]) // packing.row_len if len(ends) else 0
@@ -90,12 +90,11 @@ class PackingIndex:
         data: str = "",
         tokenizer: str = "",
     ) -> PackingIndex:
-        """The rows of `tokens`, (n,) unsigned, in which each document begins with `bos`.
+        """Pack `tokens`, (n,) unsigned, in which each document begins with `bos`.
 
-        What is left of a cropped document is dropped (crop="discard"), or goes back into the buffer behind a bos of its
-        own (crop="keep", where a document longer than a row also first makes whole rows). The last row is left out
-        where the text ends before it is full; `pad` fills it with bos instead, for evaluation: then crop="keep" holds
-        every token of text exactly once.
+        The rest of a cropped document is dropped (crop="discard"), or returns to the buffer behind a bos of its own
+        (crop="keep", where a document longer than a row first makes whole rows). A last row that is not full is
+        dropped; `pad` fills it with bos instead, for evaluation: then crop="keep" has every token of text exactly once.
         """
         packing = Packing(data, tokenizer, len(tokens), bos, row_len, buffer, crop, pad)
         return cls._built(tokens, packing)
@@ -129,9 +128,9 @@ class PackingIndex:
         pad: bool = False,
         tokenizer: str = "",
     ) -> PackingIndex:
-        """As `build`, from the file in `folder` that is named by all of these, or built now and written there.
+        """Load the index from its file in `folder`, which is named by all parameters, or build it and write the file.
 
-        A file that is damaged, or says that it is of something else, is built again.
+        A file that is damaged, or of something else, is built again.
         """
         packing = Packing(name, tokenizer, len(tokens), bos, row_len, buffer, crop, pad)
         path = folder / f"packing-{packing.digest}.bin"
@@ -146,7 +145,7 @@ class PackingIndex:
         return index
 
     def save(self, path: Path) -> None:
-        """Writes the index, whole or not at all."""
+        """Write the index atomically."""
         said = json.dumps({**asdict(self.packing), "total": self.total}).encode()
         said += b" " * (-len(said) % 8)
         header = HEADER.pack(MAGIC, len(said), len(self._starts))
@@ -167,7 +166,7 @@ class PackingIndex:
 
     @classmethod
     def load(cls, path: Path, tokens: Array, expected: Packing | None = None) -> PackingIndex:
-        """Reads what `save` wrote. ValueError, naming the file, where it is damaged or not of these tokens."""
+        """Read a file of `save`. Raises ValueError, with its name, if it is damaged or of other tokens."""
         data = path.read_bytes()
         body = memoryview(data)[:-32]
         if len(body) < HEADER.size or blake3(body).digest() != data[-32:]:
@@ -191,7 +190,7 @@ class PackingIndex:
         return cls(tokens, packing, starts, lengths, total)
 
     def check_tokenizer(self, found: str) -> None:
-        """ValueError unless this tokenizer, by its digest, made the tokens."""
+        """Raise ValueError unless the tokenizer of this digest made the tokens."""
         if self.packing.tokenizer != found:
             made = self.packing.tokenizer[:12] or "an unknown one"
             raise ValueError(
@@ -199,17 +198,17 @@ class PackingIndex:
             )
 
     def pieces(self, row: int) -> tuple[Array, Array]:
-        """Where the pieces of a row begin, and how long they are. The first token of each is a bos in the row."""
+        """Return where the pieces of a row begin, and their lengths. Each begins with a bos in the row."""
         piece = slice(self._first[row], self._first[row + 1])
         return self._starts[piece], self._lengths[piece]
 
     def row(self, index: int) -> NDArray[np.int64]:
-        """(row_len,)"""
+        """Return a row, (row_len,)."""
         found: NDArray[np.int64] = self.rows(np.array([index]))[0]
         return found
 
     def rows(self, indices: Array) -> NDArray[np.int64]:
-        """(n, row_len): the rows of these numbers. IndexError where there is no such row."""
+        """Return the rows of these numbers, (n, row_len). Raises IndexError for a number out of range."""
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
             raise IndexError(f"rows {indices.min()} to {indices.max()} of {len(self)}")
@@ -222,7 +221,7 @@ class PackingIndex:
 
 
 def _ranges(starts: Array, lengths: Array) -> NDArray[np.int64]:
-    """start, …, start + length - 1 for each, one after the other."""
+    """Concatenate the ranges start, …, start + length - 1."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     ranges: NDArray[np.int64] = np.repeat(starts - (ends - lengths), lengths) + np.arange(total, dtype=np.int64)
@@ -230,10 +229,10 @@ def _ranges(starts: Array, lengths: Array) -> NDArray[np.int64]:
 
 
 def _documents(tokens: Array, bos: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Starts and lengths of the documents, many at a time."""
+    """Yield the starts and lengths of the documents, many at a time."""
     if len(tokens) and int(tokens[0]) != bos:
         raise ValueError(f"the tokens begin with {int(tokens[0])}, not with bos {bos}: of another tokenizer?")
-    begun = 0  # of the document whose end is not seen yet
+    begun = 0  # start of the document that has not ended yet
     for at in range(0, len(tokens), CHUNK):
         found = np.flatnonzero(tokens[at : at + CHUNK] == bos) + at
         edges = np.concatenate(([begun], found[found > begun]))
@@ -244,26 +243,26 @@ def _documents(tokens: Array, bos: int) -> Iterator[tuple[list[int], list[int]]]
 
 
 class _Packer:
-    """The buffer, sorted by length and, of equal ones, the newest first; and the pieces that have their place."""
+    """The buffer, sorted by length and then newest first, and the pieces placed so far."""
 
     def __init__(self, packing: Packing) -> None:
         self.starts, self.lengths = array("q"), array("I")  # int64, uint32
         self._row_len, self._room, self._keep = packing.row_len, packing.buffer, packing.crop == "keep"
         self._pad = packing.pad
-        self._left = packing.row_len  # free places in the row
+        self._left = packing.row_len  # free tokens in the row
         self._serial = 0
-        self._keys: list[int] = []  # length, and below it a number that falls with each that comes
-        self._held: list[int] = []  # the starts that belong to them
+        self._keys: list[int] = []  # the length, then a number that decreases with each document
+        self._held: list[int] = []  # their starts
 
     def add(self, starts: list[int], lengths: list[int]) -> None:
-        """Takes documents; rows are filled while the buffer is full."""
+        """Add documents, and fill rows while the buffer is full."""
         for start, length in zip(starts, lengths, strict=True):
             self._insert(start, length)
             while len(self._keys) >= self._room:
                 self._take()
 
     def finish(self) -> None:
-        """Places what is in the buffer; the last row is filled up, or left out."""
+        """Place the rest of the buffer; pad or drop the last row."""
         while self._keys:
             self._take()
         missing = self._left % self._row_len
@@ -284,7 +283,7 @@ class _Packer:
         self._held.insert(at, start)
 
     def _take(self) -> None:
-        """The oldest of the largest that fit, or the head of the oldest of the shortest."""
+        """Place the largest document that fits, or the head of the shortest; the oldest of equals."""
         if self._keep and self._left == self._row_len and self._keys[-1] // SERIALS > self._row_len:
             self._crop(len(self._keys) - 1)
             return
@@ -292,14 +291,14 @@ class _Packer:
         if at >= 0:
             length = self._keys.pop(at) // SERIALS
             self._place(self._held.pop(at), length)
-        elif self._left == 1:  # a bos alone: no document is lost to it
+        elif self._left == 1:  # only a bos, which costs no document
             self._place(0, 1)
         else:
             shortest = self._keys[0] // SERIALS
             self._crop(bisect_left(self._keys, (shortest + 1) * SERIALS) - 1)
 
     def _crop(self, at: int) -> None:
-        """Fills the row with the head of a document; the rest comes back as a new one, if it is kept."""
+        """Fill the row with the head of a document; with crop="keep" the rest becomes a new one."""
         length, start, taken = self._keys.pop(at) // SERIALS, self._held.pop(at), self._left
         self._place(start, taken)
         if self._keep:

@@ -1,4 +1,4 @@
-"""What a step's settings are: learning rate, momentum and weight decay; and how large steps and runs should be.
+"""The settings of each step (learning rate, momentum, weight decay), and the sizes of steps and runs.
 
 Pure functions of the model's shape and the step, without torch.
 """
@@ -9,21 +9,21 @@ import math
 
 from nanochat.config import GPTConfig, MuonAdamWConfig, Preset
 
-REFERENCE_DEPTH = 12  # the rates are for it, in steps of REFERENCE_TOKENS
+REFERENCE_DEPTH = 12  # the learning rates were tuned for it, with steps of REFERENCE_TOKENS
 REFERENCE_TOKENS = 2**19
-RATIO = 12.0  # training tokens a scaling parameter
-BATCH_EXPONENT = 0.383  # the best step grows so with the run's tokens
-MOMENTUM = (0.85, 0.97, 0.90)  # at first, when warm, and at the end
-MOMENTUM_STEPS = 400  # from the first to the second, in the first third of the run at most
+RATIO = 12.0  # training tokens per scaling parameter
+BATCH_EXPONENT = 0.383  # how the best step size grows with the run's tokens
+MOMENTUM = (0.85, 0.97, 0.90)  # at the start, after the warm-up, and at the end
+MOMENTUM_STEPS = 400  # from the first to the second, at most a third of the run
 
 
 def settings(
     config: MuonAdamWConfig, shape: GPTConfig, step: int, steps: int, tokens_per_step: int
 ) -> dict[str, float]:
-    """Of step `step` of 0 … steps - 1, for a group's "<key>_scale" to multiply; later steps are as the last.
+    """Return the settings of step `step` of 0 … steps - 1; a group multiplies each by its "<key>_scale".
 
-    "lr" goes with the root of the tokens in a step. "weight_decay" keeps the time, in runs, over which weights are
-    forgotten: it is smaller for the longer run of a larger model.
+    Later steps have the settings of the last. "lr" scales with the root of the tokens in a step. "weight_decay" makes
+    weights be forgotten over a constant fraction of the run, so it is smaller for the longer run of a larger model.
     """
     batches = math.sqrt(tokens_per_step / REFERENCE_TOKENS)
     longer = shape.scaling_parameters / _reference(shape).scaling_parameters
@@ -36,7 +36,7 @@ def settings(
 
 
 def lr_multiplier(config: MuonAdamWConfig, step: int, steps: int) -> float:
-    """Rises linearly to 1, stays, and falls linearly to `final_lr_frac` in the last step."""
+    """Return the factor that rises linearly to 1, stays, and falls linearly to `final_lr_frac` in the last step."""
     warmup = min(config.warmup_steps, steps // 10)
     warm = (step + 1) / warmup if step < warmup else 1.0
     cold = _warmdown(config, step, steps)
@@ -44,7 +44,7 @@ def lr_multiplier(config: MuonAdamWConfig, step: int, steps: int) -> float:
 
 
 def muon_momentum(config: MuonAdamWConfig, step: int, steps: int) -> float:
-    """Rises linearly while the run is young, stays, and falls linearly while the learning rates do."""
+    """Return the momentum: it rises linearly early in the run, stays, and falls linearly as the learning rates do."""
     first, warm, last = MOMENTUM
     rise = min(MOMENTUM_STEPS, steps // 3)
     young = 1 - step / rise if step < rise else 0.0
@@ -52,24 +52,24 @@ def muon_momentum(config: MuonAdamWConfig, step: int, steps: int) -> float:
 
 
 def _warmdown(config: MuonAdamWConfig, step: int, steps: int) -> float:
-    """How far the warm-down is: 0 until it begins, 1 in the last step."""
+    """Return the progress of the warm-down: 0 until it begins, 1 in the last step."""
     warmdown = round(config.warmdown_ratio * steps)
     left = max(steps - 1 - step, 0)
     return 1 - left / warmdown if left < warmdown else 0.0
 
 
 def auto_batch_tokens(shape: GPTConfig) -> int:
-    """The power of two that suits a model of this shape, tokens a step."""
+    """Return the best number of tokens in a step for a model of this shape, a power of two."""
     longer = shape.scaling_parameters / _reference(shape).scaling_parameters
     return int(2 ** round(math.log2(REFERENCE_TOKENS * longer**BATCH_EXPONENT)))
 
 
 def horizon_tokens(shape: GPTConfig, ratio: float = RATIO) -> int:
-    """Tokens of a run with `ratio` tokens a scaling parameter."""
+    """Return the tokens of a run with `ratio` tokens per scaling parameter."""
     return round(ratio * shape.scaling_parameters)
 
 
 def _reference(shape: GPTConfig) -> GPTConfig:
-    """The model that the settings are for, with this one's vocabulary."""
+    """Return the model that the settings were tuned for, with this one's vocabulary."""
     preset: Preset = "modern" if shape.value_embeds else "classic"
     return GPTConfig.from_depth(REFERENCE_DEPTH, preset, vocab_size=shape.vocab_size, sequence_len=shape.sequence_len)

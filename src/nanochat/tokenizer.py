@@ -1,6 +1,6 @@
-"""The tokenizer: text to ids and back, the bytes of each token, and conversations with what is to be learnt of them.
+"""The tokenizer: text to ids and back, the bytes of each token, and conversations with the tokens to learn.
 
-Special tokens in a text are ordinary text: only this module's own code puts special ids in between.
+The names of special tokens in a text are ordinary text; only this module's own code inserts special ids.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ OUTPUT = ("<|output_start|>", "<|output_end|>")  # and the tool answers
 SPECIAL_TOKENS = (BOS, *USER, *ASSISTANT, *PYTHON, *OUTPUT)
 
 Conversation = Mapping[str, Any]  # {"messages": [{"role": …, "content": …}, …]}
-Turn = list[tuple[str, str]]  # a message's parts, each its type and its text
+Turn = list[tuple[str, str]]  # a message's parts, each with type and text
 
 
 class Tokenizer:
-    """A tokenizer that tok_train made. May be used by several threads at once."""
+    """A tokenizer that tok_train made. Safe to use from several threads."""
 
     def __init__(self, inner: rustbpe.Tokenizer, blob: bytes) -> None:
         self.inner = inner
-        self.blob = blob  # its file
+        self.blob = blob  # the bytes of its file
         self.digest: Digest = digest("vocabulary", blob)
         self.special_tokens: dict[str, int] = inner.special_tokens()
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> Tokenizer:
-        """From what a tokenizer's file holds. ValueError where that is damaged or something else."""
+        """Make it from a tokenizer file's bytes. Raises ValueError if they are damaged or something else."""
         kind = _rustbpe().Tokenizer
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "tokenizer.json"
@@ -56,7 +56,7 @@ class Tokenizer:
 
     @classmethod
     def from_rustbpe(cls, inner: rustbpe.Tokenizer) -> Tokenizer:
-        """One that was just trained, with its special tokens."""
+        """Make it from a newly trained vocabulary, and add the special tokens."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "tokenizer.json"
             inner.save(path)
@@ -64,7 +64,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """From its file. ValueError, in one line that names it, where there is none or it is damaged."""
+        """Load its file. Raises ValueError, in one line with its name, if it is missing or damaged."""
         try:
             return cls.from_bytes(Path(path).read_bytes())
         except OSError as error:
@@ -75,7 +75,7 @@ class Tokenizer:
 
     @classmethod
     def bytewise(cls) -> Tokenizer:
-        """256 bytes and nanochat's special tokens: needs no training, and always has the same digest."""
+        """Make one of 256 bytes and nanochat's special tokens, without training. Its digest is always the same."""
         package = _rustbpe()
         ranks = b"".join(b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
         inner = package.Tokenizer.from_tiktoken(ranks, package.NANOCHAT_PATTERN)
@@ -83,7 +83,7 @@ class Tokenizer:
         return cls.from_rustbpe(inner)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes its file, whole or not at all."""
+        """Write its file atomically."""
         partial = Path(f"{os.fspath(path)}.{os.getpid()}.part")
         try:
             partial.write_bytes(self.blob)
@@ -100,7 +100,7 @@ class Tokenizer:
         return set(self.special_tokens)
 
     def encode_special(self, token: str) -> int:
-        """The id of a special token. ValueError where this tokenizer has it not."""
+        """Return the id of a special token. Raises ValueError if this tokenizer does not have it."""
         if token not in self.special_tokens:
             known = ", ".join(self.special_tokens) or "none"
             raise ValueError(f"this tokenizer has no special token {token}, only {known}; see tok_train.py --special")
@@ -110,7 +110,7 @@ class Tokenizer:
         return self.encode_special(BOS)
 
     def has_known_pattern(self) -> bool:
-        """Whether its text is cut by one of the patterns that rustbpe brings: a foreign one may take any time."""
+        """Tell whether its pattern is one of rustbpe's own. Any other could take unbounded time."""
         package = _rustbpe()
         known = (package.NANOCHAT_PATTERN, package.DEFAULT_PATTERN, package.GPT2_PATTERN, package.CL100K_PATTERN)
         return self.inner.get_pattern() in known
@@ -123,7 +123,7 @@ class Tokenizer:
         return sizes
 
     def token_bytes(self) -> NDArray[np.int32]:
-        """(vocab,): how many bytes of text each token stands for; 0 for special ones."""
+        """Return how many bytes of text each token stands for, (vocab,); 0 for special ones."""
         return self._sizes.copy()
 
     # --- text ---------------------------------------------------------------------------------------------------------
@@ -153,9 +153,9 @@ class Tokenizer:
         append: int | str | None = None,
         num_threads: int | None = None,
     ) -> list[int] | list[list[int]]:
-        """The ids of a text, or of each of several on `num_threads` threads (by default all cores).
+        """Return the ids of a text, or of each of several, on `num_threads` threads (by default all cores).
 
-        `prepend` and `append` are special tokens, or ids, put before and after each.
+        `prepend` and `append` are special tokens or ids to put before and after each.
         """
         before = [] if prepend is None else [self._id(prepend)]
         after = [] if append is None else [self._id(append)]
@@ -168,7 +168,7 @@ class Tokenizer:
         return self.inner.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Iterable[int] | NDArray[np.integer]) -> str:
-        """The text of some ids, special ones by their names. ValueError for an id that there is not."""
+        """Return the text of ids, special ones by their names. Raises ValueError for an unknown id."""
         return self.inner.decode(ids)
 
     def _id(self, token: int | str) -> int:
@@ -177,19 +177,19 @@ class Tokenizer:
     # --- conversations ------------------------------------------------------------------------------------------------
 
     def render_conversation(self, conversation: Conversation, max_tokens: int = 2048) -> tuple[list[int], list[int]]:
-        """The ids of a conversation, at most `max_tokens`, and a mask: 1 where the assistant has to learn the token.
+        """Return the ids of a conversation, at most `max_tokens`, and a mask: 1 for tokens that the assistant learns.
 
-        Messages are the user's and the assistant's in turn, after one of the system's at most, which becomes part of
-        the user's first. The assistant's content is a text or a list of parts {"type": …, "text": …}: text and python
-        are its own, python_output is what its tool answered. Raises ValueError, naming the message, for anything else.
+        Messages alternate between user and assistant, after an optional one of the system, which becomes part of the
+        user's first. The assistant's content is a text or a list of parts {"type": …, "text": …}: text and python are
+        its own, python_output is the tool's answer. Raises ValueError, with the message's number, for anything else.
         """
         ids, mask = self._render(_turns(conversation))
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: Conversation) -> list[int]:
-        """The ids up to where the assistant begins to answer the last message of the user.
+        """Return the ids up to the beginning of the assistant's answer to the user's last message.
 
-        Where the conversation ends with an answer already, that is left out.
+        An answer at the end of the conversation is left out.
         """
         turns = _turns(conversation)
         if len(turns) % 2 == 0:
@@ -225,7 +225,7 @@ class Tokenizer:
 
 
 def get_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
-    """The tokenizer in a file, by default tokenizer.json in NANOCHAT_BASE_DIR. ValueError where there is none."""
+    """Load a tokenizer, by default tokenizer.json in NANOCHAT_BASE_DIR. Raises ValueError if it does not exist."""
     if path is None:
         from nanochat.common import base_dir
 
@@ -236,14 +236,14 @@ def get_tokenizer(path: str | os.PathLike[str] | None = None) -> Tokenizer:
 def _rustbpe() -> Any:
     try:
         import rustbpe
-        from rustbpe import Tokenizer  # noqa: F401  (where it is not built, its folder imports as an empty package)
+        from rustbpe import Tokenizer  # noqa: F401  (if it is not built, its folder imports as an empty package)
     except ImportError:
         raise ValueError("rustbpe is not built: install cargo from https://rustup.rs, then `make setup`") from None
     return rustbpe
 
 
 def _turns(conversation: Conversation) -> list[Turn]:
-    """The user's messages at even places, the assistant's at odd ones; the system's is part of the first."""
+    """Return the messages, the user's at even places, the assistant's at odd ones, the system's within the first."""
     messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError("a conversation is {'messages': [...]} with at least one message")
