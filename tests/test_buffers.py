@@ -12,7 +12,7 @@ from torch import nn
 from pilot.aggregation.buffers import merge_buffers
 from pilot.codec import buffers as buffers_codec
 from pilot.codec import load_codec
-from pilot.simulation.network import run
+from pilot.simulation.virtual_time import run
 from pilot.training.diloco import DiLoCo
 from pilot.training.learner import Learner
 from pilot.training.plain_loop import train

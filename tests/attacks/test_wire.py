@@ -194,7 +194,7 @@ def test_bytes_that_are_no_envelope(tmp_path: Path, body: bytes) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"protocol": "pilot/2"},
+        {"protocol": "pilot/1"},
         {"surprise": 1},
         {"round": -1},
         {"round": "0"},

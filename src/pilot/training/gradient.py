@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ class GradientResult:
     gradient: dict[str, torch.Tensor]  # fp32, by parameter name, on the model's device
     count: int  # examples or tokens in `done`
     loss: float  # mean over them
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # the model's, as the forward passes left them
 
 
 class GradientAccumulator:
@@ -48,7 +49,8 @@ class GradientAccumulator:
         gradient = {}
         for name, p in self.parameters.items():
             gradient[name] = torch.zeros_like(p) if p.grad is None else p.grad.div_(self.count)
-        return GradientResult(merge(self.done), gradient, self.count, self.loss / self.count)
+        buffers = self.task.buffers(self.model)
+        return GradientResult(merge(self.done), gradient, self.count, self.loss / self.count, buffers)
 
 
 def compute(

@@ -78,7 +78,8 @@ class InnerLoop(GradientAccumulator):
         if not all(bool(g.isfinite().all()) for g in gradient.values()):
             self.optimizer.state.clear()  # which the next order might reuse
             raise ProtocolError(f"{self.steps} inner steps led to NaN or infinity", Fault.NONFINITE)
-        return GradientResult(merge(self.done), gradient, self.count, self.loss / self.count)
+        buffers = self.task.buffers(self.model)
+        return GradientResult(merge(self.done), gradient, self.count, self.loss / self.count, buffers)
 
 
 class AccumulatorFactory:

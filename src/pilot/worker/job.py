@@ -93,7 +93,7 @@ class Job:
             raise Refused(409, f"the loss is {work.loss}", Fault.NONFINITE)
         order = self.order
         gradient, before, after = feedback.encode(codec, work.gradient)
-        payload = append(gradient, accumulator.task.buffers(accumulator.model))
+        payload = append(gradient, work.buffers)
         reply = Reply(
             run=order.run,
             round=order.round,
