@@ -82,7 +82,7 @@ def play(config: RoundConfig, costs: CostConfig, parameters: int, sizes: tuple[i
         conditions = Conditions(costs, LINK, scale=scale, wire=(up, down))
         world = World(folder, task, AdamWConfig(), policy, conditions, trace, config.rounds)
         watch = world.market.watch = link_watch(config, world.market.learner, world.network.miner_states, say, scale)
-        say(watch.budget.line(RATE, "a link"))
+        say(watch.budget.describe(RATE, "a link"))
         states = [state async for state in world.play(SECONDS)]
         first, last = states[WARM_UP - 1], states[-2]  # the last is cut short
         rounds = MINERS * (last.rounds - first.rounds)

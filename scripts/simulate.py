@@ -167,7 +167,7 @@ def introduction(config: SimulateConfig, world: World, task: Task) -> list[str]:
         + (", …" if len(world.machines) > 16 else ""),
         f"a model of {scale * world.state_mb:.1f} MB in fp32"
         + (f" (the {config.task}'s {1000 * world.state_mb:.1f} KB, {scale:.0f} times)" if scale != 1 else ""),
-        watch.budget.line(rate, "a link"),
+        watch.budget.describe(rate, "a link"),
         f"link: {link.up_mbps:g} Mbit/s up, {link.down_mbps:g} down, {link.latency_ms:g} ms one way"
         + (f" and up to {link.jitter_ms:g} more" if link.jitter_ms else "")
         + (f", {link.loss:.1%} lost" if link.loss else ""),

@@ -383,7 +383,6 @@ def terms_of(**flags: Any) -> RoundPolicy:
         ({}, "ternary-rc", "2bit"),
         ({"mode": "diloco"}, "2bit", "2bit"),
         ({"broadcast": "full"}, "ternary-rc", "fp32"),
-        ({"codec": CodecConfig(up="auto", down="auto")}, "ternary-rc", "2bit"),
         ({"codec": CodecConfig(up="topk64", down="int8")}, "topk64", "int8"),
         ({"broadcast": "full", "mode": "diloco", "codec": CodecConfig(down="bf16")}, "2bit", "bf16"),
     ],

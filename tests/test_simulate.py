@@ -45,15 +45,14 @@ def test_the_same_seed_plays_the_same(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_large_model_on_a_thin_link_in_diloco(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--make", "steady", "--miners", "2", "--hours", "0.5", "--round-seconds", "60", "--state-mb", "497.8"]
-    flags += ["--mode", "diloco", "--tau", "60", "--batches", "1", "--warmup-sync", "0.1", "--codec.up", "auto"]
+    flags += ["--mode", "diloco", "--tau", "60", "--batches", "1", "--warmup-sync", "0.1", "--codec.up", "int4"]
     flags += ["--costs.batch", "2", "--quadratic.dimension", "16384"]
     simulate.main([*flags, "--cache", str(tmp_path), "--plot", str(tmp_path / "p.png")])
     lines = capsys.readouterr().out.splitlines()
     (size,) = [line for line in lines if line.startswith("a model of ")]
     assert size.startswith("a model of 497.8 MB in fp32")
-    budget, choice = [line for line in lines if " a round and miner: " in line]
-    assert budget.startswith("33.1 MB up (2bit) and 33.1 MB down (2bit) a round and miner: ")
-    assert choice.startswith("--codec.up auto: 64.2 MB up (int4) and 33.1 MB down (2bit) a round and miner: ")
+    (budget,) = [line for line in lines if " a round and miner: " in line]
+    assert budget.startswith("64.2 MB up (int4) and 33.1 MB down (2bit) a round and miner: ")
     summary = json.loads(lines[-1])
     assert summary["rounds"] >= 28
     assert summary["utilisation"] > 0.8

@@ -36,7 +36,6 @@ MINERS = 3
 PARAMETERS = 124e6  # that the small model stands for
 SMALL = QuadraticConfig(dimension=1 << 14, samples=64)
 FLAGS = RoundConfig(task="quadratic", round_seconds=60.0, rounds=50, batches=4)
-AUTO = replace(FLAGS, codec=CodecConfig(up="auto", down="auto"))
 LINK = LinkSpec(up_bps=100e6, down_bps=100e6, latency_s=0.05)
 COSTS = CostConfig(batch=2.0, spread=0.1, evaluate=0.0)
 
@@ -95,28 +94,17 @@ def replayed(folder: Path, flags: RoundConfig) -> tuple[Market, RoundRecord]:
 
 
 @pytest.mark.parametrize("overlap", [0, 1])
-def test_the_links_choose_codecs_and_a_restart_makes_the_same_versions(overlap: Literal[0, 1], tmp_path: Path) -> None:
-    flags = replace(AUTO, overlap=overlap)
-    _, records, said = play(tmp_path, flags, 600.0)
+def test_links_are_measured_and_a_restart_makes_the_same_versions(overlap: Literal[0, 1], tmp_path: Path) -> None:
+    flags = replace(FLAGS, overlap=overlap)
+    _, records, _ = play(tmp_path, flags, 600.0)
     assert len(records) >= 8
-    used = [(r.metrics["codec_up"], r.metrics["codec_down"]) for r in records]
-    first = 3 + overlap  # a round is opened before the third is over
-    assert set(used[:first]) == {("ternary-rc", "2bit")}
-    (chosen,) = set(used[first:])
-    assert bits(str(chosen[0])) > bits("ternary-rc")
-    (line,) = said
-    assert f"({chosen[0]}) and " in line
-    assert float(records[-1].metrics["communication"]) <= 0.2
+    assert {(r.codec_up, r.codec_down) for r in records} == {("ternary-rc", "2bit")}
     assert float(records[-1].metrics["link_up_mbps"]) == pytest.approx(100, rel=0.1)
     for record in records[:-1]:
-        sent, after = orders(tmp_path, record.round), orders(tmp_path, record.round + 1)
-        assert {(o.codec_up, o.codec_down) for o in sent} == {used[record.round]}
-        if not overlap:
-            assert {o.update.steps[-1].codec for o in after} == {used[record.round][1]}
+        sent = orders(tmp_path, record.round)
+        assert {(o.codec_up, o.codec_down) for o in sent} == {("ternary-rc", "2bit")}
     market, head = replayed(tmp_path, flags)
     assert market.learner.version == head.version
-    assert market.watch is not None
-    assert market.watch.codecs == chosen
 
 
 def test_deltas_and_small_codecs_leave_the_link_idle(tmp_path: Path) -> None:

@@ -301,4 +301,4 @@ def link_watch(
         mode=config.mode,
         broadcast=config.broadcast,
     )
-    return LinkWatch(budget, links, say, config.codec.up == "auto", config.codec.down == "auto")
+    return LinkWatch(budget, links, say)

@@ -74,8 +74,7 @@ class CodecConfig:
 
     up: str = arg("", short=True)
     """Encoding of gradients, miner to validator. One of fp32, bf16, int8, int4, 2bit, ternary-rc (a scale for each row
-    and column), 1bit, topk64 (64 values of each 4,096); or auto, which chooses by the miners' links. Empty: ternary-rc,
-    or 2bit with --mode diloco."""
+    and column), 1bit, topk64 (64 values of each 4,096). Empty: ternary-rc, or 2bit with --mode diloco."""
     down: str = arg("", short=True)
     """Encoding of updates, validator to miner. Names as for --codec.up. Empty: 2bit, or fp32 with --broadcast full,
     which only takes fp32 and bf16."""
@@ -204,9 +203,9 @@ class RoundConfig(TrainingConfig):
         from pilot.codec import DENSE, known_codecs
 
         for name, codec in (("up", self.codec.up), ("down", self.codec.down)):
-            if codec not in ("", "auto", *known_codecs()):
+            if codec not in ("", *known_codecs()):
                 raise ValueError(f"--codec.{name} {codec}: unknown; known: {', '.join(known_codecs())}")
-        if self.broadcast == "full" and self.codec.down not in ("", "auto", *DENSE):
+        if self.broadcast == "full" and self.codec.down not in ("", *DENSE):
             raise ValueError(
                 f"--codec.down {self.codec.down}: --broadcast full sends the whole state, for which only "
                 f"{' and '.join(DENSE)} are exact enough; choose one of these, or --broadcast delta"
@@ -239,7 +238,7 @@ class RoundConfig(TrainingConfig):
         """Return the codecs, up and down, that a run starts with: the mode's defaults where none is named."""
         from pilot.codec import DENSE
 
-        up, down = ("" if name == "auto" else name for name in (self.codec.up, self.codec.down))
+        up, down = self.codec.up, self.codec.down
         return up or ("2bit" if self.mode == "diloco" else "ternary-rc"), down or (
             "2bit" if self.broadcast == "delta" else DENSE[0]
         )

@@ -125,8 +125,8 @@ def summary(
     """The round's row of metrics. `seconds` is all of its time; `loss` the miners' own mean, weighted by accepted work.
 
     Utilisation is a miner's seconds of computing, as it says, in a second of the round: for display, never for pay.
-    But `compute_s` chooses codecs (`budget.LinkWatch`): the median, and of no miner more than our own clock saw, so
-    that one which lies cannot choose for all.
+    `compute_s` is the median over the miners, and of each no more than the validator's own clock saw, so that a miner
+    that lies does not change it much.
     """
     good = {part: o for part, o in sorted(outcomes.items()) if isinstance(o, VerifiedReply)}
     work = sum(d.contribution.count for d in good.values())

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 from pilot.aggregation import Aggregator
 from pilot.aggregation.buffers import merge_buffers
-from pilot.codec import Codec, bits
+from pilot.codec import Codec
 from pilot.common.units import fp32_megabytes
 from pilot.interfaces import Faulted, Network, RoundRecord, Store
 from pilot.market import receipts
@@ -120,8 +120,7 @@ class Market:
         )
         self.blobs = task.blobs()
         learner.history.keep_previous |= policy.overlap > 0  # orders that a restart sends again may name it
-        self.watch: LinkWatch | None = None  # measures what communication costs, and may choose the codecs
-        self._codecs: dict[int, tuple[str, str]] = {}  # up and down, of the rounds in flight
+        self.watch: LinkWatch | None = None  # measures what communication costs
         self._megabytes = fp32_megabytes(p.shape for p in learner.parameters.values())
         self.round = 0  # the oldest that is not committed
         self.empty_rounds = 0
@@ -227,15 +226,7 @@ class Market:
         if any((order.inner_steps is not None) != self.policy.inner(round) for order, _ in standing):
             return []  # with other --rounds other rounds are DiLoCo's
         self.cursor = self.cursor.without(chain.from_iterable(order.ranges for order, _ in standing))
-        if standing:
-            ups, downs = {order.codec_up for order, _ in standing}, {order.codec_down for order, _ in standing}
-            self._codecs[round] = (min(ups, key=bits), min(downs, key=bits))  # others fell back to more
         return standing
-
-    def codecs(self, round: int) -> tuple[str, str]:
-        """Up and down, of a round in flight: the same for all of its orders, and for the delta that it makes."""
-        now = self.watch.codecs if self.watch else (self.policy.codec_up, self.policy.codec_down)
-        return self._codecs.setdefault(round, now)
 
     def _plan(self, round: int) -> list[tuple[Order, Signed]]:
         """Disjoint ranges for every miner that is there, and keeps no more replies than it can: none at all if nobody
@@ -288,8 +279,9 @@ class Market:
     def _order(
         self, round: int, hotkey: Hotkey, ranges: tuple[Range, ...], budget_s: float, staleness: int
     ) -> tuple[Order, Signed]:
-        (up, down), whole = self.codecs(round), self.negotiation.needs_state(hotkey, self.learner.update)
-        up, down = self.negotiation.up(hotkey, up), self.negotiation.down(hotkey, down)
+        whole = self.negotiation.needs_state(hotkey, self.learner.update)
+        up = self.negotiation.up(hotkey, self.policy.codec_up)
+        down = self.negotiation.down(hotkey, self.policy.codec_down)
         order = Order(
             run=self.policy.run,
             round=round,
@@ -326,8 +318,7 @@ class Market:
 
     def _plan_step(self, round: int, accepted: Mapping[AssignmentKey, Contribution]) -> Step:
         """Return what the round's step is made with: all of it is in the round's record, for replays."""
-        up, down = self.codecs(round)
-        del self._codecs[round]
+        up, down = self.policy.codec_up, self.policy.codec_down
         return Step(self.settings(round, max(1, sum(c.count for c in accepted.values()))), up, down)
 
     async def _measure(self, accepted: Mapping[AssignmentKey, Contribution]) -> dict[AssignmentKey, dict[str, float]]:
@@ -464,8 +455,6 @@ class Market:
             self.round = head.round + 1
             self.cursor = Cursor.loads(head.cursor)
             self.ranker.load_state_dict(json.loads(head.ranker))
-            if self.watch:
-                self.watch.resume(head.metrics)
             for record in self.store.committed(max(0, self.round - ROUNDS_KNOWN)):
                 self.history.observe(Receipt.parse(s.body) for s in record.receipts)
             self.notifier.owe(head.receipts)
