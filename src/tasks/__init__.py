@@ -29,8 +29,8 @@ Batch = Any  # each task's own; only its `loss` reads one
 class Task(Protocol):
     """A model with its data, the same at the validator, at a miner and in the baseline.
 
-    A batch is named by its index alone, so every machine that holds the same data computes the same batch. A task
-    holds no model: whoever owns one passes it in.
+    A batch is named by its index alone, so every machine with the same data computes the same batch. A task holds no
+    model; its owner passes it in.
     """
 
     name: ClassVar[str]
@@ -47,7 +47,7 @@ class Task(Protocol):
 
     @property
     def unit(self) -> str:
-        """What `count` counts, in the plural: `tokens`, `images`."""
+        """Return what `count` counts, in the plural: `tokens`, `images`."""
         ...
 
     @property
@@ -65,14 +65,17 @@ class Task(Protocol):
     def prepare(
         cls, config: Any, *, seed: int, cache: Path, device: torch.device, progress: Callable[[str], None]
     ) -> Self:
-        """The validator's and the baseline's way in. Raises ValueError, in one line, for what the user can mend."""
+        """Make the task from its flags, for the validator and the baseline.
+
+        Raises ValueError, in one line, for what the user can correct.
+        """
         ...
 
     @classmethod
     def from_spec(cls, spec: TaskSpec, data: DataSpec, open_blob: OpenBlob) -> Self:
         """Make the task of an order at a miner. `open_blob` gives the file of a blob by its name in `data.blobs`.
 
-        Raises ProtocolError, and Refused if a blob cannot be had.
+        Raises ProtocolError, and Refused if a blob is not available.
         """
         ...
 
@@ -85,55 +88,55 @@ class Task(Protocol):
         ...
 
     def spec(self) -> TaskSpec:
-        """All that `from_spec` needs besides the data: plain values."""
+        """Return what `from_spec` needs besides the data: plain values."""
         ...
 
     def blobs(self) -> Blobs:
-        """What can be handed over to miners that lack it."""
+        """Return what the validator can send to miners that lack it."""
         ...
 
     def build_model(self, device: torch.device | str, initial: bool) -> nn.Module:
-        """The model in fp32. With `initial` its starting weights; without, whatever is fastest."""
+        """Build the model in fp32, with its initial weights, or without `initial` whatever is fastest."""
         ...
 
     def trainable(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters that travel, by sorted name, shared ones once."""
+        """Return the parameters that travel, by sorted name, shared ones once."""
         ...
 
     def buffers(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """State that travels and has no gradient, such as a batch norm's."""
+        """Return the state that travels but has no gradient, such as a batch norm's."""
         ...
 
     def optimizer(self, model: nn.Module, config: Any) -> torch.optim.Optimizer:
-        """By the task's own optimizer flags, or AdamW's."""
+        """Make the optimizer from flags of type `Optimizer`."""
         ...
 
     def settings(self, config: Any, step: int, steps: int, units: int) -> Settings:
-        """What the schedule sets in step `step` of `steps`, each over about `units` units."""
+        """Return what the schedule sets in step `step` of `steps`, each over about `units` units."""
         ...
 
     def batch(self, index: int) -> Batch:
-        """Micro-batch `index`, counted across epochs: a pure function of it and of the data."""
+        """Return micro-batch `index`, counted across epochs: a pure function of it and of the data."""
         ...
 
     def count(self, index: int) -> int:
-        """How many units `loss` sums over in that batch: its weight, without reading the data."""
+        """Return how many units `loss` sums over in that batch: its weight, without reading the data."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """The sum, over the batch's units, as a scalar with a gradient."""
+        """Return the sum over the batch's units, a scalar with a gradient."""
         ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Figures on data that is never trained on, always with a `val_loss`."""
+        """Return figures on data that is never trained on, always with a `val_loss`."""
         ...
 
     def flops(self, model: nn.Module) -> float:
-        """Floating-point operations a unit, forward and backward, for the utilisation of a device; 0 if unknown."""
+        """Return the floating-point operations per unit, forward and backward; 0 if unknown."""
         ...
 
     def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """What a checkpoint holds besides tensors: plain values, and files such as a tokenizer."""
+        """Return what a checkpoint holds besides tensors: plain values, and files such as a tokenizer."""
         ...
 
 

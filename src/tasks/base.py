@@ -58,7 +58,7 @@ S = TypeVar("S", bound=Shape)
 
 
 class BaseTask(Generic[S]):
-    """Implement the parts of `tasks.Task` that follow from a shape and a token file.
+    """The parts of `tasks.Task` that follow from a shape and a token file.
 
     A subclass sets `shape`, `_data`, `_tokens` and `_orders`, and overrides whatever differs.
     """

@@ -74,7 +74,7 @@ class GPT2Shape(Shape):
     seed: Seed
 
     def check(self) -> None:
-        """Raises ValueError where the parameters do not go together."""
+        """Raise ValueError if the parameters contradict each other."""
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
         matrices = self.n_layer * (4 * self.n_embd + 2 * self.n_inner) + 2 * self.vocab_size + self.n_positions
@@ -87,7 +87,7 @@ class GPT2Shape(Shape):
         import transformers
 
         options: dict[str, Any] = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
-        # only the eager kernel heeds reorder_and_upcast_attn
+        # only the eager kernel supports reorder_and_upcast_attn
         options["attn_implementation"] = "eager" if self.reorder_and_upcast_attn else "sdpa"
         sizes = self.model_dump(exclude={"seq_len", "batch_size", "eval_sequences", "seed"})
         return transformers.GPT2Config(**sizes, **options, **NO_SPECIAL, use_cache=False)
@@ -109,9 +109,9 @@ class GPT2(BaseTask[GPT2Shape]):
         pretrained: str | None = None,
         vocabulary: bytes | None = None,
     ) -> None:
-        """`pretrained` names the initial weights' source. The last two are the validator's alone.
+        """`pretrained` names the source of the initial weights. Miners have neither it nor the vocabulary.
 
-        Raises ValueError where the text is shorter than one micro-batch, or its validation part than a sequence.
+        Raises ValueError if the text is shorter than one micro-batch, or its validation part than a sequence.
         """
         self.shape = shape
         self._data = data
@@ -140,7 +140,7 @@ class GPT2(BaseTask[GPT2Shape]):
         device: torch.device | None = None,
         progress: Callable[[str], None] = silent,
     ) -> Self:
-        """Model and text by the flags. Raises ValueError, in one line, for either that cannot be had."""
+        """Make the task from its flags. Raises ValueError, in one line, if model or text is not available."""
         check_seed(seed)
         pretrained = None if config.model in PRESETS else _load_config(config.model)
         automatic = "byte" if config.model == "nano" else "gpt2"
@@ -169,7 +169,7 @@ class GPT2(BaseTask[GPT2Shape]):
     # --- the model ----------------------------------------------------------------------------------------------------
 
     def build_model(self, device: torch.device | str, initial: bool) -> nn.Module:
-        """In training mode, fp32. The initial weights are made on the CPU, so they are the same for every device."""
+        """Build the model in training mode, in fp32. Initial weights come from the CPU, the same for all devices."""
         model = self._initial_model().to(device) if initial else self._empty_model(device)
         return model.train()
 
@@ -191,19 +191,19 @@ class GPT2(BaseTask[GPT2Shape]):
         with torch.device("meta"):
             model: nn.Module = GPT2LMHeadModel(self.shape.config())
         model.to_empty(device=device)
-        # emptying gave each of two tied parameters its own memory
+        # to_empty gave two tied parameters separate memory
         model.tie_weights()  # type: ignore[operator]
         return model
 
     def flops(self, model: nn.Module) -> float:
-        """6 a parameter but the positions, and attention over the whole sequence."""
+        """Count 6 per parameter except positions, plus attention over the whole sequence."""
         shape = self.shape
         matrices = sum(p.numel() for p in model.parameters()) - shape.n_positions * shape.n_embd
         head = 0 if shape.tie_word_embeddings else -shape.vocab_size * shape.n_embd  # then one of two tables is read
         return 6.0 * (matrices + head) + 12.0 * shape.n_layer * shape.n_embd * shape.seq_len
 
     def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """With these files the checkpoint's folder is one that `GPT2LMHeadModel.from_pretrained` reads."""
+        """Return files with which `GPT2LMHeadModel.from_pretrained` reads the checkpoint's folder."""
         files = {"config.json": self.shape.config().to_json_string().encode()}
         if self._vocabulary:
             files["vocabulary"] = self._vocabulary
@@ -231,7 +231,7 @@ class GPT2(BaseTask[GPT2Shape]):
     # --- the loss -----------------------------------------------------------------------------------------------------
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Cross entropy in nats, summed over the batch's tokens; fp32 scalar."""
+        """Return the cross-entropy in nats, summed over the batch's tokens; an fp32 scalar."""
         from torch.nn import functional as F
 
         device = next(model.parameters()).device
@@ -240,7 +240,7 @@ class GPT2(BaseTask[GPT2Shape]):
         return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), reduction="sum")
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """{"val_loss": mean nats per token} over `eval_sequences` windows spread evenly over the validation part."""
+        """Return {"val_loss": mean nats per token} over `eval_sequences` evenly spread validation windows."""
         import torch
 
         there = self._count_windows(self._tokens.validation)
@@ -305,12 +305,12 @@ def _load_weights(name: str, shape: GPT2Shape) -> nn.Module:
     import torch
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()  # it would tear our own display
+    transformers.utils.logging.disable_progress_bar()  # it would break our own display
     try:
         model: nn.Module = transformers.GPT2LMHeadModel.from_pretrained(
             name, config=shape.config(), dtype=torch.float32
         )
-    except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError where shapes differ
+    except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError if shapes differ
         raise _unknown_model(name, error) from error
     return model
 

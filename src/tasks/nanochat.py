@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     Batch = tuple[torch.Tensor, torch.Tensor]  # inputs and targets, each (batch_size, seq_len), int64, on the CPU
 
-LEAST_DOCUMENT = 8  # tokens of a document on average, for a miner to pack a stranger's: 4 million take it seconds
+LEAST_DOCUMENT = 8  # average tokens of a document that a miner accepts: packing 4 million documents takes seconds
 FEW = 100_000
 BYTES = {"fp32": 4, "bf16": 2}  # of an activation
 Heads = Annotated[int, Field(ge=1, le=512)]
@@ -115,7 +115,7 @@ class NanochatShape(Shape):
     seed: Seed
 
     def check(self) -> None:
-        config = self.config()  # ValueError where the widths do not fit
+        config = self.config()  # raises ValueError if the widths do not fit
         if 4 * config.parameter_counts()["total"] > MAX_BLOB_BYTES:
             raise ValueError("a model too large for its state to be sent")
         if self.bos >= self.vocab_size:
@@ -147,7 +147,7 @@ class Nanochat(BaseTask[NanochatShape]):
     def __init__(
         self, shape: NanochatShape, data: DataSpec, tokens: Tokens, tokenizer: RustTokenizer | None = None
     ) -> None:
-        """The tokenizer is the validator's alone. Raises ValueError where the text makes no micro-batch."""
+        """Miners have no tokenizer. Raises ValueError if the text makes no micro-batch."""
         self.shape = shape
         self.config = shape.config()
         self._data = data
@@ -163,7 +163,7 @@ class Nanochat(BaseTask[NanochatShape]):
             )
 
     def _packed(self, part: Literal["train", "validation"], crop: Literal["discard", "keep"]) -> PackingIndex:
-        """The rows of a part of the tokens. A validator keeps them in a file beside the tokens, a miner writes none."""
+        """Pack a part of the tokens into rows. The validator caches them beside the tokens; a miner does not."""
         from nanochat.dataloader import PackingIndex
 
         tokens, bos, row_len = getattr(self._tokens, part), self.shape.bos, self.shape.sequence_len + 1
@@ -175,7 +175,7 @@ class Nanochat(BaseTask[NanochatShape]):
 
     @cached_property
     def _validation(self) -> PackingIndex:
-        """All of the validation text, whatever becomes of the training text that is cut."""
+        """Pack all of the validation text, whatever --nanochat.crop does with the training text."""
         return self._packed("validation", "keep")
 
     @classmethod
@@ -188,7 +188,7 @@ class Nanochat(BaseTask[NanochatShape]):
         device: torch.device | None = None,
         progress: Callable[[str], None] = silent,
     ) -> Self:
-        """Model and text by the flags. Raises ValueError, in one line, for either that cannot be had."""
+        """Make the task from its flags. Raises ValueError, in one line, if model or text is not available."""
         check_seed(seed)
         tokenizer = _tokenizer(config.tokenizer, progress)
         import torch
@@ -229,9 +229,9 @@ class Nanochat(BaseTask[NanochatShape]):
     # --- the model ----------------------------------------------------------------------------------------------------
 
     def build_model(self, device: torch.device | str, initial: bool) -> nn.Module:
-        """In training mode, weights fp32. The initial ones are made on the CPU, so they are the same for every device.
+        """Build the model in training mode, in fp32. Initial weights come from the CPU, the same for all devices.
 
-        Raises ProtocolError where the device has not the memory to train it.
+        Raises ProtocolError if the device lacks the memory to train it.
         """
         import torch
 
@@ -259,7 +259,7 @@ class Nanochat(BaseTask[NanochatShape]):
         return float(self.config.flops_per_token())
 
     def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """What `nanochat.checkpoint_manager.load_model` and `scripts/base_eval.py` need."""
+        """Return what `nanochat.checkpoint_manager.load_model` and `scripts/base_eval.py` need."""
         meta: dict[str, Any] = {"config": asdict(self.config), "dtype": self.shape.dtype}
         meta["validation"] = self._data.parameters["validation"]
         if self._tokenizer is None or self._tokenizer.vocabulary is None:
@@ -273,7 +273,7 @@ class Nanochat(BaseTask[NanochatShape]):
         return _shifted(self._train.rows(self._orders.batch(index, self.shape.batch_size)))
 
     def loader(self, device: torch.device, rank: int = 0, world: int = 1) -> Loader:
-        """The same batches in their order, every `world`-th of them from `rank` on, made ahead for the device."""
+        """Load the same batches in order, every `world`-th from `rank`, ahead of time and on the device."""
         from nanochat.dataloader import Loader
 
         size, tokenizer = self.shape.batch_size, self._tokenizer.inner.digest if self._tokenizer else None
@@ -285,16 +285,16 @@ class Nanochat(BaseTask[NanochatShape]):
     # --- the loss -----------------------------------------------------------------------------------------------------
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Cross entropy in nats, summed over the batch's tokens; fp32 scalar."""
+        """Return the cross-entropy in nats, summed over the batch's tokens; an fp32 scalar."""
         device = next(model.parameters()).device
         inputs, targets = (ids.to(device, non_blocking=True) for ids in batch)
         loss: torch.Tensor = model(inputs, targets, reduction="sum")
         return loss
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """{"val_loss": mean nats per token, "val_bpb": bits per byte} over rows spread evenly over the validation part.
+        """Return {"val_loss": mean nats per token, "val_bpb": bits per byte} over evenly spread validation rows.
 
-        A miner, which has no tokenizer, knows no bytes: it gets the loss alone.
+        A miner has no tokenizer, so it cannot count bytes: it returns only the loss.
         """
         import torch
 
@@ -322,7 +322,7 @@ def _shifted(rows: Any) -> Batch:
 
 
 def _tokenizer(name: str, progress: Callable[[str], None]) -> RustTokenizer:
-    """The tokenizer behind --nanochat.tokenizer. Raises ValueError if it cannot be had."""
+    """Load the tokenizer of --nanochat.tokenizer. Raises ValueError if it is not available."""
     path = base_dir() / "tokenizer.json" if name == "auto" else Path(name).expanduser()
     if name == "byte" or (name == "auto" and not path.exists()):
         from nanochat.tokenizer import Tokenizer
@@ -334,7 +334,7 @@ def _tokenizer(name: str, progress: Callable[[str], None]) -> RustTokenizer:
 
 
 def _text(name: str, progress: Callable[[str], None]) -> str:
-    """What --nanochat.text auto stands for."""
+    """Resolve --nanochat.text auto."""
     if name != "auto":
         return name
     folder = base_dir() / "base_data"
@@ -347,7 +347,7 @@ def _text(name: str, progress: Callable[[str], None]) -> str:
 
 
 def _resolve(config: NanochatConfig, tokenizer: RustTokenizer, device: torch.device, seed: int) -> NanochatShape:
-    """The shape by the flags, for the tokenizer's vocabulary."""
+    """Return the shape that the flags describe, with the tokenizer's vocabulary."""
     try:
         model = GPTConfig.from_depth(
             config.depth,
@@ -382,7 +382,7 @@ def _resolve(config: NanochatConfig, tokenizer: RustTokenizer, device: torch.dev
 
 
 def _dtype(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> Literal["fp32", "bf16"]:
-    """What --nanochat.dtype auto stands for on this machine."""
+    """Resolve --nanochat.dtype auto for this device."""
     import torch
 
     if name != "auto":
@@ -391,6 +391,6 @@ def _dtype(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> Liter
 
 
 def _check_memory(config: GPTConfig, batch: int, dtype: str, device: torch.device, optimizer: bool) -> None:
-    """With what is held besides the model, on a CPU: the state; at a miner, without the optimizer, also the payload."""
+    """Check the memory. On a CPU it also holds the state, and at a miner, without an optimizer, the payload."""
     copies = (1 if optimizer else 2) if device.type == "cpu" else 0
     check_memory(config, batch, device, optimizer, activation_bytes=BYTES[dtype], copies=copies)

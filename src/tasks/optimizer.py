@@ -1,7 +1,7 @@
-"""AdamW and its schedule: what moves the model, once a round, at the validator and in the baseline alike.
+"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) and its schedule, for the validator and the baseline.
 
-What a schedule sets for a step are its `Settings`, which the ledger keeps with the round: "lr", and whatever else a
-task's optimizer has, such as Muon's "momentum".
+A schedule gives each step its `Settings`, which the ledger keeps with the round: "lr", and others that a task's
+optimizer has, such as Muon's "momentum".
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 Settings = Mapping[str, float]
-LARGEST = 1e30  # of a stranger's flags: fp32 holds what a schedule and a width make of it
+LARGEST = 1e30  # for values in an order: fp32 still holds their product with a schedule's and a width's factor
 
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """The optimizer that moves the model, and its schedule; with --mode diloco that of the miners' inner steps too. The
-    task nanochat has its own."""
+    """AdamW and its schedule; with --mode diloco also of the miners' inner steps. Some tasks have their own."""
 
     lr: float = arg(3e-3, short=True)
     """Peak learning rate."""
@@ -63,7 +62,7 @@ class AdamWConfig:
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, settings: Settings) -> None:
-    """Sets each key in the groups that have its scale: group["lr"] = settings["lr"] * group["lr_scale"]."""
+    """Set each key in the groups that have its scale: group["lr"] = settings["lr"] * group["lr_scale"]."""
     for group in optimizer.param_groups:
         for key, value in settings.items():
             if f"{key}_scale" in group:
@@ -95,10 +94,10 @@ def adamw_settings(config: AdamWConfig, step: int, steps: int) -> dict[str, floa
 
 
 def schedule(config: AdamWConfig, step: int, steps: int) -> float:
-    """What to multiply the learning rate by in step `step` of 0 … steps - 1.
+    """Return the factor of the learning rate in step `step` of 0 … steps - 1.
 
-    Rises linearly over `warmup` steps to 1, which the step after them reaches at the latest, then falls along half a
-    cosine to `final_lr` in the last step, and stays there.
+    It rises linearly over `warmup` steps to 1, reached in the step after them, then falls along half a cosine to
+    `final_lr` in the last step, and stays there.
     """
     if step < config.warmup:
         return (step + 1) / (config.warmup + 1)
@@ -108,7 +107,7 @@ def schedule(config: AdamWConfig, step: int, steps: int) -> float:
 
 
 def adamw(model: nn.Module, config: AdamWConfig) -> torch.optim.AdamW:
-    """AdamW whose weight decay is for matrices and embeddings; biases and norms have none."""
+    """Make an AdamW with weight decay on matrices and embeddings, but not on biases and norms."""
     import torch
 
     parameters = [p for _, p in sorted(model.named_parameters()) if p.requires_grad]

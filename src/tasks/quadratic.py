@@ -1,9 +1,10 @@
-"""A noisy quadratic with a known optimum: a task for emulations, whose micro-batches cost some 100 µs.
+"""A noisy quadratic with a known optimum: a task for simulations, whose micro-batches take about 100 µs.
 
     loss of sample w at x:   f_w(x) = 0.5 / d * sum_j h_j (x_j - c_wj)^2,   c_wj = o_j + noise * e_wj
 
-The curvatures h_j lie evenly on a logarithmic scale between 1 / condition and 1; the optimum o is the seed's. The e_wj
-are the bytes of the token file, of mean 0 over all samples and of variance v_j, close to 1. So the mean loss is
+The curvatures h_j lie evenly on a logarithmic scale between 1 / condition and 1; the optimum o follows from the
+seed. The e_wj are the bytes of the token file, of mean 0 over all samples and of variance v_j, close to 1. So the
+mean loss is
 
     f(x) = 0.5 / d * sum_j h_j ((x_j - o_j)^2 + noise^2 v_j),   least at o, where it is `floor`.
 
@@ -42,7 +43,7 @@ BYTE_DEVIATION = math.sqrt((256**2 - 1) / 12)  # of a uniform byte
 
 @dataclass(frozen=True)
 class QuadraticConfig:
-    """A noisy quadratic with a known optimum: micro-batches cost next to nothing, for emulations and smoke tests."""
+    """A noisy quadratic with a known optimum: micro-batches cost almost nothing, for simulations and smoke tests."""
 
     dimension: int = 2560
     """Parameters, of 4 bytes each."""
@@ -75,7 +76,7 @@ class QuadraticConfig:
 
 
 class QuadraticShape(Shape):
-    """Everything but the samples."""
+    """Everything except the samples."""
 
     dimension: Dimension
     batch_size: Dimension
@@ -93,7 +94,7 @@ class Quadratic(BaseTask[QuadraticShape]):
     example: ClassVar[Mapping[str, Any]] = {"dimension": 16, "samples": 64, "batch_size": 4}
 
     def __init__(self, shape: QuadraticShape, data: DataSpec, tokens: Tokens) -> None:
-        """Raises ValueError where the samples are fewer than a micro-batch."""
+        """Raises ValueError if there are fewer samples than in a micro-batch."""
         import torch
 
         self.shape = shape
@@ -112,14 +113,14 @@ class Quadratic(BaseTask[QuadraticShape]):
 
     @cached_property
     def _noise(self) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """(samples, d): c_w - o. (samples,): the loss of each at the optimum. Reads all samples, once."""
+        """Return c_w - o, (samples, d), and each sample's loss at the optimum, (samples,). Reads all samples once."""
         d, scale = self.shape.dimension, np.float32(self.shape.noise / BYTE_DEVIATION)
         noise = (self._tokens.train[: self._samples * d].reshape(-1, d).astype(np.float32) - np.float32(127.5)) * scale
         return np.asarray(noise), 0.5 * np.square(noise, dtype=np.float64) @ self.curvatures.double().numpy()
 
     @property
     def floor(self) -> float:
-        """The least mean loss over all samples that any x has."""
+        """Return the minimum of the mean loss over all samples."""
         return float(self._noise[1].mean())
 
     @classmethod
@@ -132,7 +133,7 @@ class Quadratic(BaseTask[QuadraticShape]):
         device: torch.device | None = None,
         progress: Callable[[str], None] = lambda line: None,
     ) -> Self:
-        """Makes the samples. Raises ValueError, in one line, for what the user can mend."""
+        """Make the samples. Raises ValueError, in one line, for what the user can correct."""
         check_seed(seed)
         half = np.frombuffer(_stream("samples", seed, config.samples // 2 * config.dimension), np.uint8)
         cache.mkdir(parents=True, exist_ok=True)
@@ -170,7 +171,7 @@ class Quadratic(BaseTask[QuadraticShape]):
         return model.to(device)
 
     def flops(self, model: nn.Module) -> float:
-        """Four a coordinate for the loss, two for its gradient."""
+        """Count four per coordinate for the loss and two for its gradient."""
         return 6.0 * self.shape.dimension
 
     def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -191,7 +192,7 @@ class Quadratic(BaseTask[QuadraticShape]):
     # --- the loss -----------------------------------------------------------------------------------------------------
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Summed over the batch's samples; fp32 scalar."""
+        """Return the loss summed over the batch's samples; an fp32 scalar."""
         import torch
 
         noise, at_optimum = batch
@@ -201,18 +202,18 @@ class Quadratic(BaseTask[QuadraticShape]):
         return torch.addcmul(pull, curvatures, apart, value=-0.5 * self.shape.batch_size).dot(-apart) + at_optimum
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """`val_loss`, the mean over all samples, exactly; `excess_loss`, by how much it is above the least."""
+        """Return `val_loss`, the exact mean over all samples, and `excess_loss`, its distance from the minimum."""
         apart = next(model.parameters()).detach().double().cpu() - self.optimum
         excess = 0.5 * float(self.curvatures.double() @ apart.square())
         return {"val_loss": self.floor + excess, "excess_loss": excess}
 
 
 def _stream(use: str, seed: int, size: int) -> bytes:
-    """blake3's output stream: the same on every machine and for ever."""
+    """Return bytes of blake3's output stream, which never differ between machines or releases."""
     return blake3(struct.pack("<Q", seed), derive_key_context=f"{CONTEXT} quadratic {use}").digest(length=size)
 
 
 def _optimum(seed: int, dimension: int) -> NDArray[np.float32]:
-    """(dimension,): uniform in [-1/4, 1/4): some hundred steps of AdamW at its default learning rate."""
+    """Return the optimum, (dimension,), uniform in [-1/4, 1/4): about a hundred AdamW steps at the default rate."""
     words = np.frombuffer(_stream("optimum", seed, 4 * dimension), "<u4")
     return ((words / 2.0**31 - 1) / 4).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Texts to train a vocabulary on, and how many bytes of each kind of text a token of it stands for, beside others'."""
+"""Read texts to train a vocabulary on, and compare tokenizers by bytes per token on each kind of text."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from rustbpe import Tokenizer
 
 PROSE, CODE, LANGUAGES, NUMBERS = KINDS = ("prose", "code", "other languages", "numbers, whitespace")
-LOOK = 2000  # characters of a text that tell its kind
-SHORT = 20  # characters: fewer do not tell
-SAMPLE = 1 << 20  # characters of each kind that are compared
-TEXTS = 10_000  # looked at for samples: a second's work
+LOOK = 2000  # characters that decide a text's kind
+SHORT = 20  # characters; texts with fewer are skipped
+SAMPLE = 1 << 20  # characters of each kind to compare
+TEXTS = 10_000  # at most this many texts are examined, about a second's work
 
 LETTERS = re.compile(r"[^\W\d_]+")
 OTHER_LETTERS = re.compile(r"[^\W\d_\x00-\x7f]+")
-SYMBOLS = re.compile(r"[(){}\[\]<>=+/\\|$@&%^~`]+|(?<=[a-z])_(?=[a-z])")  # what prose does without, also Markdown's
+SYMBOLS = re.compile(r"[(){}\[\]<>=+/\\|$@&%^~`]+|(?<=[a-z])_(?=[a-z])")  # rare in prose, including Markdown
 
 Encode = Callable[[list[str]], int]  # texts to the number of tokens that they take
 
 
 def tokenizer_class() -> type[Tokenizer]:
-    """rustbpe's. Raises ValueError where it is not built: its folder then imports as an empty package."""
+    """Return rustbpe's class. Raises ValueError if it is not built: its folder then imports as an empty package."""
     try:
         from rustbpe import Tokenizer
     except ImportError:
@@ -38,7 +38,7 @@ def tokenizer_class() -> type[Tokenizer]:
 
 
 def pattern_of(name: str) -> str:
-    """A known pattern by its name, or the name itself, which then is one."""
+    """Return a known pattern by its name, or the name itself as a pattern."""
     from rustbpe import DEFAULT_PATTERN, GPT2_PATTERN, NANOCHAT_PATTERN
 
     return {"nanochat": NANOCHAT_PATTERN, "gpt4": DEFAULT_PATTERN, "gpt2": GPT2_PATTERN}.get(name, name)
@@ -48,9 +48,9 @@ def pattern_of(name: str) -> str:
 
 
 def read_texts(data: str, column: str, doc_cap: int = 0, max_chars: int = 0) -> Iterator[str]:
-    """The first `max_chars` characters of `data`, of each document at most `doc_cap`, in texts of up to two megabytes.
+    """Yield the first `max_chars` characters of `data`, at most `doc_cap` of a document, in texts of up to 2 MB.
 
-    0 is no limit. Raises TextError for a text that is not there, cannot be read, or has no such column.
+    0 is no limit. Raises TextError for a text that does not exist, is unreadable, or lacks the column.
     """
     left = max_chars or sys.maxsize
     for document in _documents(data, column):
@@ -80,14 +80,14 @@ def _texts(document: Document, left: int) -> Iterator[str]:
 
 
 def of_data(data: str, error: TextError) -> ValueError:
-    """The same behind the flags that these programs know a text by."""
+    """Put the name of these programs' flag before the error."""
     return ValueError(f"--data {data}: {error}")
 
 
 def gpt2_encode(prefix: Path | None) -> Encode | None:
-    """GPT-2's own tokenizer; without a prefix that of PILOT_DATA, or None.
+    """Return GPT-2's encoder, without a prefix the one in PILOT_DATA, or None.
 
-    Raises ValueError where its two files are not there, or not what they should be.
+    Raises ValueError if its two files are missing or wrong.
     """
     data = os.environ.get("PILOT_DATA")
     if prefix is None and data and Path(data, "gpt2_encoder.json").is_file():
@@ -112,12 +112,12 @@ def check_text_limits(max_chars: int, doc_cap: int) -> None:
 
 
 def kind_of(text: str) -> str:
-    """One of KINDS, by the characters that the text begins with."""
+    """Return one of KINDS, by the text's first characters."""
     head = text[:LOOK]
     letters = _count(LETTERS, head)
     if letters < 0.4 * len(head):
         return NUMBERS
-    if _count(OTHER_LETTERS, head) > 0.015 * letters:  # French has 4 of a hundred, German 2
+    if _count(OTHER_LETTERS, head) > 0.015 * letters:  # French has 4 %, German 2 %
         return LANGUAGES
     return CODE if _count(SYMBOLS, head) > 0.015 * len(head) else PROSE
 
@@ -127,7 +127,7 @@ def _count(characters: re.Pattern[str], text: str) -> int:
 
 
 class Samples:
-    """The first texts of each kind among those that pass by."""
+    """Collect the first texts of each kind."""
 
     def __init__(self) -> None:
         self.by_kind: dict[str, list[str]] = {}
@@ -152,7 +152,7 @@ def encode_with(tokenizer: Tokenizer) -> Encode:
 
 
 def comparison(samples: Samples, ours: Encode, peers: Mapping[str, Encode]) -> list[str]:
-    """A line for each kind: bytes a token, ours and each peer's with ours beside it."""
+    """Return a line for each kind: bytes per token, ours and each peer's, with the difference."""
     rows = [["text", "bytes", "bytes a token", *peers]]
     for kind in KINDS:
         if texts := samples.by_kind.get(kind):

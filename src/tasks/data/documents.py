@@ -1,6 +1,6 @@
 """Documents of text from files, folders, the standard library or the hub, and their split into training and validation.
 
-Everything is streamed: what is in memory at a time is a few rows, or a piece of a file.
+Everything is streamed: only a few rows or a piece of a file are in memory at a time.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from nanochat.dataset import ShardError, read_shard
 from protocol import CONTEXT, DatasetRef
 
 PIECE = 1 << 20  # characters of a file read at a time
-FEW = 100  # fewer documents than these are all cut, rather than dealt out whole
+FEW = 100  # with fewer documents each is cut, rather than assigned whole
 SUFFIXES = (".txt", ".jsonl", ".jsonl.xz", ".parquet")
 OMITTED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)  # up to the last end of a word
 
 
 class TextError(ValueError):
-    """The text cannot be had; one line, which the caller puts behind the flag that named it."""
+    """Say in one line why a text is not available. The caller adds the flag that named it."""
 
 
 class Document(NamedTuple):
-    """A text, in pieces that end where words end: no token of GPT-2 reaches across the border of two of them."""
+    """A text, in pieces that end where words end, so that no token of GPT-2 crosses from one to the next."""
 
     size: int  # in bytes
     pieces: Iterable[str]
 
 
 class Piece(NamedTuple):
-    """Consecutive bytes of a document that go the same way."""
+    """Consecutive bytes of a document that belong to the same part, training or validation."""
 
     data: bytes  # UTF-8
     validation: bool
-    starts: bool  # the first of its document that goes this way
+    starts: bool  # the first piece of its document in this part
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
 def standard_library() -> Iterator[Document]:
-    """The .py files of this Python's library, without its tests, by sorted relative path."""
+    """Yield the .py files of this Python's library, without its tests, by sorted relative path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     for name in names:
@@ -59,7 +59,7 @@ def standard_library() -> Iterator[Document]:
 
 
 def local_files(path: Path) -> list[Path]:
-    """The file, or the folder's text files, sorted. Raises TextError if there are none."""
+    """Return the file, or the folder's text files, sorted. Raises TextError if there are none."""
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
             raise TextError(f"not one of {', '.join(SUFFIXES)}")
@@ -75,9 +75,9 @@ def local_files(path: Path) -> list[Path]:
 def local_documents(
     files: Iterable[Path], column: str, skip: Callable[[str], object] | None = None
 ) -> Iterator[Document]:
-    """One document from each .txt file, one from each row of the others.
+    """Yield one document per .txt file, and one per row of the other files.
 
-    With `skip` it is told of a file that cannot be read on, in a line, and what follows in that file is left out.
+    With `skip`, the rest of an unreadable file is left out, and `skip` is called with a line that says so.
     """
     for path in files:
         try:
@@ -95,7 +95,7 @@ def local_documents(
 
 
 def hub_documents(source: DatasetRef, column: str, rows: int) -> Iterator[Document]:
-    """The first `rows` rows of a data set on the hub, streamed."""
+    """Stream the first `rows` rows of a data set on the hub."""
     import datasets
 
     try:
@@ -111,7 +111,7 @@ def hub_documents(source: DatasetRef, column: str, rows: int) -> Iterator[Docume
 
 
 def hub_revision(source: DatasetRef) -> str | None:
-    """The commit that the source's revision (none: the newest) stands for now."""
+    """Return the commit that the source's revision (None: the newest) means now."""
     from huggingface_hub import HfApi
 
     sha: str | None = HfApi().dataset_info(source.name, revision=source.revision).sha
@@ -169,7 +169,7 @@ def _parquet_texts(path: Path, column: str) -> Iterator[str]:
 
 
 def _row(row: dict[str, Any], column: str, where: str) -> Iterator[Document]:
-    """A row's document, or none where it is null."""
+    """Yield a row's document, or nothing if it is null."""
     if column not in row:
         raise TextError(f"{where} has no column {column}, only {', '.join(row)}; give --column")
     text = row[column]
@@ -189,7 +189,7 @@ def _document(text: str) -> Document:
 
 
 def limited(documents: Iterable[Document], rows: int, max_bytes: int) -> Iterator[Document]:
-    """The first `rows` documents and `max_bytes` bytes, give or take a character; 0 is no limit."""
+    """Yield the first `rows` documents and `max_bytes` bytes, to within a character; 0 is no limit."""
     left = max_bytes or sys.maxsize
     for document in itertools.islice(documents, rows or None):
         yield Document(min(document.size, left), _head(document.pieces, left))
@@ -199,9 +199,9 @@ def limited(documents: Iterable[Document], rows: int, max_bytes: int) -> Iterato
 
 
 def split(documents: Iterable[Document], validation: float) -> Iterator[Piece]:
-    """Sends `validation` of the text one way and the rest the other, by nothing but the documents' sizes and order.
+    """Split off the fraction `validation` of the text, by the documents' sizes and order alone.
 
-    Whole documents are dealt out by a hash of their index. Of fewer than `FEW`, the end of each is kept instead.
+    Whole documents are drawn by a hash of their index. With fewer than `FEW`, the end of each is taken instead.
     """
     documents = iter(documents)
     first = list(itertools.islice(documents, FEW))
@@ -213,7 +213,7 @@ def split(documents: Iterable[Document], validation: float) -> Iterator[Piece]:
 
 
 def whole(documents: Iterable[Document], validation: bool) -> Iterator[Piece]:
-    """Every document, one way."""
+    """Yield every document for one part."""
     for document in documents:
         for number, text in enumerate(document.pieces):
             if text:
@@ -226,7 +226,7 @@ def _drawn(index: int, fraction: float) -> bool:
 
 
 def _cut(pieces: Iterable[str], at: int) -> Iterator[Piece]:
-    """The pieces, with a border at the first character that begins at byte `at` or later."""
+    """Yield the pieces, cut at the first character that begins at byte `at` or later."""
     position = 0
     begun = {False: False, True: False}
     for text in pieces:

@@ -1,4 +1,4 @@
-"""Text to a token file, once: the validator's from its flags, a miner's from an order that names more than is sent.
+"""Make a token file from text: the validator from its flags, a miner from an order whose file is too large to be sent.
 
 source ─▶ documents ─▶ limits ─▶ split ─▶ tokenizer ─▶ cache/tokens-<key>.bin
           documents.py                    tokenizer.py  tokens.py
@@ -40,9 +40,9 @@ from tasks.data.documents import (
 from tasks.data.tokenizer import BPETokenizer, ByteTokenizer, RustTokenizer, Tokenizer, vocabulary_ref
 from tasks.data.tokens import MAGIC, Array, Tokens, write
 
-BATCH = 4 << 20  # bytes of text tokenised at a time
-FRACTION = 0.05  # kept for validation where there is no last file to keep
-VERSION = 1  # of this chain of steps: another one makes other tokens of the same text
+BATCH = 4 << 20  # bytes of text tokenized at a time
+FRACTION = 0.05  # for validation, if there is no last file for it
+VERSION = 1  # of this pipeline; raise it if the same text makes other tokens
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 Progress = Callable[[str], None]
@@ -52,7 +52,7 @@ Progress = Callable[[str], None]
 class TextConfig:
     """The text of a language task."""
 
-    flag: ClassVar[str]  # the task's, before the dot
+    flag: ClassVar[str]  # the flags' prefix
 
     text: str = arg("stdlib", short=True)
     """Text: stdlib, a file, a folder or a hub data set. stdlib is Python's own sources; files are .txt, .jsonl or
@@ -102,7 +102,7 @@ class TextConfig:
 
 
 class TextParameters(Part):
-    """How the token file of an order was made from its text: what `DataSpec.parameters` of a language task holds."""
+    """How an order's token file was made from text: the `DataSpec.parameters` of a language task."""
 
     tokenizer: Name
     column: Text = "text"
@@ -112,7 +112,7 @@ class TextParameters(Part):
 
 
 def silent(line: str) -> None:
-    """No progress display."""
+    """Ignore a line of progress."""
 
 
 # --- the validator's side ---------------------------------------------------------------------------------------------
@@ -121,9 +121,9 @@ def silent(line: str) -> None:
 def prepare_tokens(
     config: TextConfig, tokenizer: Tokenizer, cache: Path, progress: Progress = silent
 ) -> tuple[Tokens, DataSpec]:
-    """The tokens of `config.text` from the cache, or made now, and how a miner can have the same.
+    """Return the tokens of `config.text`, cached or made now, and the data of an order for them.
 
-    Raises ValueError for a text that is not there, cannot be read, is empty, or has no such column.
+    Raises ValueError for a text that does not exist, is unreadable or empty, or lacks the column.
     """
     cache.mkdir(parents=True, exist_ok=True)
     try:
@@ -161,25 +161,25 @@ def prepare_tokens(
 
 
 def _cached(path: Path, described: Path) -> tuple[Tokens, DataSpec] | None:
-    """What an earlier call left, if it is whole."""
+    """Return an earlier call's result, if it is intact."""
     if not (path.exists() and described.exists()):
         return None
     try:
         tokens, spec = Tokens.open(path), DataSpec.model_validate_json(described.read_bytes())
-    except ValueError:  # damaged, or of another version: made again
+    except ValueError:  # damaged, or of another version: make it again
         return None
     return (tokens, spec) if tokens.digest == spec.blobs["tokens"].digest else None
 
 
 def _local_path(config: TextConfig) -> Path | None:
-    """The text as a path, whether or not it is there, or None if it is a name."""
+    """Return the text as a path, whether or not it exists, or None if it is a name."""
     path = Path(config.text).expanduser()
     named = HUB_NAME.fullmatch(config.text) and not config.text.endswith(SUFFIXES)
     return None if config.text == "stdlib" or (named and not path.exists()) else path
 
 
 def _source(config: TextConfig) -> DatasetRef | None:
-    """The hub data set, if the text is one."""
+    """Return the hub data set, if the text is one."""
     if config.text == "stdlib" or _local_path(config):
         return None
     if not config.rows:
@@ -188,7 +188,7 @@ def _source(config: TextConfig) -> DatasetRef | None:
 
 
 def _validation(config: TextConfig) -> float:
-    """The fraction that is kept for validation, or 0 where it is the last of several files."""
+    """Return the fraction for validation, or 0 if it is the last of several files."""
     path = None if config.validation else _local_path(config)
     return config.validation or (0.0 if path and len(local_files(path)) > 1 else FRACTION)
 
@@ -205,7 +205,7 @@ def _pieces(config: TextConfig, validation: float, progress: Progress) -> Iterab
 def _local_pieces(
     path: Path, column: str, rows: int, max_bytes: int, validation: float, skip: Progress | None = None
 ) -> Iterable[Piece]:
-    """The limits are for the training part; where the last file is the validation part, for that as well."""
+    """Apply the limits to the training part, and separately to a last file for validation."""
     files = local_files(path)
     if validation:
         return split(limited(local_documents(files, column, skip), rows, max_bytes), validation)
@@ -218,7 +218,7 @@ def _local_pieces(
 
 
 def _cache_key(config: TextConfig, tokenizer: Tokenizer) -> Digest:
-    """Names everything that determines the tokens."""
+    """Hash everything that determines the tokens."""
     identity: Any = f"Python {sys.version}"
     if source := _source(config):
         identity = source.model_dump()
@@ -237,11 +237,11 @@ def _cache_key(config: TextConfig, tokenizer: Tokenizer) -> Digest:
 def tokenize(
     pieces: Iterable[Piece], tokenizer: Tokenizer, path: Path, progress: Progress = silent, limit: int = sys.maxsize
 ) -> None:
-    """Writes the token file. Documents of one part are separated by one token, which may lead the first of them too.
+    """Write the token file. One token separates the documents of a part, and with some tokenizers leads the first.
 
     Raises TextError if there is no text, or more than `limit` bytes of tokens.
     """
-    with tempfile.TemporaryFile(dir=path.parent) as spool:  # validation tokens come last but are met in between
+    with tempfile.TemporaryFile(dir=path.parent) as spool:  # validation tokens are written last, but found in between
 
         def train() -> Iterator[Array]:
             for validation, tokens in _encoded(pieces, tokenizer, progress, limit):
@@ -307,11 +307,11 @@ def make_tokens(name: str, data: DataSpec, open_blob: OpenBlob, local: Path | No
 def rebuild_tokens(
     spec: DataSpec, local: Path | None, vocabulary: Path | None, cache: Path, progress: Progress = silent
 ) -> Path:
-    """A file with the order's tokens, where they are too many to be sent.
+    """Make the file of an order's tokens, which are too many to be sent.
 
-    `local` is `--data`: a token file, or the text itself, which is then cut and tokenised as the order says. Without
-    it the text comes from the data set that the order names. `vocabulary` is the file with the order's vocabulary.
-    Raises Refused (WRONG_DATA) if there is no such data here, or its tokens have another digest.
+    `local` is `--data`: a token file, or the text itself, which is then split and tokenized as the order says. Without
+    it, the text comes from the order's data set. `vocabulary` is the file of the order's vocabulary. Raises Refused
+    (WRONG_DATA) if the data is not available, or its tokens have another digest.
     """
     ref = spec.blobs["tokens"]
     if local and _is_token_file(local):
@@ -328,7 +328,7 @@ def rebuild_tokens(
     try:
         return _checked(path, ref, _origin(spec, local))
     except Refused:
-        path.unlink()  # other tokens than its name says
+        path.unlink()  # its tokens are not those of its name
         raise
 
 
@@ -367,11 +367,11 @@ def _text_parameters(spec: DataSpec) -> TextParameters:
 
 def _ordered_pieces(spec: DataSpec, made: TextParameters, local: Path | None) -> Iterable[Piece]:
     if local:
-        # what cannot be read here is left out, as the validator may have done: the digest tells whether it is the same
+        # skip unreadable files, as the validator may have done; the digest tells whether the tokens are the same
         return _local_pieces(local, made.column, made.rows, made.max_bytes, made.validation, silent)
     if spec.source is None:
         raise TextError("too large to be sent, and of no public data set: start the miner with --data")
-    # An order must not make this machine read its own files: a data set's name can also be that of a folder
+    # an order must not make this machine read its own files: a data set's name can also be a folder's
     if not HUB_NAME.fullmatch(spec.source.name) or Path(spec.source.name).exists():
         raise TextError("not the name of a data set on the hub")
     if not made.rows:

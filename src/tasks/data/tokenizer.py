@@ -1,4 +1,4 @@
-"""Text to token ids: plain bytes, GPT-2's byte-pair encoding, or one that tok_train made."""
+"""Tokenizers: plain bytes, GPT-2's byte-pair encoding, or one that tok_train made."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ VOCABULARY_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 class Tokenizer(Protocol):
     name: str
     vocab_size: int
-    dtype: type[np.unsignedinteger]  # the narrowest that holds every id
-    separator: int  # stands between two documents
-    leads: bool  # and before the first as well
-    vocabulary: bytes | None  # what another machine needs to build the same tokenizer
+    dtype: type[np.unsignedinteger]  # the narrowest for all ids
+    separator: int  # between two documents
+    leads: bool  # whether it also precedes the first
+    vocabulary: bytes | None  # from which another machine builds the same tokenizer
 
     def encode(self, texts: Sequence[bytes]) -> list[Array]:
-        """One array of ids for each text, which is UTF-8 and, but for a document's end, ends before whitespace."""
+        """Return the ids of each text, which is UTF-8 and, except at a document's end, ends before whitespace."""
         ...
 
 
 class ByteTokenizer:
-    """Every byte is a token. 0, which no text contains, separates documents."""
+    """A tokenizer with a token for each byte. 0, which no text contains, separates documents."""
 
     name = "byte"
     vocab_size = 256
@@ -48,7 +48,7 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """GPT-2's: `vocabulary` holds a line "base64(token) rank" for each rank, in order; <|endoftext|> comes after them.
+    """GPT-2's tokenizer: `vocabulary` has a line "base64(token) rank" for each rank, in order; <|endoftext|> is next.
 
     Raises ProtocolError unless the vocabulary is exactly that.
     """
@@ -79,10 +79,10 @@ class BPETokenizer:
 
 
 class RustTokenizer:
-    """One that tok_train made: `vocabulary` is its file. Every document begins with its <|bos|>.
+    """A tokenizer that tok_train made: `vocabulary` is its file. Every document begins with its <|bos|>.
 
-    Raises ProtocolError for another file, or one whose pattern is none of those known: an own regular expression could
-    take a miner any time.
+    Raises ProtocolError for any other file, and for an unknown pattern: an arbitrary regular expression could take
+    unbounded time at a miner.
     """
 
     name = "rustbpe"
@@ -108,7 +108,7 @@ class RustTokenizer:
 
 
 def parse_vocabulary(blob: bytes) -> dict[bytes, int]:
-    """Tokens to ranks 0, 1, … in order, with all single bytes among them. Raises ProtocolError for anything else."""
+    """Return the tokens' ranks 0, 1, … in order. Raises ProtocolError unless every single byte is among them."""
     ranks: dict[bytes, int] = {}
     for rank, line in enumerate(blob.splitlines()):
         word, _, number = line.partition(b" ")
@@ -132,7 +132,7 @@ def vocabulary_ref(tokenizer: Tokenizer) -> BlobRef | None:
 
 
 def load_tokenizer(name: str, vocabulary: Path | None) -> Tokenizer:
-    """The tokenizer behind `--gpt2.tokenizer`. Raises ValueError if the vocabulary cannot be had."""
+    """Load the tokenizer of `--gpt2.tokenizer`. Raises ValueError if the vocabulary is not available."""
     if name == "byte":
         return ByteTokenizer()
     if name != "gpt2":
@@ -142,7 +142,7 @@ def load_tokenizer(name: str, vocabulary: Path | None) -> Tokenizer:
 
 
 def load_file(task: str, path: Path) -> RustTokenizer:
-    """The tokenizer in a file of tok_train's."""
+    """Load a tokenizer from a file of tok_train."""
     try:
         return RustTokenizer(path.read_bytes())
     except OSError as error:
@@ -180,7 +180,7 @@ def _read_vocabulary(encoder: Path, merges: Path) -> bytes:
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     try:
-        # tiktoken keeps copies by path; with the files' hashes it never takes a copy of what was there before
+        # tiktoken caches by path; with the files' hashes it never uses an outdated copy
         merges_hash, encoder_hash = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (merges, encoder))
         ranks = data_gym_to_mergeable_bpe_ranks(str(merges), str(encoder), merges_hash, encoder_hash)
     except (OSError, ValueError, KeyError, AttributeError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""The token file: what a language task trains on, memory-mapped, named by its digest; and an epoch's order of it.
+"""The token file that a task trains on, memory-mapped and named by its digest; and the order of an epoch.
 
     offset  bytes
          0      8  magic, "pilotok1"
@@ -8,7 +8,7 @@
         24      8  number of validation tokens, m
         32         n training tokens, then m validation tokens; nothing after them
 
-One tokenisation of one split has exactly one file, so every source of the same tokens has the same digest.
+The same tokens and split always make the same file, so every source of them gives the same digest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CHUNK = 16 << 20  # bytes hashed at a time
 
 
 class Tokens:
-    """An open token file. The arrays are views of the memory-mapped file: reading a batch reads its pages only."""
+    """An open token file. The arrays are views of the mapped file, so reading a batch reads only its pages."""
 
     def __init__(self, path: Path, raw: np.memmap[Any, Any], train: Array, validation: Array) -> None:
         self.path = path
@@ -44,7 +44,7 @@ class Tokens:
 
     @classmethod
     def open(cls, path: Path) -> Tokens:
-        """Maps the file. Raises ProtocolError (a ValueError) unless it is exactly a token file."""
+        """Map the file. Raises ProtocolError (a ValueError) unless it is exactly a token file."""
         size = path.stat().st_size
         if size <= HEADER.size:
             raise ProtocolError(f"{path}: {size} bytes are no token file")
@@ -59,7 +59,7 @@ class Tokens:
 
     @property
     def buffer(self) -> memoryview:
-        """The whole file, header and all: what travels."""
+        """Return the whole file with its header, as it is sent."""
         return self._raw.data
 
     @property
@@ -75,7 +75,7 @@ class Tokens:
 
     @cached_property
     def largest(self) -> int:
-        """The largest token of the file. Reads all of it, once."""
+        """Return the largest token. Reads the whole file, once."""
         return max(int(part.max()) for part in (self.train, self.validation) if part.size)
 
     def ref(self) -> BlobRef:
@@ -97,10 +97,10 @@ def write(path: Path, train: Iterable[Array], validation: Iterable[Array], dtype
 
 
 def window_order(seed: int, epoch: int, windows: int) -> NDArray[np.int64]:
-    """(windows,): the order in which an epoch visits the windows, a permutation of 0 … windows - 1.
+    """Return the order in which an epoch visits the windows, (windows,), a permutation of 0 … windows - 1.
 
-    The stable rank of 64-bit keys from blake3's output stream. No random number generator of a library is in it, so
-    it is the same on every machine and for ever.
+    It is the stable argsort of 64-bit keys from blake3's output stream. No library's random number generator is
+    involved, so it never differs between machines or releases.
     """
     stream = blake3(struct.pack("<QQ", seed, epoch), derive_key_context=f"{CONTEXT} window order")
     keys = np.frombuffer(stream.digest(length=8 * windows), dtype="<u8")
