@@ -290,13 +290,13 @@ async def member(
     """A miner's place there: announced to serve at "host:port", or pulling. It ends without saying that it leaves."""
     lines = [] if said is None else said
     limits = limits or replace(Limits(), poll_s=1.0)
-    membership = Registration(service, keypair, validator, serves, lines.append, limits, interval_s=0.2)
+    registration = Registration(service, keypair, validator, serves, lines.append, limits, interval_s=0.2)
     try:
-        yield membership
-        if membership.failed.done():
-            membership.failed.result()
+        yield registration
+        if registration.failed.done():
+            registration.failed.result()
     finally:
-        await membership.close()
+        await registration.close()
 
 
 @asynccontextmanager

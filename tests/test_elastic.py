@@ -71,18 +71,21 @@ def test_join_leave_and_return_on_another_port(tmp_path: Path) -> None:
     async def main() -> None:
         async with validator() as (network, at, _):
             changes = asyncio.create_task(network.wait_for_change())
-            async with served(Echo()) as port, member(Echo(), at, f":{port}") as membership:  # the address: as it comes
+            async with (
+                served(Echo()) as port,
+                member(Echo(), at, f":{port}") as registration,
+            ):  # the address: as it comes
                 await until(lambda: network.peers() == (M1,))
                 await changes
                 assert network.miner_states()[0].endpoint == f"127.0.0.1:{port}"
                 await exchange(network, tmp_path / "p")
                 for _ in range(3):
-                    membership.announcer.again()
+                    registration.heartbeat.announce_now()
                     await asyncio.sleep(0.05)
                 assert len(network.miner_states()) == 1  # announcing again changes nothing
-                membership.leave()
+                registration.leave()
                 await until(lambda: not network.peers())
-                await membership.settle(60)
+                await registration.settle(60)
                 assert await network.deliver(
                     M1, network.sign(make_receipt(make_order(), "0" * 64))
                 )  # it is still there
@@ -265,11 +268,11 @@ def test_a_miner_of_the_command_line_may_announce_itself_too(tmp_path: Path) -> 
     async def main() -> None:
         async with served(Echo()) as port, dendrite(port) as network, desk(network) as (_, at):
             assert await network.wait_for_peer(60)
-            async with member(Echo(), at, f":{port}") as membership:
-                await membership.announcer.welcome.wait()
+            async with member(Echo(), at, f":{port}") as registration:
+                await registration.heartbeat.registered.wait()
                 assert len(network.miner_states()) == 1
-                membership.leave()
-                await membership.settle(60)
+                registration.leave()
+                await registration.settle(60)
             await exchange(network, tmp_path / "p")  # the command line names it
 
     asyncio.run(main())

@@ -132,7 +132,7 @@ def test_a_miner_holds_one_blob_that_no_order_asked_for(tmp_path: Path, task: GP
 
     async def main() -> None:
         async with miner(tmp_path) as (_, worker, port), reaching(port) as network:
-            [peer] = [p for p in network._contacts if isinstance(p, Peer)]
+            [peer] = [p for p in network._miners if isinstance(p, Peer)]
 
             async def put(kind: str, data: bytes) -> None:
                 ref = BlobRef.model_validate({"kind": kind, "digest": digest(kind, data), "bytes": len(data)})

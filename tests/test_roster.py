@@ -78,7 +78,7 @@ def test_miners_come_and_go_with_the_lines_of_a_file(tmp_path: Path) -> None:
             axons = AxonsFile(file, False, said.append)
             assert axons.endpoints == (Endpoint("127.0.0.1", a),)
             network.add(axons.endpoints[0])
-            network.attend(axons.follow(network, (), look_s=0.02))
+            network.run_in_background(axons.follow(network, (), check_s=0.02))
             assert await network.wait_for_peer(60)
             replaced(file, f"nonsense\n{a}\n127.0.0.1:{b}@{M2}\n")
             assert await network.wait_for_peers(2, 60) == 2

@@ -61,11 +61,11 @@ async def scene(folder: Path, admit: str = "everyone", limits: Limits | None = N
     async with (
         dendrite(limits=limits) as network,
         desk(network, admit=admit, limits=limits) as (server, at),
-        member(Echo(), at) as membership,
+        member(Echo(), at) as registration,
         aiohttp.ClientSession() as session,
     ):
         await until(network.peers)
-        found = Scene(network, server, Caller(session, at.port), folder, membership.announcer.session)
+        found = Scene(network, server, Caller(session, at.port), folder, registration.heartbeat.session)
         await found.works()
         yield found
         await found.works()

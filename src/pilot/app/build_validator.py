@@ -214,7 +214,7 @@ async def _wait_for_miners(
     named = list(dict.fromkeys([*endpoints, *(listed.endpoints if listed else ())]))
     sources = []  # from which miners may join later
     if listed is not None:
-        network.attend(listed.follow(network, tuple(endpoints)))
+        network.run_in_background(listed.follow(network, tuple(endpoints)))
         sources.append(f"--axons-file {config.axons_file}")
     if isinstance(server, Gateway):
         server.attach(network)

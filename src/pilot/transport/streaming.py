@@ -20,7 +20,7 @@ HELD = 64 << 20  # bytes of all transfers in this process: where there are many,
 SMALL = 1 << 16  # bytes for which a thread is too much, and of a batch at least
 
 
-class Pace:
+class MinimumRate:
     """`async with` around a transfer: TimeoutError where `min_rate * rate_s` bytes do not pass in `rate_s` seconds."""
 
     def __init__(self, limits: Limits) -> None:
@@ -57,7 +57,7 @@ class _Transfers:
         return max(SMALL, min(BATCH, HELD // ((BEHIND + 3) * cls.count)))
 
 
-async def pump(content: aiohttp.StreamReader, write: Callable[[bytes], object], limits: Limits) -> None:
+async def stream_body(content: aiohttp.StreamReader, write: Callable[[bytes], object], limits: Limits) -> None:
     """Every byte of `content`, in order, to `write`, which runs in a thread. It is done with all when this returns.
 
     Raises TimeoutError for a peer that is too slow, what `write` raised, and what the stream raises.
@@ -80,7 +80,7 @@ async def pump(content: aiohttp.StreamReader, write: Callable[[bytes], object], 
     content.set_read_chunk_size(min(CHUNK, _Transfers.batch()))  # only now is more than a little held of what comes
     with ThreadPoolExecutor(1, "pump") as thread:  # of its own, so the batches stay in order; started at its first
         try:
-            async with Pace(limits) as pace:
+            async with MinimumRate(limits) as pace:
                 while chunk := (await content.readchunk())[0]:
                     pace.passed(len(chunk))
                     batch.append(chunk)

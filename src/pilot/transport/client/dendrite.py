@@ -34,14 +34,14 @@ RETIRED = 64  # miners that were removed, to which receipts and stops still go
 logger = logging.getLogger(__name__)
 
 
-def anything_goes(path: Path, size: int) -> None:
+def no_check(path: Path, size: int) -> None:
     """Room for any payload."""
 
 
 class Dendrite:
     """The miners at `endpoints`, and those that are added later, over HTTP.
 
-    `pins` are hotkeys by "host:port", from earlier runs; `save_pins` keeps them when a first contact on loopback adds
+    `pins` are hotkeys by "host:port", from earlier runs; `save_pins` keeps them when a first hello on loopback adds
     one. `say` gets a line, once, about an endpoint that cannot be used. `room` refuses payloads that do not fit on the
     disk. `tls` holds whom to trust, for the endpoints that use TLS.
     """
@@ -55,7 +55,7 @@ class Dendrite:
         task: str,
         say: Callable[[str], None],
         limits: Limits | None = None,
-        room: Room = anything_goes,
+        room: Room = no_check,
         tls: ssl.SSLContext | None = None,
         hello_interval_s: float = HELLO_INTERVAL_S,
     ) -> None:
@@ -69,10 +69,10 @@ class Dendrite:
         self._room = room
         self._tls = tls
         self._hello_interval_s = hello_interval_s
-        self._contacts: list[RemoteMiner] = []
+        self._miners: list[RemoteMiner] = []
         self._retired: deque[RemoteMiner] = deque(maxlen=RETIRED)
-        self._tending: dict[RemoteMiner, asyncio.Task[None]] = {}
-        self._attended: set[asyncio.Task[None]] = set()
+        self._hello_tasks: dict[RemoteMiner, asyncio.Task[None]] = {}
+        self._background_tasks: set[asyncio.Task[None]] = set()
         self._calls: set[asyncio.Task[object]] = set()  # that wait for a miner
 
     async def start(self) -> None:
@@ -90,7 +90,7 @@ class Dendrite:
         """Whatever still waits for a miner is cancelled first."""
         self._closed = True
         calls = self._calls - {asyncio.current_task()}
-        tasks = {*calls, *self._tending.values(), *self._attended}
+        tasks = {*calls, *self._hello_tasks.values(), *self._background_tasks}
         for task in tasks:
             task.cancel()
         if tasks:
@@ -107,42 +107,42 @@ class Dendrite:
             self._tls,
         )
         peer.announced = announced
-        self.join(peer)
-        self._tending[peer] = self._watched(self._tend(peer))
+        self.add_miner(peer)
+        self._hello_tasks[peer] = self._watched(self._repeat_hello(peer))
         return peer
 
     def remove(self, endpoint: Endpoint) -> None:
         """It gets no more orders; an exchange under way ends by itself."""
-        for contact in self._contacts:
-            if isinstance(contact, Peer) and contact.endpoint == endpoint:
-                self.part(contact)
+        for miner in self._miners:
+            if isinstance(miner, Peer) and miner.endpoint == endpoint:
+                self.remove_miner(miner)
                 return
 
-    def join(self, contact: RemoteMiner) -> None:
+    def add_miner(self, miner: RemoteMiner) -> None:
         """A miner that is tended elsewhere."""
-        self._contacts.append(contact)
-        contact.changed = self._changed
+        self._miners.append(miner)
+        miner.changed = self._changed
         self._changed()
 
-    def part(self, contact: RemoteMiner) -> None:
+    def remove_miner(self, miner: RemoteMiner) -> None:
         """It gets no more orders; receipts and stops still go there. Nothing happens where it has parted already."""
-        if contact in self._contacts:
-            self._contacts.remove(contact)
-            self._retired.append(contact)
-            if contact in self._tending:
-                self._tending.pop(contact).cancel()
+        if miner in self._miners:
+            self._miners.remove(miner)
+            self._retired.append(miner)
+            if miner in self._hello_tasks:
+                self._hello_tasks.pop(miner).cancel()
             self._changed()
 
     def find(self, hotkey: Hotkey) -> RemoteMiner | None:
         """The miner of this hotkey, rather one that is reachable."""
-        known = [c for c in self._contacts if c.hotkey == hotkey]
+        known = [c for c in self._miners if c.hotkey == hotkey]
         return next((c for c in known if c.reachable), known[0] if known else None)
 
-    def attend(self, job: Coroutine[object, object, None]) -> None:
+    def run_in_background(self, job: Coroutine[object, object, None]) -> None:
         """Runs until `close`; should it fail, that is ours, and the next call here raises it."""
         task = self._watched(job)
-        self._attended.add(task)
-        task.add_done_callback(self._attended.discard)
+        self._background_tasks.add(task)
+        task.add_done_callback(self._background_tasks.discard)
 
     def _watched(self, job: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(job)
@@ -173,16 +173,16 @@ class Dendrite:
 
     def peers(self) -> tuple[Hotkey, ...]:
         """Those that answered hello, were not lost since, and do the task; sorted."""
-        return tuple(sorted({c.hotkey for c in self._contacts if c.reachable and c.hotkey}))
+        return tuple(sorted({c.hotkey for c in self._miners if c.reachable and c.hotkey}))
 
     def miner_states(self) -> tuple[MinerState, ...]:
         """Every miner as it is now, in the order in which they were added."""
-        return tuple(contact.state() for contact in self._contacts)
+        return tuple(miner.state() for miner in self._miners)
 
     def known_codecs(self, hotkey: Hotkey) -> tuple[str, ...] | None:
         """Those that a miner says it knows; None for one that was not heard of yet."""
-        contact = self._known(hotkey)
-        return contact.codecs if contact else None
+        miner = self._known(hotkey)
+        return miner.codecs if miner else None
 
     async def wait_for_change(self) -> None:
         """Until somebody comes or goes. Raises what has failed here in the background."""
@@ -221,10 +221,10 @@ class Dendrite:
         try:
             with self._call():
                 async with asyncio.timeout(order.deadline_s) as deadline:
-                    contact = await self._expect(order.hotkey)
-                    exchange = self._exchange(contact, order, signed, blobs, path, largest)
+                    miner = await self._expect(order.hotkey)
+                    exchange = self._exchange(miner, order, signed, blobs, path, largest)
                     exchange.on_accepted = accepted or exchange.on_accepted
-                    with contact.shows(exchange.progress):
+                    with miner.shows(exchange.progress):
                         return await exchange.run()
         except TimeoutError:
             if not deadline.expired():
@@ -246,7 +246,7 @@ class Dendrite:
         raise faulted
 
     async def _expect(self, hotkey: Hotkey) -> RemoteMiner:
-        """Its contact. One that has not been here yet has `away_s` to come: after a restart of ours nobody has been.
+        """Its miner. One that has not been here yet has `away_s` to come: after a restart of ours nobody has been.
 
         Raises Faulted SILENT; at once for one that has gone for good.
         """
@@ -254,39 +254,39 @@ class Dendrite:
             async with asyncio.timeout(self._limits.away_s):
                 while not self._closed and self._known(hotkey) is None:
                     await self.wait_for_change()
-        contact = None if self._closed else self.find(hotkey)
-        if contact is None:
+        miner = None if self._closed else self.find(hotkey)
+        if miner is None:
             raise Faulted(Fault.SILENT, "no endpoint has answered with this hotkey")
-        return contact
+        return miner
 
     def _exchange(
-        self, contact: RemoteMiner, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int | None
+        self, miner: RemoteMiner, order: Order, signed: Signed, blobs: Blobs, path: Path, largest: int | None
     ) -> Exchange:
         what = (order, signed, blobs, path, largest, self._limits, self._room, self._background)
-        if isinstance(contact, PullQueue):
-            return Pull(contact, *what)
-        assert isinstance(contact, MinerChannel)
-        return Push(contact, *what)
+        if isinstance(miner, PullQueue):
+            return Pull(miner, *what)
+        assert isinstance(miner, MinerChannel)
+        return Push(miner, *what)
 
     async def await_late_reply(self, order: Order, signed: Signed, timeout_s: float) -> Signed | None:
         """After its round was closed: the signed reply to an order, if it still comes. Its payload is not fetched."""
-        contact = self._known(order.hotkey)
-        if contact is None:
+        miner = self._known(order.hotkey)
+        if miner is None:
             return None
         try:
             with self._call():
                 async with asyncio.timeout(timeout_s):
-                    return await contact.await_late_reply(order, signed)
+                    return await miner.await_late_reply(order, signed)
         except TimeoutError:
             return None
 
     async def deliver(self, hotkey: Hotkey, signed: Signed) -> bool:
         """Delivers a receipt or a stop; False where the miner is away or refuses it."""
-        contact = self._known(hotkey)
-        if contact is None:
+        miner = self._known(hotkey)
+        if miner is None:
             return False
         with self._call():
-            return await contact.deliver(signed)
+            return await miner.deliver(signed)
 
     def _known(self, hotkey: Hotkey) -> RemoteMiner | None:
         """Also one that was removed."""
@@ -307,13 +307,13 @@ class Dendrite:
 
     # --- hello --------------------------------------------------------------------------------------------------------
 
-    async def _tend(self, peer: Peer) -> None:
+    async def _repeat_hello(self, peer: Peer) -> None:
         while True:
             if not peer.reachable:
-                await self.greet(peer)
+                await self.say_hello(peer)
             await asyncio.sleep(self._hello_interval_s * (RARELY if peer.announced else 1))
 
-    async def greet(self, peer: Peer) -> bool:
+    async def say_hello(self, peer: Peer) -> bool:
         """Says hello. True where it is as it should be, and so reachable; else its complaint says why not."""
         nonce = new_nonce()
         try:
@@ -321,37 +321,37 @@ class Dendrite:
             hello = verify_message(signed, Hello, signed.signer)
         except Lost as lost:
             if lost.hint or peer.announced:
-                self._complain(peer, f"{one_line(lost.hint or str(lost))}; not used")
+                self._report(peer, f"{one_line(lost.hint or str(lost))}; not used")
             return False
         except (Refused, ProtocolError) as error:
-            self._complain(peer, f"no valid hello ({one_line(str(error))}); not used")
+            self._report(peer, f"no valid hello ({one_line(str(error))}); not used")
             return False
-        if objection := self._objection(peer, nonce, signed.signer, hello):
-            self._complain(peer, objection)
+        if reason := self._reason_against(peer, nonce, signed.signer, hello):
+            self._report(peer, reason)
             return False
         if peer.hotkey is None:
             self._pins[str(peer.endpoint)] = signed.signer
             self._save_pins(dict(self._pins))
             peer.hotkey = signed.signer
-        peer.codecs, peer.reachable, peer.complaint = hello.codecs, True, ""
+        peer.codecs, peer.reachable, peer.problem = hello.codecs, True, ""
         return True
 
-    def _objection(self, peer: Peer, nonce: str, signer: Hotkey, hello: Hello) -> str | None:
+    def _reason_against(self, peer: Peer, nonce: str, signer: Hotkey, hello: Hello) -> str | None:
         if hello.nonce != nonce or hello.hotkey != signer:
             return "its hello is not an answer to ours; not used"
         if peer.hotkey not in (None, signer):
             return f"answers as {signer}, but is pinned to {peer.hotkey}; not used, until the pin is removed"
-        twin = self.find(signer)
-        if twin is not None and twin is not peer and twin.reachable:
-            return f"the same miner ({signer}) as at {twin.name}; not used twice"
+        other = self.find(signer)
+        if other is not None and other is not peer and other.reachable:
+            return f"the same miner ({signer}) as at {other.name}; not used twice"
         if self._task not in hello.tasks:
             does = one_line(", ".join(hello.tasks)) or "none"
             return f"does not do task {self._task} (it does: {does}); start that miner with --tasks {self._task}"
         return None
 
-    def _complain(self, peer: Peer, text: str) -> None:
-        if text != peer.complaint:
-            peer.complaint = text
+    def _report(self, peer: Peer, text: str) -> None:
+        if text != peer.problem:
+            peer.problem = text
             if peer.announced:
                 logger.debug("announced %s: %s", peer.endpoint, text)
             else:

@@ -17,7 +17,7 @@ from protocol import Announce, Hello, ProtocolError, Refusal, Signed, new_nonce,
 class Heartbeat:
     """Announces `service`, which serves at `endpoint` ("host:port", by TLS or not), or pulls where that is None.
 
-    `session` names this process. `welcome` is set while the validator knows it. What changes is said, once.
+    `session` names this process. `registered` is set while the validator knows it. What changes is said, once.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Heartbeat:
         interval_s: float = ANNOUNCE_S,
     ) -> None:
         self.session = new_nonce()
-        self.welcome = asyncio.Event()
+        self.registered = asyncio.Event()
         self._service, self._keypair, self._validator = service, keypair, validator
         self._endpoint, self._tls, self._say, self._interval_s = endpoint, tls, say, interval_s
         self._wake = asyncio.Event()
@@ -39,9 +39,9 @@ class Heartbeat:
         self._proven = False
         self._said = ""
 
-    def again(self) -> None:
+    def announce_now(self) -> None:
         """Now: the validator does not know us any more."""
-        self.welcome.clear()
+        self.registered.clear()
         self._wake.set()
 
     async def run(self) -> None:
@@ -96,7 +96,7 @@ class Heartbeat:
         except ProtocolError as error:
             self._fail(f"no validator that we know: {error}")
         else:
-            self.welcome.set()
+            self.registered.set()
             return True
         return False
 
@@ -110,7 +110,7 @@ class Heartbeat:
         self._proven = True
 
     def _fail(self, text: str, why: str = "") -> None:
-        self.welcome.clear()
+        self.registered.clear()
         self._tell(text, why)
 
     def _tell(self, text: str, why: str = "") -> None:

@@ -18,7 +18,7 @@ from pilot.common.limits import Limits
 from pilot.interfaces import Refused
 from pilot.transport.auth import Keypair, is_bittensor_address, sign_request
 from pilot.transport.client.remote_miner import Lost, MinerChannel
-from pilot.transport.streaming import CHUNK, SMALL, Pace, pump
+from pilot.transport.streaming import CHUNK, SMALL, MinimumRate, stream_body
 from protocol import BlobRef, Digest, Hotkey, ProtocolError, Refusal, Signed
 
 
@@ -115,7 +115,7 @@ class Peer(MinerChannel):
             async with self.open("GET", f"/v1/payload?order={order}&offset={offset}") as response:
                 if response.content_length != left:
                     raise ProtocolError(f"payload: {response.content_length} bytes, {left} of those signed are left")
-                await pump(response.content, write, self._limits)
+                await stream_body(response.content, write, self._limits)
         except TimeoutError:
             raise Lost(f"{self.endpoint}: fewer than {self._limits.min_rate:g} bytes a second") from None
         except (aiohttp.ClientError, ConnectionError) as error:
@@ -206,7 +206,7 @@ class Peer(MinerChannel):
             passed(len(data))
             data = bytes(data)  # is there before a 100 Continue would be
         try:
-            async with Pace(self._limits) as pace:
+            async with MinimumRate(self._limits) as pace:
                 pace.restart(self._limits.connect_s + answer_s)
                 self.bytes_down += 0 if isinstance(data, memoryview) else len(data)
                 return await self._session.request(
@@ -224,7 +224,7 @@ class Peer(MinerChannel):
             raise self._lost(error) from error
 
     async def _pieces(
-        self, data: memoryview, pace: Pace, answer_s: float, passed: Callable[[int], object]
+        self, data: memoryview, pace: MinimumRate, answer_s: float, passed: Callable[[int], object]
     ) -> AsyncIterator[memoryview]:
         pace.restart()
         for start in range(0, len(data), CHUNK):
@@ -239,7 +239,7 @@ class Peer(MinerChannel):
         """An answer's body. Raises Lost, ProtocolError."""
         body = bytearray()
         try:
-            async with Pace(self._limits) as pace:
+            async with MinimumRate(self._limits) as pace:
                 pace.restart(self._limits.message_s)
                 while piece := await response.content.readany():
                     body += piece

@@ -22,7 +22,7 @@ from pilot.transport.auth import Keypair, sign_message, verify_message
 from pilot.transport.client.heartbeat import Heartbeat
 from pilot.transport.client.peer import Peer, RefusedAt
 from pilot.transport.client.remote_miner import Lost, pause
-from pilot.transport.streaming import pump, to_the_end
+from pilot.transport.streaming import stream_body, to_the_end
 from protocol import (
     BlobRef,
     Digest,
@@ -53,23 +53,23 @@ class _Over(Exception):
 
 
 class PullClient:
-    """Feeds `service` from the mailbox at `validator`, as the process that `announcer` announces."""
+    """Feeds `service` from the queue at `validator`, as the process that `heartbeat` announces."""
 
     def __init__(
         self,
         service: MinerService,
         keypair: Keypair,
         validator: Peer,
-        announcer: Heartbeat,
+        heartbeat: Heartbeat,
         limits: Limits,
         say: Callable[[str], None],
     ) -> None:
-        self._service, self._keypair, self._validator, self._announcer = service, keypair, validator, announcer
+        self._service, self._keypair, self._validator, self._heartbeat = service, keypair, validator, heartbeat
         self._limits, self._say = limits, say
         self._hotkey = validator.hotkey or ""
-        self._process = f"session={announcer.session}"  # of every request
+        self._process = f"session={heartbeat.session}"  # of every request
         self._orders: dict[Digest, asyncio.Task[None]] = {}
-        self._complaint = ""
+        self._reported = ""
 
     async def run(self) -> None:
         """For ever. Raises only what is our own failure."""
@@ -89,7 +89,7 @@ class PullClient:
     async def _poll(self, group: asyncio.TaskGroup) -> None:
         taken, attempt, wait_s = NOTHING, 0, self._limits.poll_s
         while True:
-            await self._announcer.welcome.wait()
+            await self._heartbeat.registered.wait()
             target = f"/v1/next?{self._process}&taken={taken}&wait={max(1, round(wait_s))}"
             try:
                 status, text = await self._validator.call("GET", target, Order.kind, wait_s=wait_s)
@@ -102,11 +102,11 @@ class PullClient:
             except Refused as refused:
                 taken = NOTHING  # it does not know us: nothing of what we have is from it
                 logger.debug("nothing to fetch: %s", refused.reason)
-                self._announcer.again()
+                self._heartbeat.announce_now()
                 await asyncio.sleep(pause(attempt))
                 attempt += 1
             except ProtocolError as error:
-                self._complain(f"what it sends is no letter: {error}")
+                self._report(f"what it sends is no message of ours: {error}")
                 await asyncio.sleep(1.0)
 
     async def _take(self, signed: Signed, group: asyncio.TaskGroup) -> Digest:
@@ -158,7 +158,7 @@ class PullClient:
         except _Over as over:
             logger.debug("round %d: %s", order.round, over)
         except ProtocolError as error:
-            self._complain(str(error))
+            self._report(str(error))
 
     async def _work(self, order: Order, digest: Digest) -> Reply:
         """Raises what the service refuses with; _Over."""
@@ -215,7 +215,7 @@ class PullClient:
             async with self._validator.open("GET", target) as response:
                 if response.content_length != ref.bytes - offset:
                     raise ProtocolError(f"{ref.kind}: {response.content_length} bytes, {ref.bytes - offset} are left")
-                await pump(response.content, writer.write, self._limits)
+                await stream_body(response.content, writer.write, self._limits)
             if writer.held == ref.bytes:
                 await to_the_end(writer.commit)
                 return
@@ -227,7 +227,7 @@ class PullClient:
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
-            self._complain("this miner's disk is full; delete old files, in its --cache for example")
+            self._report("this miner's disk is full; delete old files, in its --cache for example")
             raise Refused(507, "this miner's disk is full") from None
         finally:
             held[ref.digest] = writer.held
@@ -278,7 +278,7 @@ class PullClient:
     def _sealed(self, message: Reply | Status) -> bytes:
         return sign_message(self._keypair, message).model_dump_json().encode()
 
-    def _complain(self, text: str) -> None:
-        if text != self._complaint:
-            self._complaint = text
+    def _report(self, text: str) -> None:
+        if text != self._reported:
+            self._reported = text
             self._say(f"--validator {self._validator.endpoint}: {one_line(text)}")

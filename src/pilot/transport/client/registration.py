@@ -34,16 +34,16 @@ class Registration:
         limits = limits or Limits()
         self._session = open_session(limits)
         peer = Peer(validator, validator.hotkey, keypair, self._session, limits, tls)
-        self.announcer = Heartbeat(service, keypair, peer, serves, serves_tls, say, interval_s)
-        self._puller = None if serves else PullClient(service, keypair, peer, self.announcer, limits, say)
+        self.heartbeat = Heartbeat(service, keypair, peer, serves, serves_tls, say, interval_s)
+        self._puller = None if serves else PullClient(service, keypair, peer, self.heartbeat, limits, say)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # done by a failure of our own
-        self._running = [asyncio.create_task(job.run()) for job in (self.announcer, self._puller) if job]
+        self._running = [asyncio.create_task(job.run()) for job in (self.heartbeat, self._puller) if job]
         for task in self._running:
             task.add_done_callback(self._ended)
 
     def leave(self) -> None:
         """The validator is told at once that no more orders are taken."""
-        self.announcer.leave()
+        self.heartbeat.leave()
 
     async def settle(self, timeout_s: float) -> None:
         """What was handed over has its last answers, and the validator has heard of the leaving; if it is there."""

@@ -73,14 +73,14 @@ class Meter:
 
 
 class RemoteMiner(ABC):
-    """Who it is, whether it is there, and what it is doing. `changed` is called when it comes or goes."""
+    """A miner's identity, presence and progress. `changed` is called when it comes or goes."""
 
     def __init__(self, name: str, hotkey: Hotkey | None) -> None:
         self.name = name  # where it is
         self.hotkey = hotkey  # None until the first hello
         self.codecs: tuple[str, ...] | None = None  # that it says it knows
         self.announced = False  # it came by itself, and hears itself what is wrong
-        self.complaint = ""  # what was last said about it, so that it is said once
+        self.problem = ""  # what was last said about it, so that it is said once
         self.changed: Callable[[], object] = lambda: None
         self._under_way: list[Progress] = []  # oldest first; this and what follows is for display
         self._ended = Progress()  # the last of them

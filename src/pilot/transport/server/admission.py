@@ -1,4 +1,4 @@
-"""Who may come and where they are, from files that are read again when they change: --axons-file and --admit."""
+"""Read --axons-file and --admit again when they change: where miners are, and which may register."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pilot.transport.client.dendrite import Dendrite
 from pilot.transport.client.peer import Endpoint, parse_endpoint
 from protocol import Hotkey, one_line
 
-LOOK_S = 1.0  # between two looks at a file
+CHECK_S = 1.0  # between two looks at a file
 EVERYONE = "everyone"
 
 
-class Lines:
+class WatchedFile:
     """A file's lines, without comments. Where it is missing for a moment, or half written, the last ones hold."""
 
     def __init__(self, flag: str, path: Path, what: str) -> None:
@@ -50,13 +50,13 @@ class Lines:
         return [(number, line) for number, line in enumerate(lines, 1) if line]
 
 
-class Roster:
-    """What a file lists, one to a line; a bad line is complained about, once, and the others are used."""
+class ListFile:
+    """The good lines of a file. Each bad line is reported once, and not used."""
 
-    def __init__(self, lines: Lines, say: Callable[[str], None], check: Callable[[str], object]) -> None:
+    def __init__(self, lines: WatchedFile, say: Callable[[str], None], check: Callable[[str], object]) -> None:
         """`check` raises ValueError for a bad line."""
         self._lines, self._say, self._check = lines, say, check
-        self._complained: set[str] = set()
+        self._reported: set[str] = set()
 
     def changed(self) -> bool:
         return self._lines.changed()
@@ -69,36 +69,36 @@ class Roster:
                 self._check(line)
                 good.append(line)
             except ValueError as error:
-                complaint = one_line(str(error))
-                bad.add(complaint)
-                if complaint not in self._complained:
-                    self._say(f"{self._lines.name}, line {number}: {complaint}; the line is not used")
-        self._complained = bad
+                problem = one_line(str(error))
+                bad.add(problem)
+                if problem not in self._reported:
+                    self._say(f"{self._lines.name}, line {number}: {problem}; the line is not used")
+        self._reported = bad
         return good
 
 
 class AxonsFile:
-    """--axons-file: follows the file in what a network's endpoints are."""
+    """The endpoints in --axons-file; `follow` keeps a network's in step with them."""
 
     def __init__(self, path: Path, tls: bool, say: Callable[[str], None]) -> None:
         """Raises ValueError where there is no such file."""
         self._parse = partial(parse_endpoint, tls=tls)
-        self._roster = Roster(Lines("--axons-file", path, "a miner"), say, self._parse)
+        self._file = ListFile(WatchedFile("--axons-file", path, "a miner"), say, self._parse)
         self.endpoints: tuple[Endpoint, ...] = ()
-        self._look()
+        self._reload()
 
-    def _look(self) -> None:
-        self.endpoints = tuple(dict.fromkeys(self._parse(line) for line in self._roster.entries()))
+    def _reload(self) -> None:
+        self.endpoints = tuple(dict.fromkeys(self._parse(line) for line in self._file.entries()))
 
-    async def follow(self, network: Dendrite, others: tuple[Endpoint, ...], look_s: float = LOOK_S) -> None:
+    async def follow(self, network: Dendrite, others: tuple[Endpoint, ...], check_s: float = CHECK_S) -> None:
         """For ever. `others` are in the network anyway."""
         while True:
-            await asyncio.sleep(look_s)
-            if not self._roster.changed():
+            await asyncio.sleep(check_s)
+            if not self._file.changed():
                 continue
             before = set(self.endpoints)
             try:
-                self._look()
+                self._reload()
             except OSError:  # gone again since
                 continue
             for endpoint in before - set(self.endpoints) - set(others):
@@ -109,24 +109,24 @@ class AxonsFile:
 
 
 class Admission:
-    """--admit: who may announce itself and pull. Its file is looked at when somebody calls."""
+    """The miners that --admit lets register and pull. The file is checked for changes at each call."""
 
     def __init__(self, admit: str, say: Callable[[str], None], clock: Callable[[], float]) -> None:
         """Raises ValueError where there is no such file."""
-        self._roster: Roster | None = None  # of everyone
-        self._clock, self._looked, self._hotkeys = clock, clock(), frozenset[str]()
+        self._file: ListFile | None = None  # of everyone
+        self._clock, self._checked_at, self._hotkeys = clock, clock(), frozenset[str]()
         if admit != EVERYONE:
-            self._roster = Roster(Lines("--admit", Path(admit), "an ss58 address"), say, _check_address)
-            self._hotkeys = frozenset(self._roster.entries())
+            self._file = ListFile(WatchedFile("--admit", Path(admit), "an ss58 address"), say, _check_address)
+            self._hotkeys = frozenset(self._file.entries())
 
     def admits(self, hotkey: Hotkey) -> bool:
-        if self._roster is None:
+        if self._file is None:
             return True
-        if self._clock() - self._looked >= LOOK_S:
-            self._looked = self._clock()
-            if self._roster.changed():
+        if self._clock() - self._checked_at >= CHECK_S:
+            self._checked_at = self._clock()
+            if self._file.changed():
                 with contextlib.suppress(OSError):  # gone again since
-                    self._hotkeys = frozenset(self._roster.entries())
+                    self._hotkeys = frozenset(self._file.entries())
         return hotkey in self._hotkeys
 
     def check(self, caller: Hotkey) -> None:

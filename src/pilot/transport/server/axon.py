@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pilot.common.limits import Limits
 from pilot.interfaces import MinerService, Refused
 from pilot.transport.auth import Guard, Keypair
-from pilot.transport.server.base import Server, Transfers, check_length, hex_digits, query, whole
+from pilot.transport.server.base import Server, Transfers, check_length, hex_digits, query, whole_number
 from pilot.transport.server.health import health_response
 from pilot.transport.streaming import to_the_end
 from protocol import BlobRef, Fault, Hotkey, Order, Receipt, Signed, Stop
@@ -60,26 +60,26 @@ class Axon(Server):
     async def _hello(self, request: web.BaseRequest) -> web.StreamResponse:
         (nonce,) = query(request, "nonce")
         hex_digits("nonce", nonce, 32)
-        await self._door.turn()
-        return self._sealed(self._service.hello(nonce))
+        await self._listener.wait_for_rate()
+        return self._signed_response(self._service.hello(nonce))
 
     async def _status(self, request: web.BaseRequest) -> web.StreamResponse:
-        await self._door.turn()
+        await self._listener.wait_for_rate()
         return health_response(self._service.health())
 
     # --- signed -------------------------------------------------------------------------------------------------------
 
     async def _order(self, request: web.BaseRequest) -> web.StreamResponse:
         caller, order, signed = await self._addressed(request, Order)
-        return self._sealed(self._service.accept_order(caller, order, signed.digest))
+        return self._signed_response(self._service.accept_order(caller, order, signed.digest))
 
     async def _stop(self, request: web.BaseRequest) -> web.StreamResponse:
         caller, stop, _ = await self._addressed(request, Stop)
-        return self._sealed(self._service.stop_order(caller, stop))
+        return self._signed_response(self._service.stop_order(caller, stop))
 
     async def _receipt(self, request: web.BaseRequest) -> web.StreamResponse:
         caller, receipt, signed = await self._addressed(request, Receipt)
-        return self._sealed(await asyncio.to_thread(self._service.accept_receipt, caller, receipt, signed))
+        return self._signed_response(await asyncio.to_thread(self._service.accept_receipt, caller, receipt, signed))
 
     async def _addressed(self, request: web.BaseRequest, cls: type[M]) -> tuple[Hotkey, M, Signed]:
         """The caller and its message, which is for this miner."""
@@ -91,19 +91,21 @@ class Axon(Server):
     async def _reply(self, request: web.BaseRequest) -> web.StreamResponse:
         caller = self._caller(request, b"")
         order, wait = query(request, "order", "wait")
-        wait_s = min(whole("wait", wait), self._limits.poll_s)
+        wait_s = min(whole_number("wait", wait), self._limits.poll_s)
         reply = await self._service.wait_for_reply(caller, hex_digits("order", order), wait_s)
-        return self._sealed(self._service.status(), status=202) if reply is None else self._sealed(reply)
+        return (
+            self._signed_response(self._service.status(), status=202) if reply is None else self._signed_response(reply)
+        )
 
     async def _payload(self, request: web.BaseRequest) -> web.StreamResponse:
         """The payload from `offset` on, from the one buffer that it is in."""
         caller = self._caller(request, b"")
         order, offset = query(request, "order", "offset")
-        digest, start = hex_digits("order", order), whole("offset", offset)
+        digest, start = hex_digits("order", order), whole_number("offset", offset)
         data = memoryview(self._service.read_payload(caller, digest)).cast("B")
         if start > len(data):
             raise Refused(416, f"offset {start}: the payload has {len(data)} bytes", Fault.MALFORMED)
-        response, all_sent = await self._give(request, data[start:])
+        response, all_sent = await self._send_body(request, data[start:])
         if all_sent:
             self._service.mark_delivered(caller, digest)
         return response
@@ -119,17 +121,17 @@ class Axon(Server):
         async with self._blobs.take_over(ref.digest):
             writer = self._service.open_blob(caller, ref, offset)
             try:
-                await self._take(request, writer.write)
+                await self._receive_body(request, writer.write)
             finally:
                 if writer.held == ref.bytes:  # also where the sender has gone: what is whole nobody sends again
                     await to_the_end(writer.commit)
-        return self._sealed(self._service.status())
+        return self._signed_response(self._service.status())
 
 
 def _blob_ref(request: web.BaseRequest) -> tuple[BlobRef, int]:
     """The blob and the offset from which it comes, which leaves at least one byte."""
     kind, digest, size, offset = query(request, "kind", "digest", "bytes", "offset")
-    length, start = whole("bytes", size), whole("offset", offset)
+    length, start = whole_number("bytes", size), whole_number("offset", offset)
     if start >= length:
         raise Refused(416, f"offset {start} of {length} bytes", Fault.MALFORMED)
     try:

@@ -24,7 +24,7 @@ from pilot.common.limits import Limits
 from pilot.interfaces import Refused
 from pilot.transport.auth import Keypair, Verifier, sign_message, verify_message
 from pilot.transport.server.listener import Listener
-from pilot.transport.streaming import CHUNK, Pace, pump
+from pilot.transport.streaming import CHUNK, MinimumRate, stream_body
 from protocol import Digest, Fault, Hotkey, Message, Signed
 
 CALLER = web.RequestKey("caller", str)  # of a signed request
@@ -35,14 +35,14 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 logger = logging.getLogger(__name__)
 
 
-class Rights(Protocol):
-    """Who may call. Both raise Refused 403."""
+class AccessPolicy(Protocol):
+    """Decides which callers are served. Both methods raise Refused 403."""
 
     def check(self, caller: Hotkey) -> None:
-        """One who only says so."""
+        """Check the hotkey that a request claims."""
 
     def admit(self, caller: Hotkey) -> None:
-        """One whose signature holds."""
+        """Admit a caller whose signature was verified."""
 
 
 class Server:
@@ -53,7 +53,7 @@ class Server:
     def __init__(
         self,
         keypair: Keypair,
-        rights: Rights,
+        policy: AccessPolicy,
         host: str,
         port: int,
         limits: Limits | None,
@@ -63,33 +63,33 @@ class Server:
         tls: ssl.SSLContext | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._keypair, self._rights, self._routes = keypair, rights, routes
+        self._keypair, self._policy, self._routes = keypair, policy, routes
         self._limits = limits or Limits()
         self._verifier = Verifier(keypair.ss58_address, clock_ns)
-        self._door = Listener(self._answer, host, port, self._limits, flag=flag, tls=tls, clock_ns=clock_ns)
+        self._listener = Listener(self._answer, host, port, self._limits, flag=flag, tls=tls, clock_ns=clock_ns)
         self._requests: Counter[Hotkey] = Counter()  # signed ones under way
 
     @property
     def refused(self) -> Counter[int]:
         """Requests refused, by HTTP status."""
-        return self._door.refused
+        return self._listener.refused
 
     @property
     def accepting(self) -> asyncio.Task[None]:
         """Never ends by itself; its failure is our own."""
-        return self._door.accepting
+        return self._listener.accepting
 
     @property
     def connections(self) -> int:
         """Open ones."""
-        return self._door.connections
+        return self._listener.connections
 
     async def start(self) -> int:
         """Returns the bound port (port 0 takes a free one). Raises ValueError where it cannot be bound."""
-        return await self._door.start()
+        return await self._listener.start()
 
     async def close(self) -> None:
-        await self._door.close()
+        await self._listener.close()
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         method, handler = self._routes.get(request.path, ("", None))
@@ -113,11 +113,11 @@ class Server:
     # --- who calls ----------------------------------------------------------------------------------------------------
 
     def _caller(self, request: web.BaseRequest, body: bytes) -> Hotkey:
-        """Raises AuthError, and Refused: 403 by its rights, 429."""
+        """Raises AuthError, and Refused: 403 by its policy, 429."""
         caller = self._verifier.verify(request.headers, request.method, request.raw_path, body)
-        self._rights.admit(caller)
+        self._policy.admit(caller)
         if self._is_known(caller):
-            self._door.welcome(request)
+            self._listener.mark_known(request)
         if self._requests[caller] >= self._limits.requests_per_peer:
             raise Refused(429, f"{self._limits.requests_per_peer} requests of {caller} are under way", Fault.BUSY)
         self._requests[caller] += 1
@@ -130,7 +130,7 @@ class Server:
 
     async def _signed_body(self, request: web.BaseRequest, kind: str) -> tuple[Hotkey, bytes]:
         """The caller, and the message's body that its signature covers."""
-        self._rights.check(self._verifier.claimed(request.headers))  # before its body costs anything
+        self._policy.check(self._verifier.claimed(request.headers))  # before its body costs anything
         body = await read_body(request, self._limits.body(kind), self._limits.message_s)
         return self._caller(request, body), body
 
@@ -140,23 +140,23 @@ class Server:
         signed = Signed.parse(body)
         return caller, verify_message(signed, cls, caller), signed
 
-    def _sealed(self, message: Message, status: int = 200) -> web.Response:
+    def _signed_response(self, message: Message, status: int = 200) -> web.Response:
         text = sign_message(self._keypair, message).model_dump_json()
         return web.Response(text=text, status=status, content_type="application/json")
 
     # --- bulk ---------------------------------------------------------------------------------------------------------
 
-    async def _take(self, request: web.BaseRequest, write: Callable[[bytes], object]) -> None:
+    async def _receive_body(self, request: web.BaseRequest, write: Callable[[bytes], object]) -> None:
         """The request's body, as it arrives, to `write` in a thread; a sender that waits is told to go on."""
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0  # the answer has not begun
         try:
-            await pump(request.content, write, self._limits)
+            await stream_body(request.content, write, self._limits)
         except TimeoutError:
             raise Refused(408, f"fewer than {self._limits.min_rate:g} bytes a second") from None
 
-    async def _give(
+    async def _send_body(
         self,
         request: web.BaseRequest,
         data: memoryview,
@@ -167,7 +167,7 @@ class Server:
         response.content_length = len(data)
         await response.prepare(request)
         try:
-            async with Pace(self._limits) as pace:
+            async with MinimumRate(self._limits) as pace:
                 for begin in range(0, len(data), CHUNK):
                     piece = data[begin : begin + CHUNK]
                     await response.write(piece)
@@ -243,7 +243,7 @@ def hex_digits(name: str, text: str, count: int = 64) -> Digest:
     return text
 
 
-def whole(name: str, text: str) -> int:
+def whole_number(name: str, text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,15}", text):
         raise Refused(400, f"{name}: a whole number expected", Fault.MALFORMED)
     return int(text)

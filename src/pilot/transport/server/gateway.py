@@ -10,7 +10,7 @@
 
 Everything but hello and status is signed, by a hotkey that --admit lets in; but for the announcement, by one that has
 announced itself. `session`, in all of them, names the miner's process: of two under one hotkey the second is refused
-while the first is there, and the first once the second has taken its place.
+while the first is there, and the first once the second has taken its entry.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pilot.transport.client.dendrite import Dendrite
 from pilot.transport.client.peer import Endpoint, Peer
 from pilot.transport.client.remote_miner import RemoteMiner
 from pilot.transport.server.admission import Admission
-from pilot.transport.server.base import Server, check_length, hex_digits, query, whole
+from pilot.transport.server.base import Server, check_length, hex_digits, query, whole_number
 from pilot.transport.server.health import health_response
 from pilot.transport.server.pull_queue import PULLS, PullQueue
 from protocol import Announce, Digest, Fault, Health, Hello, Hotkey, ProtocolError, Refusal, Signed, Status, one_line
@@ -41,14 +41,14 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 MISSED = 3  # such intervals, after which one that is not there either is forgotten
 UNREACHED = "not reached at {}: nothing there answers as this miner; check --axon.external-ip, port, firewall and TLS"
-TWIN = "another process is at work under this hotkey; this one is used when that is gone"
+DUPLICATE = "another process is at work under this hotkey; this one is used when that is gone"
 
 
 @dataclass
-class Place:
+class RegisteredMiner:
     """A miner that has announced itself."""
 
-    contact: RemoteMiner
+    miner: RemoteMiner
     session: str
     heard: float  # its last announcement
     leaving: bool = False
@@ -78,7 +78,7 @@ class Gateway(Server):
         self._task, self._admission, self._health = task, admission, health
         self._reaches_tls, self._interval_s, self._clock_ns = reaches_tls, interval_s, clock_ns
         self._network: Dendrite | None = None
-        self._places: dict[Hotkey, Place] = {}
+        self._registered: dict[Hotkey, RegisteredMiner] = {}
         routes = {
             "/v1/hello": ("GET", self._hello),
             "/v1/status": ("GET", self._status),
@@ -95,52 +95,52 @@ class Gateway(Server):
     def attach(self, network: Dendrite) -> None:
         """From now on miners can come; until then they are told to try again."""
         self._network = network
-        network.attend(self._tidy())
-        network.attend(self._until_deaf())
+        network.run_in_background(self._forget_absent())
+        network.run_in_background(self._watch_listener())
 
     def _is_known(self, caller: Hotkey) -> bool:
-        return caller in self._places
+        return caller in self._registered
 
-    async def _until_deaf(self) -> None:
+    async def _watch_listener(self) -> None:
         await asyncio.shield(self.accepting)
 
-    async def _tidy(self) -> None:
+    async def _forget_absent(self) -> None:
         """Forgets those that are gone, or no longer admitted."""
         while True:
             await asyncio.sleep(self._interval_s / 5)
-            for hotkey, place in list(self._places.items()):
-                if self._is_gone(place) or not self._admission.admits(hotkey):
+            for hotkey, entry in list(self._registered.items()):
+                if self._is_gone(entry) or not self._admission.admits(hotkey):
                     self._drop(hotkey)
 
-    def _is_gone(self, place: Place) -> bool:
-        contact, patience_s = place.contact, MISSED * self._interval_s
-        silent = time.monotonic() - place.heard > patience_s
-        if isinstance(contact, PullQueue):
-            return not contact.exchanges and contact.away_s > patience_s and silent
-        return silent and not contact.reachable
+    def _is_gone(self, entry: RegisteredMiner) -> bool:
+        miner, patience_s = entry.miner, MISSED * self._interval_s
+        silent = time.monotonic() - entry.heard > patience_s
+        if isinstance(miner, PullQueue):
+            return not miner.exchanges and miner.away_s > patience_s and silent
+        return silent and not miner.reachable
 
     def _drop(self, hotkey: Hotkey) -> None:
-        self._part(self._places.pop(hotkey).contact)
+        self._remove(self._registered.pop(hotkey).miner)
 
-    def _part(self, contact: RemoteMiner) -> None:
+    def _remove(self, miner: RemoteMiner) -> None:
         """Unless the command line names it."""
         assert self._network is not None
-        if contact.announced:
-            self._network.part(contact)
+        if miner.announced:
+            self._network.remove_miner(miner)
 
     # --- open to all --------------------------------------------------------------------------------------------------
 
     async def _hello(self, request: web.BaseRequest) -> web.StreamResponse:
         (nonce,) = query(request, "nonce")
         hex_digits("nonce", nonce, 32)
-        await self._door.turn()
+        await self._listener.wait_for_rate()
         hotkey, now = self._keypair.ss58_address, self._clock_ns()
-        return self._sealed(
+        return self._signed_response(
             Hello(hotkey=hotkey, nonce=nonce, tasks=(self._task,), codecs=(), version=None, time_ns=now)
         )
 
     async def _status(self, request: web.BaseRequest) -> web.StreamResponse:
-        await self._door.turn()
+        await self._listener.wait_for_rate()
         return health_response(self._health())
 
     # --- who is there -------------------------------------------------------------------------------------------------
@@ -149,78 +149,76 @@ class Gateway(Server):
         caller, announce, _ = await self._envelope(request, Announce)
         (session,) = query(request, "session")
         hex_digits("session", session, 32)
-        if caller not in self._places:
-            await self._door.turn()
+        if caller not in self._registered:
+            await self._listener.wait_for_rate()
         if announce.hotkey != caller:
             raise Refused(403, f"announce: of {announce.hotkey}, signed by {caller}")
         if self._network is None:
             raise Refused(503, "starting")
-        place = self._places.get(caller)
+        entry = self._registered.get(caller)
         if announce.leaving:
-            if place is not None and place.session == session:
-                self._leave(place)
+            if entry is not None and entry.session == session:
+                self._leave(entry)
             return web.Response()
         if self._task not in announce.tasks:
             does = one_line(", ".join(announce.tasks)) or "none"
             raise Refused(409, f"task {self._task} is done here (yours: {does}); start with --tasks {self._task}")
         endpoint = self._endpoint(request, caller, announce)
-        await self._check_twin(caller, session, endpoint)
-        place = self._seat(caller, session, endpoint)
-        place.contact.codecs = announce.codecs
-        self._door.welcome(request)
-        return await self._say_how_it_is(place)
+        await self._check_duplicate(caller, session, endpoint)
+        entry = self._register(caller, session, endpoint)
+        entry.miner.codecs = announce.codecs
+        self._listener.mark_known(request)
+        return await self._confirm_reachable(entry)
 
-    def _leave(self, place: Place) -> None:
+    def _leave(self, entry: RegisteredMiner) -> None:
         """No more orders. Where it pulls, what it still brings is taken."""
-        place.leaving = True
-        self._part(place.contact)
-        if isinstance(place.contact, Peer):
-            del self._places[place.contact.hotkey or ""]
+        entry.leaving = True
+        self._remove(entry.miner)
+        if isinstance(entry.miner, Peer):
+            del self._registered[entry.miner.hotkey or ""]
 
-    async def _check_twin(self, caller: Hotkey, session: str, endpoint: Endpoint | None) -> None:
+    async def _check_duplicate(self, caller: Hotkey, session: str, endpoint: Endpoint | None) -> None:
         """Raises Refused 409 while another process of this hotkey is there, or it is in use by the command line.
 
         Two cannot listen at one endpoint: who announces that again is the same one, or its successor.
         """
         assert self._network is not None
-        place = self._places.get(caller)
-        if place is None:
+        entry = self._registered.get(caller)
+        if entry is None:
             known = self._network.find(caller)
             if known is not None and known.reachable and known.name != _name(endpoint):
                 raise Refused(409, f"the validator uses this hotkey at {known.name} already, by its --axons")
-        elif (
-            place.session != session and not place.leaving and (endpoint is None or place.contact.name != str(endpoint))
-        ):
-            contact = place.contact
-            there = await self._greet(contact) if isinstance(contact, Peer) else contact.reachable
-            if there or self._places.get(caller) is not place:
-                raise Refused(409, TWIN)
-            contact.reachable = False
+        elif entry.session != session and not entry.leaving and (endpoint is None or entry.miner.name != str(endpoint)):
+            miner = entry.miner
+            there = await self._say_hello(miner) if isinstance(miner, Peer) else miner.reachable
+            if there or self._registered.get(caller) is not entry:
+                raise Refused(409, DUPLICATE)
+            miner.reachable = False
 
-    def _seat(self, caller: Hotkey, session: str, endpoint: Endpoint | None) -> Place:
-        """Its place from now on; at another endpoint, or pulling instead, it gets another contact."""
+    def _register(self, caller: Hotkey, session: str, endpoint: Endpoint | None) -> RegisteredMiner:
+        """Its entry from now on; at another endpoint, or pulling instead, it gets another miner."""
         assert self._network is not None
-        place = self._places.get(caller)
-        if place is not None and place.contact.name != _name(endpoint):
-            self._part(place.contact)
-            place = None
-        if place is None or place.leaving:
-            if caller not in self._places and len(self._places) >= self._limits.miners:
+        entry = self._registered.get(caller)
+        if entry is not None and entry.miner.name != _name(endpoint):
+            self._remove(entry.miner)
+            entry = None
+        if entry is None or entry.leaving:
+            if caller not in self._registered and len(self._registered) >= self._limits.miners:
                 raise Refused(409, f"{self._limits.miners} miners are here already, as many as --limits.miners")
-            contact = place.contact if place else self._contact(caller, endpoint)
-            if place:
-                self._network.join(contact)
-            place = self._places[caller] = Place(contact, session, 0.0)
-        place.session, place.heard = session, time.monotonic()
-        if isinstance(place.contact, PullQueue):
-            place.contact.begin(session)
-        return place
+            miner = entry.miner if entry else self._find_or_add(caller, endpoint)
+            if entry:
+                self._network.add_miner(miner)
+            entry = self._registered[caller] = RegisteredMiner(miner, session, 0.0)
+        entry.session, entry.heard = session, time.monotonic()
+        if isinstance(entry.miner, PullQueue):
+            entry.miner.begin(session)
+        return entry
 
-    def _contact(self, caller: Hotkey, endpoint: Endpoint | None) -> RemoteMiner:
+    def _find_or_add(self, caller: Hotkey, endpoint: Endpoint | None) -> RemoteMiner:
         assert self._network is not None
         if endpoint is None:
-            self._network.join(mailbox := PullQueue(caller, self._limits))
-            return mailbox
+            self._network.add_miner(queue := PullQueue(caller, self._limits))
+            return queue
         known = self._network.find(caller)
         return known if known and known.name == str(endpoint) else self._network.add(endpoint, announced=True)
 
@@ -229,7 +227,7 @@ class Gateway(Server):
         if announce.endpoint is None:
             return None
         host, _, port = announce.endpoint.rpartition(":")
-        number = whole("endpoint: port", port)
+        number = whole_number("endpoint: port", port)
         sender = _ip(request.remote or "")
         try:
             address = _ip(host.strip("[]")) if host else sender
@@ -245,84 +243,84 @@ class Gateway(Server):
             )
         return Endpoint(f"[{address}]" if address.version == 6 else str(address), number, caller, announce.tls)
 
-    async def _greet(self, peer: Peer) -> bool:
+    async def _say_hello(self, peer: Peer) -> bool:
         assert self._network is not None
-        await self._door.turn()  # to announce, and be called, is cheap
+        await self._listener.wait_for_rate()  # to announce, and be called, is cheap
         try:
             async with asyncio.timeout(self._limits.connect_s):
-                return await self._network.greet(peer)
+                return await self._network.say_hello(peer)
         except TimeoutError:
-            peer.complaint = f"no answer in {self._limits.connect_s:g} s"
+            peer.problem = f"no answer in {self._limits.connect_s:g} s"
             return False
 
-    async def _say_how_it_is(self, place: Place) -> web.Response:
-        contact = place.contact
-        if not isinstance(contact, Peer) or contact.reachable or await self._greet(contact):
+    async def _confirm_reachable(self, entry: RegisteredMiner) -> web.Response:
+        miner = entry.miner
+        if not isinstance(miner, Peer) or miner.reachable or await self._say_hello(miner):
             return web.Response()
         return web.Response(
-            status=202, text=Refusal(reason=UNREACHED.format(contact.endpoint)).text(), content_type="application/json"
+            status=202, text=Refusal(reason=UNREACHED.format(miner.endpoint)).text(), content_type="application/json"
         )
 
     # --- those who pull -----------------------------------------------------------------------------------------------
 
-    def _mailbox(self, caller: Hotkey, session: str) -> PullQueue:
+    def _queue_of(self, caller: Hotkey, session: str) -> PullQueue:
         """Raises Refused: 404 for one that is not here, 409 for another process of one that is."""
         hex_digits("session", session, 32)
-        place = self._places.get(caller)
-        if place is None or not isinstance(place.contact, PullQueue):
+        entry = self._registered.get(caller)
+        if entry is None or not isinstance(entry.miner, PullQueue):
             raise Refused(404, "announce yourself first")
-        if place.contact.session != session:
-            raise Refused(409, TWIN)
-        return place.contact
+        if entry.miner.session != session:
+            raise Refused(409, DUPLICATE)
+        return entry.miner
 
-    def _about(self, request: web.BaseRequest, caller: Hotkey) -> tuple[PullQueue, Digest]:
-        """The caller's mailbox, and the order that it speaks of."""
+    def _queue_and_order(self, request: web.BaseRequest, caller: Hotkey) -> tuple[PullQueue, Digest]:
+        """The caller's queue, and the order that it speaks of."""
         session, order = query(request, "session", "order")
-        return self._mailbox(caller, session), hex_digits("order", order)
+        return self._queue_of(caller, session), hex_digits("order", order)
 
     async def _next(self, request: web.BaseRequest) -> web.StreamResponse:
         caller = self._caller(request, b"")
         session, taken, wait = query(request, "session", "taken", "wait")
         hex_digits("taken", taken)
-        mailbox = self._mailbox(caller, session)
-        with mailbox.heard():
-            letter = await mailbox.next(taken, min(whole("wait", wait), self._limits.poll_s))
-        if letter is None:
+        queue = self._queue_of(caller, session)
+        with queue.heard():
+            message = await queue.next(taken, min(whole_number("wait", wait), self._limits.poll_s))
+        if message is None:
             return web.Response(status=202)
-        return web.Response(text=letter.model_dump_json(), content_type="application/json")
+        return web.Response(text=message.model_dump_json(), content_type="application/json")
 
     async def _blob(self, request: web.BaseRequest) -> web.StreamResponse:
         caller = self._caller(request, b"")
         session, order, digest, offset = query(request, "session", "order", "digest", "offset")
-        mailbox = self._mailbox(caller, session)
-        exchange = mailbox.order(hex_digits("order", order))
+        queue = self._queue_of(caller, session)
+        exchange = queue.order(hex_digits("order", order))
         hex_digits("digest", digest)
-        with mailbox.heard(), exchange.giving(digest, whole("offset", offset)) as rest:
-            response, _ = await self._give(request, rest, partial(exchange.gave, digest))
+        with queue.heard(), exchange.sending(digest, whole_number("offset", offset)) as rest:
+            response, _ = await self._send_body(request, rest, partial(exchange.count_sent, digest))
         return response
 
     async def _working(self, request: web.BaseRequest) -> web.StreamResponse:
         caller, body = await self._signed_body(request, Status.kind)
-        mailbox, order = self._about(request, caller)
-        with mailbox.heard():
+        queue, order = self._queue_and_order(request, caller)
+        with queue.heard():
             status = verify_message(Signed.parse(body), Status, caller)
-            mailbox.order(order).take_status(status)
+            queue.order(order).take_status(status)
         return web.Response()
 
     async def _refusal(self, request: web.BaseRequest) -> web.StreamResponse:
         caller, body = await self._signed_body(request, Refusal.kind)
-        mailbox, order = self._about(request, caller)
-        with mailbox.heard():
+        queue, order = self._queue_and_order(request, caller)
+        with queue.heard():
             refusal = Refusal.parse(body)
-            mailbox.order(order).take_refusal(refusal.reason, refusal.fault)
+            queue.order(order).take_refusal(refusal.reason, refusal.fault)
         return web.Response()
 
     async def _reply(self, request: web.BaseRequest) -> web.StreamResponse:
         caller, body = await self._signed_body(request, "reply")
-        mailbox, order = self._about(request, caller)
-        with mailbox.heard():
+        queue, order = self._queue_and_order(request, caller)
+        with queue.heard():
             try:
-                mailbox.take_reply(order, Signed.parse(body))
+                queue.take_reply(order, Signed.parse(body))
             except ProtocolError as error:  # the request is the miner's: to sign it again would change nothing
                 raise Refused(400, str(error), error.fault) from None
         return web.Response()
@@ -330,23 +328,23 @@ class Gateway(Server):
     async def _payload(self, request: web.BaseRequest) -> web.StreamResponse:
         caller = self._caller(request, b"")
         session, order, digest, size, offset = query(request, "session", "order", "digest", "bytes", "offset")
-        mailbox = self._mailbox(caller, session)
-        length, start = whole("bytes", size), whole("offset", offset)
+        queue = self._queue_of(caller, session)
+        length, start = whole_number("bytes", size), whole_number("offset", offset)
         if start > length:
             raise Refused(416, f"offset {start} of {length} bytes", Fault.MALFORMED)
         check_length(request, length - start, "payload")
         hex_digits("digest", digest)
-        if mailbox.has(hex_digits("order", order)):
+        if queue.has(hex_digits("order", order)):
             return web.Response()
-        exchange = mailbox.order(order)
-        take: Callable[[Callable[[bytes], object]], Awaitable[None]] = partial(self._take, request)
-        with mailbox.heard():
+        exchange = queue.order(order)
+        take: Callable[[Callable[[bytes], object]], Awaitable[None]] = partial(self._receive_body, request)
+        with queue.heard():
             await exchange.take_payload(digest, length, start, take)
         return web.Response()
 
 
 def _name(endpoint: Endpoint | None) -> str:
-    """Of the contact there."""
+    """Of the miner there."""
     return PULLS if endpoint is None else str(endpoint)
 
 

@@ -25,19 +25,19 @@ class HealthServer:
         self, health: Callable[[], Health], host: str, port: int, limits: Limits, tls: ssl.SSLContext | None = None
     ) -> None:
         self._health = health
-        self._door = Listener(self._answer, host, port, limits, flag="serve", tls=tls)
+        self._listener = Listener(self._answer, host, port, limits, flag="serve", tls=tls)
 
     async def start(self) -> int:
         """The bound port. Raises ValueError where it cannot be bound."""
-        return await self._door.start()
+        return await self._listener.start()
 
     async def close(self) -> None:
-        await self._door.close()
+        await self._listener.close()
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path != "/v1/status":
             raise Refused(404, "only /v1/status is here")
         if request.method != "GET":
             raise Refused(405, "GET /v1/status")
-        await self._door.turn()
+        await self._listener.wait_for_rate()
         return health_response(self._health())

@@ -61,7 +61,10 @@ class _Connection:
 
 
 class RateLimiter:
-    """So many a second, in the order in which they come; the first `burst` after a quiet time do not wait."""
+    """Let `per_s` callers pass in a second, in order; the first `burst` after a quiet time do not wait.
+
+    aiolimiter does nearly the same, but has no order, and a timer for every caller that waits: a flood has many.
+    """
 
     def __init__(self, per_s: float, burst: float) -> None:
         self._gap_s = 1 / per_s
@@ -77,7 +80,7 @@ class RateLimiter:
 
 
 class Listener:
-    """Serves `answer` on host:port. A handler says who is known by `welcome`; `refused` counts refusals by status."""
+    """Serves `answer` on host:port. A handler marks known callers with `mark_known`; `refused` counts by status."""
 
     def __init__(
         self,
@@ -92,8 +95,8 @@ class Listener:
     ) -> None:
         self._answer, self._host, self._port, self._limits = answer, host, port, limits
         self._flag, self._tls, self._clock_ns = flag, tls, clock_ns
-        self._accepts = RateLimiter(limits.strangers_per_s, limits.connections_per_address)
-        self._turns = RateLimiter(limits.strangers_per_s, limits.strangers_per_s / 5)
+        self._accept_rate = RateLimiter(limits.strangers_per_s, limits.connections_per_address)
+        self._answer_rate = RateLimiter(limits.strangers_per_s, limits.strangers_per_s / 5)
         self._connections: list[_Connection] = []
         self._connecting: set[asyncio.Task[None]] = set()
         self.refused: Counter[int] = Counter()
@@ -119,7 +122,7 @@ class Listener:
         except OSError as error:
             raise ValueError(self._unbound(error)) from None
         self.accepting = asyncio.create_task(self._accept())
-        self.accepting.add_done_callback(_said)
+        self.accepting.add_done_callback(_log_failure)
         port: int = self._listener.getsockname()[1]
         return port
 
@@ -137,16 +140,16 @@ class Listener:
         """Those that cost a file descriptor."""
         return sum(not connection.closed for connection in self._connections)
 
-    def welcome(self, request: web.BaseRequest) -> None:
+    def mark_known(self, request: web.BaseRequest) -> None:
         """The connection has brought a valid signature of somebody who may call: it is not closed to make room."""
         request[KNOWN] = True
         for connection in self._connections:
             if connection.transport is request.transport:
                 connection.known = True
 
-    async def turn(self) -> None:
+    async def wait_for_rate(self) -> None:
         """Before a stranger is served."""
-        await self._turns.wait()
+        await self._answer_rate.wait()
 
     def _unbound(self, error: OSError) -> str:
         flag, port = f"--{self._flag}.port {self._port}", self._port
@@ -175,7 +178,7 @@ class Listener:
             connection.connecting = task = asyncio.create_task(self._connect(connection))
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
-            await self._accepts.wait()
+            await self._accept_rate.wait()
 
     def _make_room(self, address: str) -> bool:
         """Closes the oldest strangers; False where only the known are left."""
@@ -241,7 +244,7 @@ class Listener:
             logger.debug("%s refused with %d: %s", request.remote, refused.status, refusal.reason)
         response = web.Response(text=refusal.text(), status=refused.status, content_type="application/json")
         if KNOWN not in request:
-            await self.turn()
+            await self.wait_for_rate()
             response.force_close()
         return response
 
@@ -259,7 +262,7 @@ class Listener:
         return own
 
 
-def _said(accepting: asyncio.Task[None]) -> None:
+def _log_failure(accepting: asyncio.Task[None]) -> None:
     """It never ends by itself: its failure is ours, and whoever waits on `accepting` ends with it."""
     if not accepting.cancelled() and (error := accepting.exception()):
         logger.error("no more connections are accepted", exc_info=error)

@@ -1,9 +1,9 @@
 """A miner that pulls, as its validator sees it: what waits for it here, and what it brings for an order.
 
-    PullQueue     the `RemoteMiner`: letters (orders, stops, receipts) in their order, each until the miner has taken it
+    PullQueue   the `RemoteMiner`: orders, stops and receipts in their order, each until the miner has taken it
     Pull        an `Exchange` in which the miner makes every request, and the validator waits
 
-The desk hands its requests on. Every letter has somebody here who waits for it, so no more of them pile up than there
+The gateway passes requests on. Every message has a task here that waits for it, so no more of them pile up than there
 are tasks; a reply counts for an order that is under way, or was one of the last.
 """
 
@@ -34,7 +34,7 @@ PULLS = "pull"  # in place of an endpoint
 QUIET_S = 3.0  # without a request, beyond which it gets no new order: it asks again within a second
 KEPT = 8  # orders that are over, whose replies are still noted and whose payloads are known to be here
 
-Pump = Callable[[Callable[[bytes], object]], Awaitable[None]]  # the request's body, to a writer
+Stream = Callable[[Callable[[bytes], object]], Awaitable[None]]  # the request's body, to a writer
 
 
 @dataclass
@@ -42,7 +42,7 @@ class QueuedMessage:
     """An order, a stop or a receipt that waits for the miner."""
 
     signed: Signed
-    given: bool = False  # by this mailbox; what the miner has from one before a restart was not
+    given: bool = False  # by this queue; what the miner has from one before a restart was not
     taken: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -55,11 +55,11 @@ class PullQueue(RemoteMiner):
         self.session = ""
         self.exchanges: dict[Digest, Pull] = {}
         self._limits = limits
-        self._letters: dict[Digest, QueuedMessage] = {}
-        self._news = asyncio.Event()  # a letter, for who polls
+        self._messages: dict[Digest, QueuedMessage] = {}
+        self._news = asyncio.Event()  # a message, for who polls
         self._polls = 0
-        self._over: dict[Digest, Order] = {}  # the last orders that brought nothing
-        self._late: dict[Digest, asyncio.Future[Signed | None]] = {}  # replies to them
+        self._unanswered: dict[Digest, Order] = {}  # the last orders that brought nothing
+        self._late_replies: dict[Digest, asyncio.Future[Signed | None]] = {}  # replies to them
         self._delivered: deque[Digest] = deque(maxlen=KEPT)
         self._requests = 0  # under way
         self._heard = time.monotonic()
@@ -81,9 +81,9 @@ class PullQueue(RemoteMiner):
         finally:
             self._requests -= 1
             self._heard = time.monotonic()
-            asyncio.get_running_loop().call_later(QUIET_S + 0.01, self._look)
+            asyncio.get_running_loop().call_later(QUIET_S + 0.01, self._check_reachable)
 
-    def _look(self) -> None:
+    def _check_reachable(self) -> None:
         if self.away_s >= QUIET_S:
             self.reachable = False
 
@@ -94,24 +94,24 @@ class PullQueue(RemoteMiner):
             for exchange in self.exchanges.values():
                 exchange.news.set()
 
-    # --- letters ------------------------------------------------------------------------------------------------------
+    # --- messages -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def waiting(self, letter: QueuedMessage) -> Iterator[None]:
+    def waiting(self, message: QueuedMessage) -> Iterator[None]:
         """It is here for the miner, until it was taken, which sets its event, or the caller gives up."""
-        self._letters[letter.signed.digest] = letter
+        self._messages[message.signed.digest] = message
         self._news.set()
         try:
             yield
         finally:
-            if self._letters.get(letter.signed.digest) is letter:
-                del self._letters[letter.signed.digest]
+            if self._messages.get(message.signed.digest) is message:
+                del self._messages[message.signed.digest]
 
     async def next(self, taken: Digest, wait_s: float) -> Signed | None:
-        """The first letter but `taken`, which the miner has. None where none comes within `wait_s`, or a newer poll."""
-        if (letter := self._letters.get(taken)) is not None and letter.given:
-            del self._letters[taken]
-            letter.taken.set()
+        """Return the first message but `taken`, which the miner has; None after `wait_s`, or at a newer poll."""
+        if (message := self._messages.get(taken)) is not None and message.given:
+            del self._messages[taken]
+            message.taken.set()
         self._polls += 1
         poll = self._polls
         self._news.set()
@@ -120,10 +120,10 @@ class PullQueue(RemoteMiner):
                 while True:
                     if poll != self._polls:
                         return None
-                    if self._letters:
-                        letter = next(iter(self._letters.values()))
-                        letter.given = True
-                        return letter.signed
+                    if self._messages:
+                        message = next(iter(self._messages.values()))
+                        message.given = True
+                        return message.signed
                     self._news.clear()
                     await self._news.wait()
         except TimeoutError:
@@ -132,11 +132,11 @@ class PullQueue(RemoteMiner):
     async def deliver(self, signed: Signed) -> bool:
         if not self.reachable:
             return False
-        letter = QueuedMessage(signed)
+        message = QueuedMessage(signed)
         try:
-            with self.waiting(letter):
+            with self.waiting(message):
                 async with asyncio.timeout(self._limits.message_s):
-                    await letter.taken.wait()
+                    await message.taken.wait()
         except TimeoutError:
             return False
         return True
@@ -158,8 +158,8 @@ class PullQueue(RemoteMiner):
         """For an order under way, or for one that is over: then it is noted. Raises Refused, ProtocolError."""
         if digest in self.exchanges:
             self.exchanges[digest].take_reply(signed)
-        elif digest in self._over:
-            open_reply(signed, self._over[digest], digest)
+        elif digest in self._unanswered:
+            open_reply(signed, self._unanswered[digest], digest)
             noted = self._late_reply(digest)
             if not noted.done():
                 noted.set_result(signed)
@@ -174,17 +174,17 @@ class PullQueue(RemoteMiner):
         return await asyncio.shield(self._late_reply(digest))
 
     def _late_reply(self, digest: Digest) -> asyncio.Future[Signed | None]:
-        if digest not in self._late:
-            self._late[digest] = asyncio.get_running_loop().create_future()
-        return self._late[digest]
+        if digest not in self._late_replies:
+            self._late_replies[digest] = asyncio.get_running_loop().create_future()
+        return self._late_replies[digest]
 
     def _remember(self, order: Order, digest: Digest) -> None:
-        self._over.pop(digest, None)
-        self._over[digest] = order
-        while len(self._over) > KEPT:
-            oldest = next(iter(self._over))
-            del self._over[oldest]
-            unheard = self._late.pop(oldest, None)
+        self._unanswered.pop(digest, None)
+        self._unanswered[digest] = order
+        while len(self._unanswered) > KEPT:
+            oldest = next(iter(self._unanswered))
+            del self._unanswered[oldest]
+            unheard = self._late_replies.pop(oldest, None)
             if unheard is not None and not unheard.done():
                 unheard.set_result(None)
 
@@ -205,7 +205,7 @@ class PullQueue(RemoteMiner):
 
 
 class Pull(Exchange):
-    """The miner calls: it takes the order from its mailbox, and brings status, reply and payload."""
+    """The miner calls: it takes the order from its queue, and brings status, reply and payload."""
 
     peer: PullQueue
 
@@ -214,20 +214,20 @@ class Pull(Exchange):
         self._ready = asyncio.Event()  # for the payload
         self._uploads = Transfers()
         self._download: Download | None = None
-        self._forget()
+        self._reset()
         with self.peer.under_way(self):
             return await super().run()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._session = self.peer.session
         self._taken = False
-        self._given, self._giving_since = 0, 0.0  # bytes of the blobs that it fetched, and when it began
+        self._bytes_given, self._sending_since = 0, 0.0  # bytes of the blobs that it fetched, and when it began
         self._failure: Exception | None = None
         self._reply: tuple[Signed, Reply] | None = None
 
     async def _offer(self) -> None:
         while True:
-            self._forget()
+            self._reset()
             try:
                 with self.peer.waiting(QueuedMessage(self.signed)):
                     self.bytes_down += len(self.signed.body)
@@ -277,9 +277,9 @@ class Pull(Exchange):
 
     def take_status(self, status: Status) -> None:
         """It has the order, and all that it needs for it, and works on it."""
-        if self._given:  # only now: what was written to a socket need not be there
-            self.peer.down.add(self._given, time.monotonic() - self._giving_since)
-            self._given = 0
+        if self._bytes_given:  # only now: what was written to a socket need not be there
+            self.peer.down.add(self._bytes_given, time.monotonic() - self._sending_since)
+            self._bytes_given = 0
         self.progress.batches_done = status.batches_done
         self._taken = True
         self.news.set()
@@ -302,7 +302,7 @@ class Pull(Exchange):
         self.news.set()
 
     @contextmanager
-    def giving(self, digest: Digest, offset: int) -> Iterator[memoryview]:
+    def sending(self, digest: Digest, offset: int) -> Iterator[memoryview]:
         """What is left of a blob of the order, on its way. Raises Refused where it asks for what it should not."""
         ref = next((ref for ref in self._refs() if ref.digest == digest), None)
         try:
@@ -311,7 +311,7 @@ class Pull(Exchange):
             self._fail(fault)
             raise Refused(400, fault.reason, fault.fault) from None
         self.sent[digest] += CHUNK
-        self._giving_since = self._giving_since if self._given else time.monotonic()
+        self._sending_since = self._sending_since if self._bytes_given else time.monotonic()
         self.progress.move("sending", len(rest) + offset, offset)
         try:
             yield rest
@@ -322,15 +322,15 @@ class Pull(Exchange):
         data = self.order.data
         return [*self.order.update.refs, *data.blobs.values()]
 
-    def gave(self, digest: Digest, size: int) -> None:
+    def count_sent(self, digest: Digest, size: int) -> None:
         """So many more bytes of a blob have left."""
         self.bytes_down += size
-        self._given += size
+        self._bytes_given += size
         self.sent[digest] += size
         self.peer.bytes_down += size
         self.progress.moved += size
 
-    async def take_payload(self, digest: Digest, size: int, offset: int, pump: Pump) -> None:
+    async def take_payload(self, digest: Digest, size: int, offset: int, stream: Stream) -> None:
         """The payload's bytes from `offset` on. Raises Refused: 409 with what is held where that is another part."""
         if self._reply is None or (self._reply[1].payload_digest, self._reply[1].payload_bytes) != (digest, size):
             raise Refused(409, "not the payload of the reply that is here", Fault.MALFORMED)
@@ -347,7 +347,7 @@ class Pull(Exchange):
                 raise Refused(409, f"{download.held} bytes are held", held={digest: download.held})
             began = time.monotonic()
             try:
-                await pump(partial(self._write, download))
+                await stream(partial(self._write, download))
             finally:
                 self.news.set()
             whole, held = download.finish(), download.held
