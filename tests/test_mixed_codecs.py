@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pilot.codec import known_codecs
-from pilot.market.negotiation import Negotiation
+from pilot.market.scheduling import CodecFallback
 from pilot.simulation.virtual_time import run
 from pilot.storage.run_store import RunStore
 from pilot.transport.client.dendrite import Dendrite, Endpoint
@@ -61,10 +61,10 @@ def replies(store: RunStore, round: int) -> dict[str, Reply]:
 def test_who_does_not_know_a_codec_gets_another(
     known: Sequence[str] | None, up: str, down: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    negotiation = Negotiation({ALL: known}.get)
+    fallback = CodecFallback({ALL: known}.get)
     for _ in range(3):
-        assert negotiation.up(ALL, "ternary-rc") == up
-        assert negotiation.down(ALL, "2bit") == down
+        assert fallback.up(ALL, "ternary-rc") == up
+        assert fallback.down(ALL, "2bit") == down
     assert len(caplog.records) == (up != "ternary-rc") + (down != "2bit")  # each said once
 
 
@@ -72,17 +72,17 @@ def test_a_whole_state_is_for_who_cannot_read_a_delta_on_the_way() -> None:
     def step(codec: str) -> VersionStep:
         return VersionStep(kind="delta", codec=codec, digest="1" * 64, bytes=1)
 
-    negotiation = Negotiation({ALL: known_codecs(), SOME: ("fp32", "int8")}.get)
+    fallback = CodecFallback({ALL: known_codecs(), SOME: ("fp32", "int8")}.get)
     old, both = (step("fp32"), step("int8")), (step("int8"), step("2bit"))
     for steps, needs in ((old, False), (both, True)):
         update = Update(base=None, steps=steps)
-        assert negotiation.needs_state(SOME, update) is needs
-        assert not negotiation.needs_state(ALL, update)
-        assert not negotiation.needs_state(NONE, update)  # not heard yet
+        assert fallback.needs_state(SOME, update) is needs
+        assert not fallback.needs_state(ALL, update)
+        assert not fallback.needs_state(NONE, update)  # not heard yet
 
 
 def test_what_a_stranger_names_is_cut_short_when_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    Negotiation({ALL: ("x" * 60,) * 200}.get).up(ALL, "ternary-rc")
+    CodecFallback({ALL: ("x" * 60,) * 200}.get).up(ALL, "ternary-rc")
     [record] = caplog.records
     assert len(record.getMessage()) < 400
 

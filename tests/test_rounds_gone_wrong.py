@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pilot.common.limits import Limits
-from pilot.market.notifications import AT_ONCE, Notifier
-from pilot.market.scheduling import AHEAD, FIRST_SHARE, History, RoundPolicy
+from pilot.market.notifications import MAX_PENDING, Notifier
+from pilot.market.scheduling import FIRST_SHARE, MAX_RATIO, History, RoundPolicy
 from pilot.market.verify import verify
 from pilot.simulation.virtual_time import run
 from pilot.training.ranges import size, within
@@ -112,7 +112,7 @@ def test_claims_without_bound_order_a_bounded_amount() -> None:
     for _ in range(40):
         wanted = history.shares([A, B], TERMS)
         history.observe([receipt(A, 60.0, (Range(0, wanted[A]),)), receipt(B, 60.0, (Range(0, 9),))])
-        assert wanted[A] <= max(FIRST_SHARE, AHEAD * (wanted[A] + wanted[B]) / 2)
+        assert wanted[A] <= max(FIRST_SHARE, MAX_RATIO * (wanted[A] + wanted[B]) / 2)
     assert history.shares([A, B], TERMS)[A] <= 1 << 16
     assert history.shares([B], TERMS)[B] == 18
 
@@ -210,12 +210,12 @@ def test_late_replies_that_are_waited_for_hold_up_no_receipt(tmp_path: Path, tas
         place = make_place(tmp_path, task)
         notifier = Notifier(Waiting(), place.store)  # type: ignore[arg-type]
         order, signed = place.market._order(0, A, (Range(0, 1),), 0.0, 0)
-        for _ in range(3 * AT_ONCE):
-            notifier.note_late(order, signed, 0.0, 0.0)
+        for _ in range(3 * MAX_PENDING):
+            notifier.expect_late_reply(order, signed, 0.0, 0.0)
             notifier.deliver(A, sign_message(VALIDATOR, order))
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-        assert len(told) == 3 * AT_ONCE
+        assert len(told) == 3 * MAX_PENDING
         await notifier.close()
 
     run(main())

@@ -147,7 +147,7 @@ class Console(_Screen):
 
         `row` has `round`, from 0, and if known `loss` and `val_loss` (nats), `replica_val_loss`, `<unit>_per_s`,
         `utilisation.<first 8 characters of the hotkey>`, `late_batches` so far, the epoch's progress
-        (pilot.market.epoch_progress), and the median link and the share of the round that it takes
+        (pilot.market.scheduling), and the median link and the share of the round that it takes
         (pilot.market.link_budget).
         """
         done = int(row["round"]) + 1

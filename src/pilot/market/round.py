@@ -36,13 +36,20 @@ from pilot.common.units import fp32_megabytes
 from pilot.interfaces import Faulted, Network, RoundRecord, Store
 from pilot.market import receipts
 from pilot.market.dispatch import Assignment, Dispatcher, OpenRound
-from pilot.market.epoch_progress import progress
 from pilot.market.link_budget import LinkWatch
 from pilot.market.measures import load_measures, measure
-from pilot.market.negotiation import Negotiation
 from pilot.market.notifications import Notifier
 from pilot.market.receipts import AssignmentKey, Outcome, VerifiedReply
-from pilot.market.scheduling import LEAST_BUDGET, ROUNDS_KNOWN, History, RoundPolicy, epoch_end, shares
+from pilot.market.scheduling import (
+    HISTORY_ROUNDS,
+    MIN_BUDGET,
+    CodecFallback,
+    History,
+    RoundPolicy,
+    epoch_end,
+    epoch_progress,
+    shares,
+)
 from pilot.market.verify import Contribution
 from pilot.ranking import Evidence, Ranker
 from pilot.training.executor import Charge, TimedExecutor
@@ -112,7 +119,7 @@ class Market:
         self.measures = load_measures(ranker)
         self.history = History()
         self.notifier = Notifier(network, store)
-        self.negotiation = Negotiation(network.known_codecs)
+        self.codec_fallback = CodecFallback(network.known_codecs)
         specs = {name: p.shape for name, p in task.trainable(learner.model).items()}
         buffers = {name: b.shape for name, b in task.buffers(learner.model).items()}
         self.dispatcher = Dispatcher(
@@ -245,7 +252,7 @@ class Market:
         left_s = self.policy.round_s - (self.network.now() - began)
         ordered = {order.hotkey for order in self.dispatcher.unsettled}
         new = [hotkey for hotkey in self.network.peers() if hotkey not in ordered]
-        worth = self.policy.round_s and left_s >= LEAST_BUDGET * self.policy.round_s
+        worth = self.policy.round_s and left_s >= MIN_BUDGET * self.policy.round_s
         if not new or not worth or self.stopping or opened.cut is not None:
             return
         await self._make_ready(opened.round, new)
@@ -279,9 +286,9 @@ class Market:
     def _order(
         self, round: int, hotkey: Hotkey, ranges: tuple[Range, ...], budget_s: float, staleness: int
     ) -> tuple[Order, Signed]:
-        whole = self.negotiation.needs_state(hotkey, self.learner.update)
-        up = self.negotiation.up(hotkey, self.policy.codec_up)
-        down = self.negotiation.down(hotkey, self.policy.codec_down)
+        whole = self.codec_fallback.needs_state(hotkey, self.learner.update)
+        up = self.codec_fallback.up(hotkey, self.policy.codec_up)
+        down = self.codec_fallback.down(hotkey, self.policy.codec_down)
         order = Order(
             run=self.policy.run,
             round=round,
@@ -307,7 +314,7 @@ class Market:
         """What orders name and takes its time: the proof; the whole state, for who cannot read the deltas."""
         if self._proves(round):
             await self.executor.run("digest", self._megabytes, self.learner.state_digest)
-        if any(self.negotiation.needs_state(hotkey, self.learner.update) for hotkey in hotkeys):
+        if any(self.codec_fallback.needs_state(hotkey, self.learner.update) for hotkey in hotkeys):
             await self.executor.run("encode", self._megabytes, self.learner.snapshot_now)
 
     def _proves(self, round: int) -> bool:
@@ -400,7 +407,7 @@ class Market:
         passed_s = now - (opened.started if since is None else since)
         self._closed_at = now
         row = receipts.summary(self.task, opened.round, passed_s, orders, outcomes)
-        coverage = progress(self.cursor, self.dispatcher.outstanding, self.task.batches_per_epoch)
+        coverage = epoch_progress(self.cursor, self.dispatcher.outstanding, self.task.batches_per_epoch)
         executor = {f"{phase}_s": s for phase, s in self.executor.take().items()}
         links = self.watch.observe(row) if self.watch else {}
         codecs = {"codec_up": step.codec_up, "codec_down": step.codec_down}
@@ -437,7 +444,7 @@ class Market:
             outcome, hotkey = outcomes[part], sent.order.hotkey
             if isinstance(outcome, Faulted) and outcome.fault is Fault.LATE:
                 self.notifier.stop(sent.order, sent.signed.digest)
-                self.notifier.note_late(sent.order, sent.signed, sent.at, record.weights.get(hotkey, 0.0))
+                self.notifier.expect_late_reply(sent.order, sent.signed, sent.at, record.weights.get(hotkey, 0.0))
             self.notifier.deliver(hotkey, signed)
 
     # --- restart --------------------------------------------------------------------------------------------------
@@ -455,9 +462,9 @@ class Market:
             self.round = head.round + 1
             self.cursor = Cursor.loads(head.cursor)
             self.ranker.load_state_dict(json.loads(head.ranker))
-            for record in self.store.committed(max(0, self.round - ROUNDS_KNOWN)):
+            for record in self.store.committed(max(0, self.round - HISTORY_ROUNDS)):
                 self.history.observe(Receipt.parse(s.body) for s in record.receipts)
-            self.notifier.owe(head.receipts)
+            self.notifier.add_undelivered(head.receipts)
             for signed in self.store.unsettled():
                 order = Order.parse(signed.body)
                 self.dispatcher.carried.append(Assignment(order, signed, self.network.now()))

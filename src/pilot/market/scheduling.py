@@ -1,90 +1,102 @@
-"""How much work a round orders, how long it waits, and when it closes: rules over what the miners did lately."""
+"""Decide how much work a round orders, in which codecs, how long it waits, and when it closes.
+
+The rules follow from what miners did lately and what they say they can read; a restart decides the same again.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 from pilot.training.diloco import DiLoCo
-from pilot.training.ranges import Cursor, size
-from protocol import Hotkey, Range, Receipt
+from pilot.training.ranges import Cursor, merge, size, subtract
+from protocol import Hotkey, Range, Receipt, Update, one_line
 
-FIRST_SHARE = 1024  # micro-batches for a time budget of a miner that nobody knows: what it does not do comes back
-MOST_SHARE = 1 << 16
-AHEAD = 16
-LEAST_BUDGET = 0.25  # of a round: who comes later in it waits for the next
-ROUNDS_KNOWN = 8  # that a miner's share and a round's closing are judged by
+FIRST_SHARE = 1024  # micro-batches for a miner without history in a round with a time budget; what is undone returns
+MAX_SHARE = 1 << 16
+MAX_RATIO = 16  # to the median miner's share
+MIN_BUDGET = 0.25  # of a round's time; a miner that comes later waits for the next round
+HISTORY_ROUNDS = 8  # that shares and closing times are computed from
+FALLBACKS = ("bf16", "fp32")  # codecs for a miner that does not know the round's
+SHOWN = 200  # characters of a miner's list of codecs in a log line
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RoundPolicy:
-    """What every order of a run says, and how the validator keeps time."""
+    """The settings of a run's rounds: what every order says, and how the validator keeps time."""
 
     run: str
-    batches: int  # micro-batches a miner and round, with a time budget at least
+    batches: int  # micro-batches a miner and round; with a time budget, at least so many
     deadline_s: float
-    patience: int  # rounds in a row without a good reply
+    patience: int  # rounds in a row without a good reply before the run ends
     codec_up: str
     codec_down: str
     round_s: float = 0.0  # time budget of a round; 0: `batches` each
-    auto: bool = False  # close a round when most have answered that would
-    quorum: float = 0.5  # share of the orders that must be answered before
+    auto: bool = False  # close a round early, by `quorum` and `deadline_k`
+    quorum: float = 0.5  # share of the orders that must be answered before a round closes early
     deadline_k: float = 4.0
-    grace_s: float = 10.0  # for partial work, once miners are told to stop
+    grace_s: float = 10.0  # seconds for partial work after miners are told to stop
     overlap: int = 0  # versions that a miner may be behind
-    once: bool = False  # no index of the next epoch before all of this one are accepted
+    once: bool = False  # order nothing of the next epoch before all of this one is accepted
     broadcast: str = "full"  # or "delta"
-    digest_every: int = 0  # rounds between orders that name the digest of their version's state; 0: none does
+    digest_every: int = 0  # rounds between orders that carry the state's digest; 0: none
     feedback: float = 0.0  # decay of the miners' error feedback; 0: none
     diloco: DiLoCo | None = None  # None: every round is a gradient round
 
     def inner(self, round: int) -> bool:
-        """Whether miners make inner steps in this round."""
+        """Return whether miners make inner steps in this round."""
         return self.diloco is not None and self.diloco.inner(round)
 
 
+# --- shares and closing times -----------------------------------------------------------------------------------------
+
+
 class History:
-    """What the miners did in the last rounds, from receipts alone: a restart reads them again and plans the same."""
+    """The work of the last rounds, read from receipts alone."""
 
     def __init__(self) -> None:
-        self._rounds: deque[dict[Hotkey, tuple[int, float, int]]] = deque(maxlen=ROUNDS_KNOWN)
-        """Of each a miner's micro-batches, its seconds, and the round."""
+        # For each round, by miner: micro-batches done, seconds, and the round.
+        self._rounds: deque[dict[Hotkey, tuple[int, float, int]]] = deque(maxlen=HISTORY_ROUNDS)
 
     def observe(self, receipts: Iterable[Receipt]) -> None:
-        """A round's."""
+        """Add the receipts of a round."""
         self._rounds.append({r.hotkey: (size(r.done), r.seconds, r.round) for r in receipts if r.verdict == "ACCEPTED"})
 
     def shares(self, hotkeys: Iterable[Hotkey], policy: RoundPolicy, number: int = 0) -> dict[Hotkey, int]:
-        """Micro-batches to order in round `number`: with a time budget twice the most that the miner did lately.
+        """Return the micro-batches to order from each miner in round `number`.
 
-        What it did is what it claims, so nobody is ordered more than `AHEAD` times what the median miner is. Who is not
-        known begins as the median. Of inner steps nobody is ordered more than a round has.
+        With a time budget that is twice the most that the miner did lately. Since a miner says itself what it did, its
+        share is at most MAX_RATIO times the median share. A miner without history gets the median share. In a DiLoCo
+        round no miner gets more than the round's inner steps.
         """
         inner = policy.diloco.tau * policy.batches if policy.diloco and policy.inner(number) else None
         if not policy.round_s:
             return dict.fromkeys(hotkeys, inner or policy.batches)
         known: dict[Hotkey, int] = {}
-        for one in self._rounds:
-            for hotkey, (done, _, _) in one.items():
+        for done_by in self._rounds:
+            for hotkey, (done, _, _) in done_by.items():
                 known[hotkey] = max(known.get(hotkey, 0), 2 * done)
         middle = max(policy.batches, round(median(known.values())) if known else FIRST_SHARE)
-        most = min(AHEAD * middle if len(known) > 1 else MOST_SHARE, inner or MOST_SHARE)
+        most = min(MAX_RATIO * middle if len(known) > 1 else MAX_SHARE, inner or MAX_SHARE)
         return {hotkey: max(policy.batches, min(known.get(hotkey, middle), most)) for hotkey in hotkeys}
 
     def closing_s(self, policy: RoundPolicy, number: int = 0) -> float:
-        """Seconds from a round's orders by which who answers at all has answered: median + k MAD of the last replies.
+        """Return after how many seconds round `number` may close: median + k MAD of the last replies' seconds.
 
-        MAD is the median of the absolute deviations from the median; a tenth of the median at least, since replies that
-        all took the same time say nothing about the next. Infinite while nobody is known. What gradient rounds took
-        says nothing about inner steps.
+        MAD is the median absolute deviation, at least a tenth of the median, since equal times say nothing about the
+        next. Gradient rounds and DiLoCo rounds are looked at separately. Infinite without history.
         """
         if not policy.auto:
             return math.inf
-        entries = (entry for one in self._rounds for entry in one.values())
-        seconds = [s for _, s, of in entries if policy.inner(of) == policy.inner(number)]
+        entries = (entry for done_by in self._rounds for entry in done_by.values())
+        seconds = [s for _, s, round in entries if policy.inner(round) == policy.inner(number)]
         if not seconds:
             return math.inf
         middle = median(seconds)
@@ -93,15 +105,99 @@ class History:
 
 
 def epoch_end(cursor: Cursor, outstanding: Iterable[Range], batches_per_epoch: int) -> int:
-    """The index after the earliest epoch that is not accepted as a whole."""
+    """Return the end of the earliest epoch that is not wholly accepted."""
     first = min([cursor.first, *(r.start for r in outstanding)])
     return (first // batches_per_epoch + 1) * batches_per_epoch
 
 
 def shares(cursor: Cursor, wanted: Mapping[Hotkey, int], limit: int | None) -> dict[Hotkey, int]:
-    """What each miner is ordered; where less is left below `limit` than they could do, in proportion."""
+    """Return each miner's share; in proportion to `wanted` if fewer indices are left below `limit`."""
     if limit is None:
         return dict(wanted)
     left = max(0, limit - cursor.next) + sum(max(0, min(limit, stop) - start) for start, stop in cursor.returned)
     total = sum(wanted.values())
     return {hotkey: min(count, math.ceil(left * count / total)) for hotkey, count in wanted.items()}
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EpochProgress:
+    """The accepted micro-batches of the earliest epoch that is not complete, for display and metrics."""
+
+    epoch: int
+    done: int
+    total: int
+    shards: tuple[tuple[int, int], ...]  # (done, total) of each slice of the epoch's indices, in order
+
+    def metrics(self) -> dict[str, float | int | str]:
+        """Return the metrics of a round's row; the shards are written as "32/32 12/32 …"."""
+        shards = " ".join(f"{done}/{total}" for done, total in self.shards)
+        return {"epoch": self.epoch, "epoch_done": self.done, "epoch_total": self.total, "shards": shards}
+
+
+def epoch_progress(
+    cursor: Cursor, outstanding: Iterable[Range], batches_per_epoch: int, shards: int = 16
+) -> EpochProgress:
+    """Count as done every index that was ordered, has not come back, and is not `outstanding` in an open round.
+
+    Outstanding ranges are disjoint; the cursor may be the one before or after they were taken. An epoch has at most as
+    many shards as micro-batches, and their sizes differ by at most one.
+    """
+    outstanding = merge(outstanding)
+    taken = cursor.without(outstanding)
+    undone = merge([*taken.returned, *outstanding])
+    epoch = (undone[0].start if undone else taken.next) // batches_per_epoch
+    first, shards = epoch * batches_per_epoch, min(shards, batches_per_epoch)
+    stop = min(first + batches_per_epoch, taken.next)
+    done = subtract([Range(first, stop)], undone) if first < stop else ()
+    cuts = [first + batches_per_epoch * shard // shards for shard in range(shards + 1)]
+    slices = tuple(
+        (sum(max(0, min(r.stop, high) - max(r.start, low)) for r in done), high - low) for low, high in pairwise(cuts)
+    )
+    return EpochProgress(epoch, sum(d for d, _ in slices), batches_per_epoch, slices)
+
+
+# --- codecs of other releases -----------------------------------------------------------------------------------------
+
+
+class CodecFallback:
+    """Choose the codecs of an order to a miner that does not know the run's.
+
+    Miners of other releases take part all the same. What they say costs bytes: their own up, and whole states down,
+    which the validator encodes before it sends the round's orders.
+    """
+
+    def __init__(self, known: Callable[[Hotkey], Sequence[str] | None]) -> None:
+        """`known` returns the codecs that a miner has named; None before it was heard."""
+        self._known = known
+        self._logged: set[tuple[Hotkey, str]] = set()
+
+    def up(self, hotkey: Hotkey, codec: str) -> str:
+        """Return the codec of the miner's payload; fp32 if it knows none of ours."""
+        known = self._known(hotkey)
+        if known is None or codec in known:
+            return codec
+        found = next((name for name in FALLBACKS if name in known), FALLBACKS[-1])
+        self._log_once(hotkey, codec, known, f"sends {found}")
+        return found
+
+    def down(self, hotkey: Hotkey, codec: str) -> str:
+        """Return the codec of updates that the miner's order names."""
+        known = self._known(hotkey)
+        if known is None or codec in known:
+            return codec
+        self._log_once(hotkey, codec, known, "gets whole states")
+        return FALLBACKS[-1]
+
+    def needs_state(self, hotkey: Hotkey, update: Update) -> bool:
+        """Return whether the update has a step that the miner cannot read."""
+        known = self._known(hotkey)
+        return known is not None and any(step.codec not in known for step in update.steps)
+
+    def _log_once(self, hotkey: Hotkey, codec: str, known: Sequence[str], instead: str) -> None:
+        if (hotkey, instead) not in self._logged:
+            self._logged.add((hotkey, instead))
+            knows = one_line(", ".join(known))[:SHOWN] or "none"
+            logger.warning("%s does not know codec %s (it knows: %s): it %s", hotkey, codec, knows, instead)

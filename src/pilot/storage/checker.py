@@ -20,7 +20,7 @@ from pilot.storage.run_reader import MessageVerifier, OrderKey, RunRecords, Viol
 from protocol import Digest, Fault, Hotkey, Range, Receipt, Signed, Version
 
 RULES = {
-    "signature": "orders, replies and receipts are signed by the right key, and recorded under their run, round and miner",
+    "signature": "messages are signed by the right key, and recorded under their run, round and miner",
     "row": "every column of the ledger agrees with the signed message",
     "rounds": "rounds are consecutive, each order of a committed one has its receipt or is carried into the next",
     "carried": "an order is settled by its own round, or by the next one if it asks for inner steps",

@@ -1,4 +1,4 @@
-"""Where work that takes long runs, and what its time is: a thread and its clock, or a cost model and virtual time."""
+"""Run long work in a thread and measure it, or charge virtual time for it by a cost model."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-Charge = Callable[[str, float], Awaitable[None]]  # lets the (virtual) time pass that a phase of this amount takes
+Charge = Callable[[str, float], Awaitable[None]]  # waits for the virtual time that an amount of a phase takes
 
 
 class TimedExecutor:
-    """Runs functions one after the other and adds up what each phase took.
+    """Runs functions one after the other and adds up the seconds of each phase.
 
-    TimedExecutor, with their amounts: `batch` (micro-batches), `evaluate` (1); `load`, `encode`, `verify`, `aggregate`, `step`
-    (MB of the fp32 values that it is about, however few bytes carry them). On a machine the functions take their time;
-    under virtual time they take none, and
-    `charge` lets pass what a cost model says.
+    Phases and their amounts: `batch` (micro-batches), `evaluate` (1), and `load`, `encode`, `verify`, `measure`,
+    `aggregate`, `step`, `score` (MB of the values in fp32). Functions take no virtual time; `charge` waits instead.
     """
 
     def __init__(self, executor: Executor | None, clock: Callable[[], float], charge: Charge | None = None) -> None:
@@ -36,10 +34,10 @@ class TimedExecutor:
             return result
 
     def passed(self, phase: str, seconds: float) -> None:
-        """What was measured elsewhere counts too."""
+        """Add seconds that were measured elsewhere."""
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call."""
+        """Return the seconds by phase since the last call."""
         taken, self._seconds = self._seconds, {}
         return taken
