@@ -105,6 +105,9 @@ MINER_MISTAKES = [
     ),
     ("--allow me", "--allow me: no ss58 address; name the hotkeys of your validators"),
     ("--data {folder}/none", "--data {folder}/none: no such file or folder"),
+    ("--sources bucket", "--sources bucket: write NAME=FOLDER"),
+    ("--sources ../a={folder}", "--sources ../a={folder}: write NAME=FOLDER"),
+    ("--sources bucket={folder}/none", "--sources bucket={folder}/none: no such folder"),
     ("--device cuda:97", "--device cuda:97: this machine has .* cuda device; use cpu, or auto"),
     ("--axon.prot 8091", "--axon.prot, 8091; perhaps you meant --axon.port INT"),
     (

@@ -61,6 +61,7 @@ class Miner:
 
 async def build_miner(config: MinerConfig, program: str, console: MinerConsole, stack: AsyncExitStack) -> Miner:
     """Build a miner. A mistake of the user's ends the program with one line and exit code 2."""
+    from pilot.storage.blob_store import FolderSource
     from pilot.storage.miner_store import FileMinerStore
     from pilot.transport.client.registration import Registration
     from pilot.transport.tls import client_context
@@ -91,6 +92,7 @@ async def build_miner(config: MinerConfig, program: str, console: MinerConsole, 
             partial(_open_blob, config, store),
             console.say,
             compiled=config.compile,
+            sources={name: FolderSource(folder) for name, folder in config.source_folders().items()},
         )
         stack.callback(worker.close)
         console.say(f"tasks {', '.join(config.tasks)} on {device}")

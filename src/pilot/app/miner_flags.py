@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -63,6 +64,8 @@ class MinerConfig:
     """Compile the model with torch.compile. It is faster after a first round that takes a minute longer."""
     data: Path | None = arg(None, WORK, short=True)
     """Local copy of a data set too large to be sent. A token file, or the text it was made from."""
+    sources: tuple[str, ...] = arg((), WORK)
+    """Folders of blobs by digest, as NAME=FOLDER. Read what orders give the source NAME there, if it is there."""
     cache: Path = arg(Path("~/.cache/pilot/miner"), WORK, short=True)
     """Folder for received data and receipts. It also holds the pinned validator; each hotkey has a subfolder."""
     grace: float = arg(10.0, WORK, short=True)
@@ -83,6 +86,7 @@ class MinerConfig:
             check_compiler()
         check_port("axon.port", self.axon.port)
         self.limits.check()
+        self.source_folders()
         if not self.grace >= 0:
             raise ValueError(f"--grace {self.grace}: must be 0 or more")
         check_pair(self.axon.tls_cert, self.axon.tls_key, "axon")
@@ -99,3 +103,15 @@ class MinerConfig:
             )
         if self.data is not None and not self.data.expanduser().exists():
             raise ValueError(f"--data {self.data}: no such file or folder")
+
+    def source_folders(self) -> dict[str, Path]:
+        """Return the folder of each source that --sources names. Raises ValueError."""
+        folders = {}
+        for source in self.sources:
+            name, _, folder = source.partition("=")
+            if not re.fullmatch(r"[A-Za-z0-9_.+-]{1,64}", name) or not folder:
+                raise ValueError(f"--sources {source}: write NAME=FOLDER, with letters, digits and _.+- in the name")
+            folders[name] = Path(folder).expanduser()
+            if not folders[name].is_dir():
+                raise ValueError(f"--sources {source}: no such folder")
+        return folders
