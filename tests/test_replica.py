@@ -155,7 +155,7 @@ def test_a_restart_makes_the_same_chain_bit_for_bit(tmp_path: Path, steps: int) 
     again = make_learner("ternary-rc", keep=FileBlobStore(tmp_path / "versions"))
     train(again, 2, seed=7)  # it has a past of its own
     again.load_state(header, kept)
-    assert again.update == Update.model_validate_json(header["chain"])
+    assert again.update == Update.model_validate_json(header["update"])
     go_on(again, "int4")
     assert (again.update, bits(exact_of(again)), bits(replica_of(again))) == (updates, exact, replica)
     assert again.blobs.keys() >= {ref.digest for ref in updates.refs}
@@ -165,7 +165,7 @@ def test_a_restart_makes_the_same_chain_bit_for_bit(tmp_path: Path, steps: int) 
 def test_a_snapshot_without_its_replica_is_refused() -> None:
     learner = make_learner("2bit")
     header, tensors = learner.state()
-    with pytest.raises(ValueError, match=r"snapshot: replica/0\.bias is not as in this model"):
+    with pytest.raises(ValueError, match=r"snapshot: replica/0\.bias does not fit this model"):
         learner.load_state(header, {n: t for n, t in tensors.items() if n != "replica/0.bias"})
 
 

@@ -223,10 +223,11 @@ class EmulatedNetwork:
         largest: int | None = None,
         accepted: Callable[[], object] | None = None,
     ) -> ReceivedReply:
-        """Raises Faulted: SILENT where the miner is or goes away, LATE, or what came of the exchange."""
+        """Run an exchange. Raises Faulted: SILENT if the miner is or goes away, LATE, or the exchange's own fault."""
         if order.hotkey not in self.peers():
             raise Faulted(Fault.SILENT, "away")
         miner, limits = self._miners[order.hotkey], Limits()
+        service = miner.service
         push = Push(miner, order, signed, blobs, path, largest, limits, lambda path, size: None, None)
         push.on_accepted = accepted or push.on_accepted
         try:
@@ -237,7 +238,8 @@ class EmulatedNetwork:
         except ProtocolError as error:
             faulted = Faulted(error.fault, str(error))
         except Faulted as error:  # the answer of a process that was killed never arrives
-            faulted = Faulted(Fault.SILENT, "went away") if order.hotkey in self._away else error
+            killed = order.hotkey in self._away or miner.service is not service
+            faulted = Faulted(Fault.SILENT, "went away") if killed else error
         except _Gone:
             faulted = Faulted(Fault.SILENT, "went away")
         path.unlink(missing_ok=True)
