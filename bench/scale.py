@@ -8,8 +8,8 @@ the state, gets it, gets the order again, is polled for its reply, gives its pay
 
 CPU is this process's, all threads, the kernel's part included, without what decodes and sums the payloads; medians of
 rounds. State and payload are 10 KB. Above 128 miners there are no sockets: the miners are in this process too
-(EmulatedNetwork), and what their methods take is taken off; their signatures are not. Peak is that of the resident set, pages
-of files included, above what it was before the first round; state and payload are 4 MB.
+(EmulatedNetwork), and the time of their methods is subtracted, but not that of their signatures. Peak is that of the
+resident set, pages of files included, above what it was before the first round; state and payload are 4 MB.
 """
 
 from __future__ import annotations

@@ -196,8 +196,8 @@ from pilot.interfaces import MinerState
 from pilot.display.console import Console
 
 def hotkey(i): return "5" + f"{i:03}".replace("0", "z") + "G" * 44
-def link(i): return MinerState(f"10.0.0.1:{8000 + i}", hotkey(i), "working" if i == 150 else "idle", 1, 2, 0.012, 3456, 78,
-                       *((20e6, 1234e6) if i == 160 else ()))
+def link(i): return MinerState(f"10.0.0.1:{8000 + i}", hotkey(i), "working" if i == 150 else "idle", 1, 2, 0.012, 3456,
+                       78, *((20e6, 1234e6) if i == 160 else ()))
 def receipt(i, verdict):
     return Receipt(run="r", round=0, hotkey=hotkey(i), order="0" * 64, verdict=verdict, reason="late\\x1b[2J\\x1b[31m",
                    done=(), work=0, scores={}, weight=0.25)

@@ -95,7 +95,8 @@ def test_wandb_is_imported_only_when_it_is_on(tmp_path: Path) -> None:
 
 def test_records_import_nothing_heavy() -> None:
     script = (
-        "import sys, pilot.storage.run_store, pilot.storage.miner_store, pilot.display.metrics, pilot.display.plots, pilot.display.console\n"
+        "import sys, pilot.storage.run_store, pilot.storage.miner_store\n"
+        "import pilot.display.metrics, pilot.display.plots, pilot.display.console\n"
         "print([name for name in ('torch', 'matplotlib', 'wandb', 'safetensors') if name in sys.modules])"
     )
     assert run_python(script) == "[]\n"

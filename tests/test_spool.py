@@ -269,7 +269,8 @@ def test_leftovers_of_a_killed_miner_go_and_live_writers_stay(tmp_path: Path) ->
     script = (
         "import os, signal, sys; from pathlib import Path\n"
         "from protocol import BlobRef; from pilot.storage.miner_store import FileMinerStore\n"
-        "writer = FileMinerStore(Path(sys.argv[1])).store(BlobRef.model_validate_json(sys.argv[2])); writer.write(b'half')\n"
+        "store = FileMinerStore(Path(sys.argv[1]))\n"
+        "writer = store.store(BlobRef.model_validate_json(sys.argv[2])); writer.write(b'half')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src")}

@@ -191,7 +191,7 @@ class Learner:
         return load_codec("fp32").encode(load_codec(step.codec).decode(self.history.blobs[step.digest], specs))
 
     def state_digest(self) -> Digest | None:
-        """Return the digest of `version`'s whole state, which proves a replica. None with `full`, as states have one."""
+        """Return the digest of `version`'s whole state, which proves a replica; None with `full`."""
         if self.replica is None:
             return None
         if self._proof is None or self._proof[0] != self.version:
