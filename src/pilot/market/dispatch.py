@@ -1,8 +1,8 @@
-"""Rounds in flight: orders out, replies in, each verified as it arrives, until all are in or the round is closed.
+"""Keep the rounds in flight: send orders, receive and verify replies, and close the rounds.
 
-An order is settled when its round is closed. But inner steps (DiLoCo) are a long work: an order of these that is under
-way then is carried into the next round, once. Its exchange goes on, its ranges stay ordered; in that round it counts
-like any other, or is late.
+Closing a round settles its orders. Inner steps (DiLoCo) take long, so an order of these that is still being worked on
+is carried into the next round, once. Its exchange continues and its ranges stay ordered; in that round it counts like
+any other, or is late.
 """
 
 from __future__ import annotations
@@ -39,16 +39,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Assignment:
-    """An order that has left, and what comes of it."""
+    """An order that was sent, and its exchange."""
 
     order: Order
     signed: Signed
-    at: float  # when it left
-    taken: asyncio.Event = field(default_factory=asyncio.Event)  # it is at the miner, or all is over
-    found: ReceivedReply | None = None  # by a process before this one
-    coming: asyncio.Task[ReceivedReply] | None = None  # reply and payload: goes on while the order is carried
-    outcome: asyncio.Task[Outcome] | None = None  # in the round at hand
-    arrived: bool = False  # the whole reply
+    at: float  # when it was sent
+    taken: asyncio.Event = field(default_factory=asyncio.Event)  # the miner has the order, or the exchange has ended
+    found: ReceivedReply | None = None  # received by an earlier process
+    reply_task: asyncio.Task[ReceivedReply] | None = (
+        None  # receives reply and payload; continues while the order is carried
+    )
+    outcome: asyncio.Task[Outcome] | None = None  # of the current round
+    arrived: bool = False  # the whole reply is here
 
     @property
     def part(self) -> AssignmentKey:
@@ -63,13 +65,11 @@ class OpenRound:
     started: float
     blobs: dict[Digest, Buffer]
     sent: dict[AssignmentKey, Assignment] = field(default_factory=dict)  # its own orders, and those carried into it
-    pending: int = 0  # of these without an outcome
-    cut: float | None = None  # told to stop: when it is closed for good
-    unsealed: list[ReceivedReply] = field(default_factory=list)
-    sealing: asyncio.Task[None] | None = None  # is making them durable, and what it has taken of them
-    last: ReceivedReply | None = (
-        None  # the reply that came when no other was awaited: sealed when nobody waits for the disk
-    )
+    pending: int = 0  # assignments without an outcome
+    closes_at: float | None = None  # when the round is closed for good, once its miners were told to stop
+    not_durable: list[ReceivedReply] = field(default_factory=list)
+    durable_task: asyncio.Task[None] | None = None  # makes the replies durable
+    last: ReceivedReply | None = None  # the last reply: made durable only after the next orders have left
 
     @property
     def outcomes(self) -> list[asyncio.Task[Outcome]]:
@@ -77,7 +77,7 @@ class OpenRound:
 
 
 class Dispatcher:
-    """The rounds in flight, oldest first. Time is the network's."""
+    """The rounds in flight, oldest first. Times are the network's."""
 
     def __init__(
         self,
@@ -96,21 +96,21 @@ class Dispatcher:
         self.notifier, self.executor, self.history, self.codec, self.specs = notifier, executor, history, codec, specs
         self.buffers = buffers
         self.rounds: deque[OpenRound] = deque()
-        self.carried: list[Assignment] = []  # into the next round that is opened
-        self.stop_by: float | None = None  # every round is closed then
-        self._failed: BaseException | None = None  # our own failure in an exchange
-        self._look = asyncio.Event()  # something has happened that somebody may wait for
-        self._changed = True  # somebody has come or gone since the last look
-        self._watching: asyncio.Task[None] | None = None
+        self.carried: list[Assignment] = []  # join the next round that is opened
+        self.stop_by: float | None = None  # when every round is closed, once the run was told to stop
+        self._failed: BaseException | None = None  # a failure of our own in an exchange
+        self._event = asyncio.Event()  # set when something happens that `collect` waits for
+        self._miners_changed = True  # a miner came or went since `admit` was last called
+        self._watcher: asyncio.Task[None] | None = None
 
     @property
     def unsettled(self) -> list[Order]:
-        """Orders that have no receipt yet."""
+        """Return the orders that have no receipt yet."""
         return [sent.order for opened in self.rounds for sent in opened.sent.values()] + [s.order for s in self.carried]
 
     @property
     def outstanding(self) -> list[Range]:
-        """What miners have been ordered and have not answered for."""
+        """Return the ranges that are ordered and not settled."""
         return [r for order in self.unsettled for r in order.ranges]
 
     @property
@@ -119,23 +119,23 @@ class Dispatcher:
 
     def request_stop(self) -> None:
         self.stop_by = self.network.now() + self.policy.grace_s
-        self._look.set()
+        self._event.set()
 
     async def close(self) -> None:
-        """Cancels what is under way."""
+        """Cancel every exchange."""
         sent = [*self.carried, *(s for opened in self.rounds for s in opened.sent.values())]
-        tasks: list[asyncio.Task[Any]] = [task for s in sent for task in (s.coming, s.outcome) if task]
-        tasks += [opened.sealing for opened in self.rounds if opened.sealing]
-        tasks += [self._watching] if self._watching else []
+        tasks: list[asyncio.Task[Any]] = [task for s in sent for task in (s.reply_task, s.outcome) if task]
+        tasks += [opened.durable_task for opened in self.rounds if opened.durable_task]
+        tasks += [self._watcher] if self._watcher else []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def wait_for_peer(self) -> None:
-        """Until somebody is there, the deadline is over, or the run is stopped."""
+        """Wait until a miner is there, the deadline has passed, or the run is told to stop."""
         until = self.network.now() + self.policy.deadline_s
         while not self.network.peers() and not self.stopping and self.network.now() < until:
-            await self._something(until)
+            await self._wait_for_event(until)
 
     # --- out ------------------------------------------------------------------------------------------------------
 
@@ -145,7 +145,7 @@ class Dispatcher:
         orders: Sequence[tuple[Order, Signed]],
         received: Mapping[Digest, ReceivedReply],
     ) -> None:
-        """Starts the exchanges, but for those of orders whose replies a process before this one has `received`.
+        """Start the exchanges, except of orders whose replies an earlier process has `received`.
 
         Orders that are carried join the round.
         """
@@ -153,25 +153,25 @@ class Dispatcher:
         joining, self.carried = self.carried, []
         for sent in [*joining, *(Assignment(order, signed, self.network.now()) for order, signed in orders)]:
             opened.sent[sent.part] = sent
-            if sent.coming is None:
+            if sent.reply_task is None:
                 sent.found = received.get(sent.signed.digest)
                 first = before.sent.get((sent.order.hotkey, before.round)) if before and sent.order.staleness else None
-                sent.coming = asyncio.create_task(self._receive(opened, sent, first))
-            sent.outcome = asyncio.create_task(self._exchange(opened, sent, sent.coming))
+                sent.reply_task = asyncio.create_task(self._receive(opened, sent, first))
+            sent.outcome = asyncio.create_task(self._exchange(opened, sent, sent.reply_task))
             opened.pending += 1
-            sent.outcome.add_done_callback(partial(self._ended, opened, sent))
+            sent.outcome.add_done_callback(partial(self._on_exchange_end, opened, sent))
 
-    def _ended(self, opened: OpenRound, sent: Assignment, task: asyncio.Task[Outcome]) -> None:
+    def _on_exchange_end(self, opened: OpenRound, sent: Assignment, task: asyncio.Task[Outcome]) -> None:
         if not task.cancelled():
             self._failed = self._failed or task.exception()
         opened.pending -= 1
         sent.taken.set()
-        self._look.set()
+        self._event.set()
 
     async def _receive(self, opened: OpenRound, sent: Assignment, first: Assignment | None) -> ReceivedReply:
-        """Order out, reply and payload in. `first` must be at the miner before. Raises Faulted."""
+        """Send an order and receive its reply and payload. The miner must have `first` before. Raises Faulted."""
         order = sent.order
-        if order.inner_steps is not None and not self.policy.inner(opened.round):  # since a resume with other --rounds
+        if order.inner_steps is not None and not self.policy.inner(opened.round):  # after a resume with other --rounds
             raise Faulted(
                 Fault.VALIDATOR_FAILED, f"round {opened.round} takes gradients, and this would be inner steps"
             )
@@ -182,7 +182,7 @@ class Dispatcher:
         sent.at = self.network.now()
         path = self.store.payload_path(order.round, order.hotkey)
         largest = self.codec(order.codec_up).largest(self.specs) + buffers_codec.largest(self.buffers)
-        taken = partial(self._taken, sent)
+        taken = partial(self._on_taken, sent)
         received = await self.network.exchange(order, sent.signed, opened.blobs, path, largest, taken)
         received = replace(received, seconds=self.network.now() - sent.at)
         if received.seconds > order.deadline_s:
@@ -190,20 +190,20 @@ class Dispatcher:
             raise Faulted(Fault.LATE, f"no whole reply within {order.deadline_s:g} s")
         return received
 
-    def _taken(self, sent: Assignment) -> None:
+    def _on_taken(self, sent: Assignment) -> None:
         sent.taken.set()
         self.notifier.deliver_again(sent.order.hotkey)
 
-    async def _exchange(self, opened: OpenRound, sent: Assignment, coming: asyncio.Task[ReceivedReply]) -> Outcome:
-        """One miner's part: reply and payload in, verified. A fault is an outcome, not an error."""
+    async def _exchange(self, opened: OpenRound, sent: Assignment, reply_task: asyncio.Task[ReceivedReply]) -> Outcome:
+        """Receive and verify one reply. A fault is an outcome, not an error."""
         order = sent.order
         try:
-            received = await asyncio.shield(coming)
+            received = await asyncio.shield(reply_task)
             if received is not sent.found:
                 if opened.pending == 1 and opened.last is None and opened is self.rounds[0]:
                     opened.last = received
                 else:
-                    self._seal(opened, received)
+                    self._queue_durable(opened, received)
             sent.arrived = True
             megabytes = fp32_megabytes(self.specs.values())
             contribution = await self.executor.run("verify", megabytes, self.verify, order, received)
@@ -218,7 +218,7 @@ class Dispatcher:
             return fault
 
     def verify(self, order: Order, received: ReceivedReply) -> Contribution:
-        """Raises ProtocolError with the fault."""
+        """Verify a reply. Raises ProtocolError with the fault."""
         payload = partial(self.store.payload, order.round, order.hotkey)
         codec = self.codec(order.codec_up)
         return verify(
@@ -230,42 +230,42 @@ class Dispatcher:
     async def collect(
         self, admit: Callable[[OpenRound], Awaitable[None]], carries: bool
     ) -> dict[AssignmentKey, Outcome]:
-        """What came of each order of the oldest round, but for those that are carried into the next, if that `carries`.
+        """Return the outcome of each order of the oldest round; with `carries`, some may be carried into the next.
 
-        Every exchange ends by itself, or with the round. `admit` may order something from who has come since.
+        Every exchange ends by itself, or with the round. `admit` may order work from miners that came since.
         """
         opened = self.rounds[0]
         while opened.pending:
-            if self._changed:
-                self._changed = False
+            if self._miners_changed:
+                self._miners_changed = False
                 await admit(opened)
             now = self.network.now()
-            if opened.cut is None and now >= self._closing(opened):
+            if opened.closes_at is None and now >= self._closing_time(opened):
                 for other in self.rounds if self.stopping else [opened]:
-                    self._tell_stop(other)
-                opened.cut = min(now + self.policy.grace_s, math.inf if self.stop_by is None else self.stop_by)
-            if opened.cut is None or now < opened.cut:
-                await self._something(self._closing(opened) if opened.cut is None else opened.cut)
+                    self._stop_miners(other)
+                opened.closes_at = min(now + self.policy.grace_s, math.inf if self.stop_by is None else self.stop_by)
+            if opened.closes_at is None or now < opened.closes_at:
+                await self._wait_for_event(self._closing_time(opened) if opened.closes_at is None else opened.closes_at)
             else:
-                await self._cut_off(opened, carries and not self.stopping)
-        self._changed = True  # for the next round, who is not in it has come too
+                await self._close_round(opened, carries and not self.stopping)
+        self._miners_changed = True  # for the next round, every miner without an order is new
         return {part: self._outcome(sent) for part, sent in opened.sent.items()}
 
     def _outcome(self, sent: Assignment) -> Outcome:
-        assert sent.outcome is not None  # of a round that is closed
+        assert sent.outcome is not None  # the round is closed
         if not sent.outcome.cancelled():
             return sent.outcome.result()
         seconds = self.network.now() - sent.at
         return Faulted(Fault.LATE, f"no whole reply within {seconds:.1f} s, when the round was closed")
 
     def pop(self) -> None:
-        """The oldest round is settled. What it carries joins the next one at once, where that is open already."""
+        """Remove the oldest round. The orders that it carries join the next one, if that is open already."""
         self.rounds.popleft()
         if self.rounds:
             self.send(self.rounds[0], (), {})
 
-    def _closing(self, opened: OpenRound) -> float:
-        """When those that have not answered are told to send what they have: never before enough have answered."""
+    def _closing_time(self, opened: OpenRound) -> float:
+        """Return when the remaining miners are told to send what they have; infinite before a quorum has answered."""
         if self.stopping:
             return -math.inf
         answered = len(opened.sent) - opened.pending
@@ -273,70 +273,70 @@ class Dispatcher:
             return math.inf
         return opened.started + self.history.closing_s(self.policy, opened.round)
 
-    def _tell_stop(self, opened: OpenRound) -> None:
+    def _stop_miners(self, opened: OpenRound) -> None:
         for sent in opened.sent.values():
             if sent.outcome and not sent.outcome.done() and not sent.arrived:
                 self.notifier.stop(sent.order, sent.signed.digest)
 
-    async def _cut_off(self, opened: OpenRound, carries: bool) -> None:
-        outcomes, slow = opened.outcomes, [sent for sent in opened.sent.values() if not sent.arrived]
-        for sent in slow:
+    async def _close_round(self, opened: OpenRound, carries: bool) -> None:
+        outcomes, missing = opened.outcomes, [sent for sent in opened.sent.values() if not sent.arrived]
+        for sent in missing:
             if carries and self._may_be_carried(opened, sent):
                 self.carried.append(opened.sent.pop(sent.part))
-            task = sent.outcome if sent in self.carried else sent.coming
+            task = sent.outcome if sent in self.carried else sent.reply_task
             if task:
                 task.cancel()
         await asyncio.wait(outcomes)
-        for sent in slow:  # what has come of a payload is of no use, and its file as large as the whole
+        for sent in missing:  # a partial payload is useless, and its file as large as a whole one
             if not sent.arrived and sent not in self.carried:
                 self.store.discard(sent.order.round, sent.order.hotkey)
 
     def _may_be_carried(self, opened: OpenRound, sent: Assignment) -> bool:
-        """Inner steps that its miner is at, and that are not a round late already."""
+        """Return whether a miner is at work on the order's inner steps, and it was not carried before."""
         at_work = sent.taken.is_set() and sent.outcome is not None and not sent.outcome.done()
         return at_work and sent.order.inner_steps is not None and sent.order.round == opened.round
 
-    async def sealed(self, opened: OpenRound) -> None:
-        """Everything that was received is durable."""
+    async def make_durable(self, opened: OpenRound) -> None:
+        """Make everything that was received durable."""
         if opened.last is not None:
-            self._seal(opened, opened.last)
-        if opened.sealing is not None:
-            await opened.sealing
+            self._queue_durable(opened, opened.last)
+        if opened.durable_task is not None:
+            await opened.durable_task
 
-    def _seal(self, opened: OpenRound, received: ReceivedReply) -> None:
-        opened.unsealed.append(received)
-        if opened.sealing is None:
-            opened.sealing = asyncio.create_task(self._seal_all(opened))
+    def _queue_durable(self, opened: OpenRound, received: ReceivedReply) -> None:
+        opened.not_durable.append(received)
+        if opened.durable_task is None:
+            opened.durable_task = asyncio.create_task(self._make_all_durable(opened))
 
-    async def _seal_all(self, opened: OpenRound) -> None:
-        """What comes while the disk is at work goes to it together."""
-        while opened.unsealed:
-            together, opened.unsealed = opened.unsealed, []
+    async def _make_all_durable(self, opened: OpenRound) -> None:
+        """Make replies durable, those together that arrive while the disk is busy."""
+        while opened.not_durable:
+            together, opened.not_durable = opened.not_durable, []
             await asyncio.to_thread(self.store.make_durable, *together)
-        opened.sealing = None
+        opened.durable_task = None
 
     # --- waiting --------------------------------------------------------------------------------------------------
 
-    async def _something(self, until: float) -> None:
-        """Until an exchange ends, a miner comes or goes, the run is stopped, or it is so late."""
-        if self._watching is None:
-            self._watching = asyncio.create_task(self._watch())
-        if self._watching.done():
-            self._watching.result()
+    async def _wait_for_event(self, until: float) -> None:
+        """Wait until an exchange ends, a miner comes or goes, the run is told to stop, or `until` has passed."""
+        if self._watcher is None:
+            self._watcher = asyncio.create_task(self._watch_miners())
+        if self._watcher.done():
+            self._watcher.result()
         if self._failed is not None:
             raise self._failed
         self.notifier.check()
         left_s = until - self.network.now()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(None if left_s == math.inf else max(0.0, left_s)):
-                await self._look.wait()
-        self._look.clear()
+                await self._event.wait()
+        self._event.clear()
 
-    async def _watch(self) -> None:
+    async def _watch_miners(self) -> None:
         try:
             while True:
                 await self.network.wait_for_change()
-                self._changed = True
-                self._look.set()
+                self._miners_changed = True
+                self._event.set()
         finally:
-            self._look.set()
+            self._event.set()

@@ -1,4 +1,4 @@
-"""What a round's outcomes mean: evidence for the ranking, a receipt for each order, a row of metrics."""
+"""Turn a round's outcomes into evidence for the ranking, a receipt for each order, and a row of metrics."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def by_miner(evidence: Iterable[Evidence]) -> list[Evidence]:
 
 
 def reason(task: Task, policy: RoundPolicy, order: Order, e: Evidence, outcome: Outcome) -> str:
-    """Why the receipt says what it says, in one line."""
+    """Return the receipt's reason in one line."""
     if isinstance(outcome, Faulted):
         return outcome.reason[:1000]
     if not order.budget_s:
@@ -80,7 +80,7 @@ def receipt(
     scores: Mapping[str, float],
     weight: float,
 ) -> Receipt:
-    """`name` is the order's digest; `round` settles it."""
+    """Make the receipt of an order with digest `name`, which round `round` settles."""
     good = outcome if isinstance(outcome, VerifiedReply) else None
     return Receipt(
         run=order.run,
@@ -99,7 +99,7 @@ def receipt(
 
 
 def late_receipt(order: Order, name: Digest, done: int, seconds: float, weight: float) -> Receipt:
-    """For a reply to a round that was closed: noted, not applied."""
+    """Make the receipt for a reply that came after its round was closed: recorded, not applied."""
     return Receipt(
         run=order.run,
         round=order.round,
@@ -122,7 +122,7 @@ def summary(
     orders: Mapping[AssignmentKey, Order],
     outcomes: Mapping[AssignmentKey, Outcome],
 ) -> dict[str, float | int | str]:
-    """The round's row of metrics. `seconds` is all of its time; `loss` the miners' own mean, weighted by accepted work.
+    """Return the round's row of metrics over its `seconds`. `loss` is the miners' own mean, weighted by accepted work.
 
     Utilisation is a miner's seconds of computing, as it says, in a second of the round: for display, never for pay.
     `compute_s` is the median over the miners, and of each no more than the validator's own clock saw, so that a miner

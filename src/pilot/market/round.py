@@ -69,7 +69,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Step:
-    """What a round's step is made with, besides the contributions."""
+    """The settings and codecs of a round's step."""
 
     settings: Settings
     codec_up: str
@@ -78,7 +78,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """One gradient of a round's contributions, and the buffers that go with it."""
+    """The aggregated gradient of a round, and its buffers."""
 
     gradient: Mapping[str, torch.Tensor]
     buffers: Mapping[str, torch.Tensor]
@@ -86,7 +86,7 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What the ranker made of a round, and its state after it."""
+    """The ranker's scores, weights and state after a round."""
 
     evidence: Mapping[AssignmentKey, Evidence]
     scores: Mapping[Hotkey, Mapping[str, float]]
@@ -111,8 +111,11 @@ class Market:
         worker: Executor | None = None,
         charge: Charge | None = None,
     ) -> None:
-        """`codec`: by its name. `settings`: of a round's step, over so many units. `worker` is one thread for all that
-        computes on tensors; `charge` is for emulations."""
+        """Build the market.
+
+        `codec` loads a codec by name. `settings` gives the settings of a round's step over so many units. `worker` is
+        one thread for everything that computes on tensors; `charge` is for simulations.
+        """
         self.policy, self.task, self.learner, self.network, self.store = policy, task, learner, network, store
         self.ranker, self.aggregate, self.settings = ranker, aggregate, settings
         self.executor = TimedExecutor(worker, network.now, charge)
@@ -126,15 +129,17 @@ class Market:
             policy, task, network, store, self.notifier, self.executor, self.history, codec, specs, buffers
         )
         self.blobs = task.blobs()
-        learner.history.keep_previous |= policy.overlap > 0  # orders that a restart sends again may name it
+        learner.history.keep_previous |= policy.overlap > 0  # a restart may send orders of that version again
         self.watch: LinkWatch | None = None  # measures what communication costs
         self._megabytes = fp32_megabytes(p.shape for p in learner.parameters.values())
         self.round = 0  # the oldest that is not committed
         self.empty_rounds = 0
         self.cursor = Cursor()
-        self.before_step: asyncio.Future[object] | None = None  # a snapshot still being written from the parameters
-        self._closed_at: float | None = None  # the round before
-        self._too_short: set[Hotkey] = set()  # told that their micro-batches take longer than a round
+        self.before_step: asyncio.Future[object] | None = (
+            None  # writes a snapshot from the parameters; the next step waits for it
+        )
+        self._closed_at: float | None = None  # when the previous round was closed
+        self._too_short: set[Hotkey] = set()  # miners warned that a micro-batch takes longer than a round
 
     # --- a round --------------------------------------------------------------------------------------------------
 
@@ -143,7 +148,7 @@ class Market:
         opened = self.dispatcher.rounds[0]
         outcomes = await self.dispatcher.collect(self._admit, carries=opened.round + 1 < last)
         if self.learner.replica is None:  # with deltas blobs are files, and miners of carried orders may need them
-            opened.blobs.clear()  # their memory is the next version's
+            opened.blobs.clear()  # frees memory for the next version
             opened.blobs.update(self.blobs)  # for miners at work for the next round
         began = self.network.now()
         accepted = {part: o.contribution for part, o in sorted(outcomes.items()) if isinstance(o, VerifiedReply)}
@@ -163,7 +168,7 @@ class Market:
         await self.open_rounds(last)
 
     async def open_rounds(self, last: int) -> None:
-        """Plan and broadcast: so many rounds in flight as there shall be, none from round `last` on."""
+        """Plan and broadcast until the policy's number of rounds is in flight; none from round `last` on."""
         rounds = self.dispatcher.rounds
         while len(rounds) <= self.policy.overlap and self.round + len(rounds) < last:
             waits = rounds and (self._exhausted or not self.network.peers())
@@ -173,7 +178,7 @@ class Market:
 
     @property
     def in_flight(self) -> bool:
-        """Rounds are open: `run_round` has something to finish."""
+        """Return whether rounds are open."""
         return bool(self.dispatcher.rounds)
 
     @property
@@ -186,29 +191,29 @@ class Market:
 
     @property
     def _over(self) -> bool:
-        """Nothing more is ordered: a round that is opened all the same is for what was carried."""
+        """Return whether nothing more is ordered; a round may still be opened for carried orders."""
         return self.stopping or self.out_of_patience
 
     def request_stop(self) -> None:
-        """Close the rounds in flight: miners are told to stop, what they have done by then counts. No round follows."""
+        """Close the rounds in flight: miners are told to stop, and their work so far counts. No round follows."""
         self.dispatcher.request_stop()
 
     async def finish(self) -> None:
-        """What is under way aside comes to its end, or is given up after the grace."""
+        """Wait for background work, at most for the grace period."""
         if self.before_step is not None:
             await self.before_step
         stop_by = self.dispatcher.stop_by
         await self.notifier.finish(self.policy.grace_s if stop_by is None else max(1.0, stop_by - self.network.now()))
 
     async def close(self) -> None:
-        """Nothing of ours uses the network any more."""
+        """Cancel every exchange and notification."""
         await self.dispatcher.close()
         await self.notifier.close()
 
     # --- 1 and 2. plan, broadcast ---------------------------------------------------------------------------------
 
     async def _open(self, round: int) -> OpenRound:
-        """Orders of this round that are on disk already are sent again, unchanged."""
+        """Open a round. Its orders that are on disk already are sent again, unchanged."""
         orders = self._standing_orders(round)
         if not orders:
             if not self._over:
@@ -216,7 +221,7 @@ class Market:
             await self._make_ready(round, self.network.peers())
             orders = self._plan(round)
             await asyncio.to_thread(self.store.open_round, round, [signed for _, signed in orders])
-        out = [order for order, _ in orders] + [s.order for s in self.dispatcher.carried if s.coming is None]
+        out = [order for order, _ in orders] + [s.order for s in self.dispatcher.carried if s.reply_task is None]
         blobs = await asyncio.to_thread(self.learner.find, {order.update for order in out})
         opened = OpenRound(round, self.network.now(), {**self.blobs, **blobs})
         rounds = {round, *(order.round for order in out)}
@@ -225,13 +230,13 @@ class Market:
         return opened
 
     def _standing_orders(self, round: int) -> list[tuple[Order, Signed]]:
-        """A round's orders as a killed validator left them, if they are for versions that they may be for."""
+        """Return a round's orders that a killed validator left, if their versions still fit."""
         standing = [(Order.parse(s.body), s) for s in self.store.orders(round)]
         fitting = {self.learner.version, self.learner.base if self.policy.overlap else None}
         if any(order.version not in fitting for order, _ in standing):
             return []
         if any((order.inner_steps is not None) != self.policy.inner(round) for order, _ in standing):
-            return []  # with other --rounds other rounds are DiLoCo's
+            return []  # --rounds changed, and so did the rounds of DiLoCo
         self.cursor = self.cursor.without(chain.from_iterable(order.ranges for order, _ in standing))
         return standing
 
@@ -247,13 +252,13 @@ class Market:
         ]
 
     async def _admit(self, opened: OpenRound) -> None:
-        """Who came after the round had begun gets what is left of its time."""
+        """Order what is left of the round's time from miners that came after it began."""
         began = opened.started if self._closed_at is None else max(opened.started, self._closed_at)
         left_s = self.policy.round_s - (self.network.now() - began)
         ordered = {order.hotkey for order in self.dispatcher.unsettled}
         new = [hotkey for hotkey in self.network.peers() if hotkey not in ordered]
         worth = self.policy.round_s and left_s >= MIN_BUDGET * self.policy.round_s
-        if not new or not worth or self.stopping or opened.cut is not None:
+        if not new or not worth or self.stopping or opened.closes_at is not None:
             return
         await self._make_ready(opened.round, new)
         taken = self._take(opened.round, new)
@@ -273,14 +278,14 @@ class Market:
 
     @property
     def _limit(self) -> int | None:
-        """With --coverage once, the end of the earliest epoch that is not done."""
+        """Return the end of the earliest unfinished epoch with --coverage once, else None."""
         if not self.policy.once:
             return None
         return epoch_end(self.cursor, self.dispatcher.outstanding, self.task.batches_per_epoch)
 
     @property
     def _exhausted(self) -> bool:
-        """Nothing may be ordered before something in flight is accepted."""
+        """Return whether nothing can be ordered before something in flight is accepted."""
         return self.cursor.take(1, self._limit)[0] == ()
 
     def _order(
@@ -299,7 +304,7 @@ class Market:
             task=self.task.spec(),
             data=self.task.data_spec,
             ranges=ranges,
-            deadline_s=self.policy.deadline_s * (1 + staleness),  # it waits behind another
+            deadline_s=self.policy.deadline_s * (1 + staleness),  # it waits behind another order
             staleness=staleness,
             codec_up=up,
             codec_down=down,
@@ -311,20 +316,20 @@ class Market:
         return order, self.network.sign(order)
 
     async def _make_ready(self, round: int, hotkeys: Sequence[Hotkey]) -> None:
-        """What orders name and takes its time: the proof; the whole state, for who cannot read the deltas."""
+        """Compute what orders name: the state's digest, and a whole state for miners that cannot read deltas."""
         if self._proves(round):
             await self.executor.run("digest", self._megabytes, self.learner.state_digest)
         if any(self.codec_fallback.needs_state(hotkey, self.learner.update) for hotkey in hotkeys):
             await self.executor.run("encode", self._megabytes, self.learner.snapshot_now)
 
     def _proves(self, round: int) -> bool:
-        """Whether the round's miners are to show that their model is the validator's replica, bit for bit."""
+        """Return whether the round's orders carry the state's digest, which proves the miners' models."""
         return self.policy.digest_every > 0 and round % self.policy.digest_every == 0
 
     # --- measure, aggregate, step ---------------------------------------------------------------------------------
 
     def _plan_step(self, round: int, accepted: Mapping[AssignmentKey, Contribution]) -> Step:
-        """Return what the round's step is made with: all of it is in the round's record, for replays."""
+        """Return the settings and codecs of the round's step. All of it goes into the record, for replays."""
         up, down = self.policy.codec_up, self.policy.codec_down
         return Step(self.settings(round, max(1, sum(c.count for c in accepted.values()))), up, down)
 
@@ -432,14 +437,14 @@ class Market:
     # --- 8. commit ------------------------------------------------------------------------------------------------
 
     async def _commit(self, opened: OpenRound, record: RoundRecord) -> None:
-        """What the transaction names is durable before it."""
+        """Commit the round in one transaction, after everything that it names is durable."""
         began = self.network.now()
-        await self.dispatcher.sealed(opened)
+        await self.dispatcher.make_durable(opened)
         await asyncio.to_thread(self.store.commit, record)
         self.executor.passed("commit", self.network.now() - began)
 
     def _announce(self, opened: OpenRound, record: RoundRecord, outcomes: Mapping[AssignmentKey, Outcome]) -> None:
-        """Receipts, once committed; who was late also stops, and what it did is noted should it still come."""
+        """Deliver the receipts. Late miners are told to stop, and their replies are recorded if they still come."""
         for signed, (part, sent) in zip(record.receipts, sorted(opened.sent.items()), strict=True):
             outcome, hotkey = outcomes[part], sent.order.hotkey
             if isinstance(outcome, Faulted) and outcome.fault is Fault.LATE:
@@ -450,7 +455,7 @@ class Market:
     # --- restart --------------------------------------------------------------------------------------------------
 
     async def replay(self, since: int) -> None:
-        """Apply the committed rounds after a snapshot again, from the spooled payloads: the same versions, bit for bit.
+        """Apply the committed rounds after a snapshot again, from the spooled payloads, to the same versions bitwise.
 
         Raises ValueError where this machine computes another version than the ledger says.
         """
@@ -472,7 +477,7 @@ class Market:
 
     def _replay_round(self, record: RoundRecord) -> None:
         verdicts = [Receipt.parse(s.body) for s in record.receipts]
-        accepted = [r.order for r in verdicts if r.verdict == "ACCEPTED"]  # in the order in which they were summed
+        accepted = [r.order for r in verdicts if r.verdict == "ACCEPTED"]  # in the order of summation
         signed = [s for n in (record.round - 1, record.round) for s in self.store.orders(n)]
         orders = {s.digest: Order.parse(s.body) for s in signed}
         rounds = {orders[name].round for name in accepted if name in orders}
@@ -495,7 +500,7 @@ class Market:
     # --- once in a while ------------------------------------------------------------------------------------------
 
     async def evaluate(self) -> dict[str, float]:
-        """The task's metrics of the exact parameters, and as "replica_…" of what miners have, where that is another."""
+        """Return the task's metrics of the exact parameters, and with deltas those of the replica as "replica_…"."""
         found = await self.executor.run("evaluate", 1.0, self.task.evaluate, self.learner.model)
         if self.learner.replica is None:
             return found
@@ -504,6 +509,6 @@ class Market:
         return {**found, **{f"replica_{name}": value for name, value in replica.items()}}
 
     def save_snapshot(self, save: Callable[[int, Mapping[str, str], Mapping[str, torch.Tensor]], object]) -> None:
-        """Writes the state with `round` rounds applied, from the parameters themselves: the next step waits for it."""
+        """Write a snapshot after `round` rounds, from the parameters themselves; the next step waits for it."""
         header, tensors = self.learner.state()
         self.before_step = asyncio.ensure_future(asyncio.to_thread(save, self.round, header, tensors))

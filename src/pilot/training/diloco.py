@@ -1,4 +1,4 @@
-"""DiLoCo: which rounds have inner steps, which of the run's steps a round begins with, and what its orders say.
+"""Plan DiLoCo: the rounds with inner steps, the step that a round begins with, and what its orders say.
 
     rounds   0 … warmup_rounds - 1        each a gradient round: one step of the validator's own optimizer
              warmup_rounds … rounds - 1   each `tau` inner steps at every miner, then one outer step
@@ -36,19 +36,19 @@ class DiLoCo:
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Return the steps of the whole run."""
         return self.step(self.rounds)
 
     def inner(self, round: int) -> bool:
-        """Whether miners make inner steps in this round."""
+        """Return whether miners make inner steps in this round."""
         return round >= self.warmup_rounds
 
     def step(self, round: int) -> int:
-        """Steps of the run before this round."""
+        """Return the steps of the run before this round."""
         return min(round, self.warmup_rounds) + self.tau * max(0, round - self.warmup_rounds)
 
     def ordered(self, round: int) -> InnerSteps | None:
-        """What the round's orders say of inner steps; None in a gradient round."""
+        """Return the inner steps that the round's orders name; None in a gradient round."""
         if not self.inner(round):
             return None
         return InnerSteps(
@@ -61,7 +61,7 @@ class DiLoCo:
 
 
 def warmup_rounds(warmup: float, rounds: int, tau: int) -> int:
-    """Gradient rounds G that do the first `warmup` of all micro-batches: G = warmup (G + (rounds - G) tau).
+    """Return the gradient rounds G that do the first `warmup` of all micro-batches: G = warmup (G + (rounds - G) tau).
 
     At least one of the rounds is left to DiLoCo.
     """
@@ -69,7 +69,7 @@ def warmup_rounds(warmup: float, rounds: int, tau: int) -> int:
 
 
 def round_settings(diloco: DiLoCo | None, task: Task, config: Any, rounds: int) -> Callable[[int, int], Settings]:
-    """The settings of the validator's step in a round, over so many units; `config` is the task's optimizer's."""
+    """Return a function of round and units that gives the settings of the validator's step."""
 
     def settings(round: int, units: int) -> Settings:
         if diloco is None:
@@ -84,7 +84,7 @@ def round_settings(diloco: DiLoCo | None, task: Task, config: Any, rounds: int) 
 def plain_steps(
     diloco: DiLoCo | None, task: Task, config: Any, round: int, done: Sequence[Sequence[Range]], settings: Settings
 ) -> list[tuple[tuple[Range, ...], Settings]]:
-    """What plain training does with a round's work: ranges and settings of each step; `done` is each miner's part.
+    """Return the ranges and settings of plain training's steps for a round; `done` has each miner's part.
 
     A gradient round is one step, by its own `settings`. Where there were inner steps the k-th ones of all miners are
     one step.

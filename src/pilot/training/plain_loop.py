@@ -1,4 +1,4 @@
-"""Plain training: the same task, optimizer, schedule and indices in one process, to compare a marketplace with."""
+"""Train plainly in one process, with the same task, optimizer, schedule and indices as a marketplace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def train(
     combine: Callable[[GradientResult], GradientResult] = lambda work: work,
     batch: Callable[[int], Batch] | None = None,
 ) -> Iterator[GradientResult | None]:
-    """For each (ranges, settings) an optimizer step on the mean gradient over the ranges.
+    """Take an optimizer step for each (ranges, settings), on the mean gradient over the ranges.
 
     Where a round had no good reply its ranges are empty: None, and nothing moves. `combine` makes one of the work of
     several ranks; `batch` gives the task's batches.

@@ -1,4 +1,4 @@
-"""The one cursor that every order's index ranges come from, so that they are disjoint and nothing is skipped."""
+"""Hand out disjoint index ranges from one cursor, so that no micro-batch is skipped or ordered twice."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from protocol import MAX_RANGES, Range
 
 @dataclass(frozen=True)
 class Cursor:
-    """The next index never ordered yet, and the ranges that came back undone, which go out first."""
+    """The next index that was never ordered, and the ranges that came back undone, which are ordered first."""
 
     next: int = 0
     returned: tuple[Range, ...] = ()
 
     def take(self, count: int, limit: int | None = None) -> tuple[tuple[Range, ...], Cursor]:
-        """`count` indices as ascending ranges, as many as an order may have, and the cursor after them.
+        """Return `count` indices as ascending ranges, as many as an order may have, and the cursor after them.
 
         Of indices from `limit` on none is taken: then there may be fewer than `count`, or none at all.
         """
@@ -42,7 +42,7 @@ class Cursor:
         return Cursor(self.next, merge([*self.returned, *ranges]))
 
     def without(self, ranges: Iterable[Range]) -> Cursor:
-        """The cursor after these ranges were taken, whether that is so already or not."""
+        """Return the cursor after these ranges were taken, whether or not they already were."""
         ordered = merge(ranges)
         stop = max([self.next, *(r.stop for r in ordered)])
         fresh = [Range(self.next, stop)] if stop > self.next else []
@@ -50,7 +50,7 @@ class Cursor:
 
     @property
     def first(self) -> int:
-        """The lowest index that may still be taken."""
+        """Return the lowest index that can still be taken."""
         return self.returned[0].start if self.returned else self.next
 
     def dumps(self) -> str:
@@ -63,7 +63,7 @@ class Cursor:
 
 
 def merge(ranges: Iterable[Range]) -> tuple[Range, ...]:
-    """The same indices in ascending order, neighbours joined."""
+    """Return the same indices in ascending order, with adjacent ranges joined."""
     merged: list[Range] = []
     for start, stop in sorted(ranges):
         if merged and merged[-1].stop == start:
@@ -74,7 +74,7 @@ def merge(ranges: Iterable[Range]) -> tuple[Range, ...]:
 
 
 def subtract(ranges: Iterable[Range], done: Iterable[Range]) -> tuple[Range, ...]:
-    """The indices of `ranges` that are not in `done`."""
+    """Return the indices of `ranges` that are not in `done`."""
     left: list[Range] = []
     finished = deque(merge(done))
     for start, stop in merge(ranges):
@@ -91,7 +91,7 @@ def subtract(ranges: Iterable[Range], done: Iterable[Range]) -> tuple[Range, ...
 
 
 def within(done: Iterable[Range], ordered: Iterable[Range]) -> bool:
-    """True where each index done was ordered."""
+    """Return whether every index of `done` was ordered."""
     return not subtract(done, ordered)
 
 
