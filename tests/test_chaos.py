@@ -172,11 +172,10 @@ def test_a_short_run_and_its_replay(tmp_path: Path) -> None:
     assert all((cache / "receipts.jsonl").is_file() for cache in caches)
     assert check_and_print(run, caches, replay=True) == []
     with closing(sqlite3.connect(run / "ledger.sqlite")) as db, db:
-        [(metrics,)] = db.execute("SELECT metrics FROM rounds WHERE round = 10").fetchall()
-        rate = json.loads(metrics)["lr"]
-        db.execute(
-            "UPDATE rounds SET metrics = ? WHERE round = 10", (json.dumps({**json.loads(metrics), "lr": 2 * rate}),)
-        )
+        [(text,)] = db.execute("SELECT settings FROM rounds WHERE round = 10").fetchall()
+        settings = json.loads(text)
+        doubled = json.dumps({**settings, "lr": 2 * settings["lr"]})
+        db.execute("UPDATE rounds SET settings = ? WHERE round = 10", (doubled,))
     [violation] = check_and_print(run, caches, replay=True)
     assert violation.rule == "replay"
     assert "round 10 replays to version" in violation.text

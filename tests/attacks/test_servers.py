@@ -28,11 +28,11 @@ Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 class Liar(Axon):
     """An axon that signs its replies with another key."""
 
-    def _sealed(self, message: Message, status: int = 200) -> web.Response:
+    def _signed_response(self, message: Message, status: int = 200) -> web.Response:
         if isinstance(message, Reply):
             text = sign_message(MALLORY, message).model_dump_json()
             return web.Response(text=text, content_type="application/json")
-        return super()._sealed(message, status)
+        return super()._signed_response(message, status)
 
 
 class Twisted(Echo):
@@ -404,7 +404,7 @@ def test_a_server_that_says_another_s_hotkey(tmp_path: Path) -> None:
 
 def test_a_server_that_shows_another_s_old_hello(tmp_path: Path) -> None:
     class Parrot(Axon):
-        def _sealed(self, message: Message, status: int = 200) -> web.Response:
+        def _signed_response(self, message: Message, status: int = 200) -> web.Response:
             assert isinstance(message, Hello)
             old = message.model_copy(update={"nonce": "0" * 32})
             return web.Response(text=sign_message(MINER, old).model_dump_json())

@@ -23,12 +23,13 @@ SMALL = 1 << 16  # bytes for which a thread is too much, and of a batch at least
 class MinimumRate:
     """`async with` around a transfer: TimeoutError where `min_rate * rate_s` bytes do not pass in `rate_s` seconds."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._window_s = limits.rate_s
+    def __init__(self, limits: Limits, first_s: float | None = None) -> None:
+        """The first window lasts `first_s` seconds; None: as long as the others."""
+        self._window_s, self._first_s = limits.rate_s, first_s
         self._quota = self._due = limits.min_rate * limits.rate_s
 
     async def __aenter__(self) -> Self:
-        self._timeout = await asyncio.timeout(self._window_s).__aenter__()
+        self._timeout = await asyncio.timeout(self._first_s or self._window_s).__aenter__()
         return self
 
     async def __aexit__(
@@ -42,7 +43,7 @@ class MinimumRate:
             self.restart()
 
     def restart(self, window_s: float | None = None) -> None:
-        """Measure anew from now: what went by until now was not the peer's time."""
+        """Begin a new window now; the time until now was not the peer's."""
         self._due = self._quota
         self._timeout.reschedule(asyncio.get_running_loop().time() + (window_s or self._window_s))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import ssl
 import time
@@ -199,15 +200,14 @@ class Peer(MinerChannel):
         answer_s: float,
         passed: Callable[[int], object] = lambda size: None,
     ) -> aiohttp.ClientResponse:
-        """Up to the answer's head, for which the peer has `answer_s` from the last byte on. Raises Lost."""
+        """Send a request and return the answer's head, which must come `answer_s` after the last byte. Raises Lost."""
         if data or isinstance(data, memoryview):
             headers = {**headers, "Content-Length": str(len(data)), "Content-Type": "application/octet-stream"}
         if isinstance(data, memoryview) and len(data) <= SMALL:
             passed(len(data))
             data = bytes(data)  # is there before a 100 Continue would be
         try:
-            async with MinimumRate(self._limits) as pace:
-                pace.restart(self._limits.connect_s + answer_s)
+            async with MinimumRate(self._limits, self._limits.connect_s + answer_s) as pace:
                 self.bytes_down += 0 if isinstance(data, memoryview) else len(data)
                 return await self._session.request(
                     method,
@@ -236,11 +236,10 @@ class Peer(MinerChannel):
         pace.restart(answer_s)
 
     async def _whole(self, response: aiohttp.ClientResponse, largest: int) -> bytes:
-        """An answer's body. Raises Lost, ProtocolError."""
+        """Read an answer's body. Raises Lost, ProtocolError."""
         body = bytearray()
         try:
-            async with MinimumRate(self._limits) as pace:
-                pace.restart(self._limits.message_s)
+            async with asyncio.timeout(self._limits.message_s):
                 while piece := await response.content.readany():
                     body += piece
                     self.bytes_up += len(piece)
@@ -253,7 +252,7 @@ class Peer(MinerChannel):
         return bytes(body)
 
     async def _refused(self, response: aiohttp.ClientResponse) -> RefusedAt:
-        """What an error response says. Raises Lost for what may be otherwise in a moment: slowness, failures inside."""
+        """Read an error response. Raises Lost for errors that may pass in a moment: slowness and failures inside."""
         body = await self._whole(response, self._limits.body("refusal"))
         if response.status in (408, 429) or (response.status >= 500 and response.status != 507):  # 507: a full disk
             raise Lost(f"{self.endpoint}: HTTP {response.status}")
