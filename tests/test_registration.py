@@ -447,7 +447,7 @@ def test_a_miner_whose_validator_does_not_listen_ends_all_the_same(grace: str, t
         os.kill(process.pid, signal.SIGSTOP)
         miner.terminate()
         if grace != "0":
-            miner.wait_for("^ending: ")
+            miner.wait_for("^stopping: ")
             miner.terminate()
         assert miner.wait() == 0, miner.said()
         assert ("not everything was handed over within --grace 0 s" in miner.said()) == (grace == "0")
