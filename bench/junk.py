@@ -28,8 +28,8 @@ from bench.overhead import commits
 
 CONNECTIONS = 50
 PHASE_S = 12.0
-PHASES = 3  # of each kind
-SETTLE_S = 1.5  # of each phase are left out
+PHASES = 3  # phases of each kind
+SETTLE_S = 1.5  # seconds left out at the start of each phase
 JUNK = [
     b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     b"GET /v1/order HTTP/1.1\r\nHost: x\r\n\r\n",

@@ -18,8 +18,8 @@ from bench import Figure
 from bench.overhead import run
 
 MINERS = 2
-BATCHES = 4  # of each miner in a round
-TOKENS = 4 * 512  # of a micro-batch
+BATCHES = 4  # micro-batches of each miner in a round
+TOKENS = 4 * 512  # tokens in a micro-batch
 STEPS = 64  # 64 * 2 * 4 * 2048 = 1,048,576 tokens
 
 

@@ -31,7 +31,7 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS, ROWS = 140, 36
 CHUNK_BYTES = 1 << 16
-SHOWN = 2 / 3  # of the rounds are done when the live view is taken
+SHOWN = 2 / 3  # share of the rounds done when the live view is taken
 HISTORY = 10_000  # lines that have scrolled off
 COLOURS = {"brown": "yellow", "brightbrown": "bright_yellow"}  # pyte's names that rich does not have
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 OURS, PUBLISHED, HUGGINGFACE = TRAINERS = ("ours", "rustbpe 0.1.0", "Hugging Face tokenizers")
 TEXT_BYTES = 80_000_000
-LARGEST_SHARE = 0.4  # of the text, from one source, as long as there are others
+LARGEST_SHARE = 0.4  # share of the text from one source, as long as there are others
 LARGEST_FILE = 2_000_000  # bytes: larger ones are mostly generated
 VOCABULARY = 32_768
 TRAIN_RUNS = 3

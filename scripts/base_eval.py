@@ -46,7 +46,7 @@ class BaseEvalConfig:
     """Folder of a checkpoint, or of several, of which it takes the newest."""
 
     step: int | None = None
-    """Of several checkpoints that of this step."""
+    """Evaluate the checkpoint of this step. None: the newest."""
 
     eval: tuple[str, ...] = KINDS
     """What to evaluate: any of bpb, core, sample."""
@@ -76,31 +76,31 @@ class BaseEvalConfig:
         "If yesterday was Friday, then tomorrow will be",
         "It was the best of times, it was",
     )
-    """What the samples go on from."""
+    """Prompts that the samples continue."""
 
     num_samples: int = 2
     """Samples of each prompt, besides the likeliest continuation."""
 
     max_new_tokens: int = 32
-    """Tokens of a sample."""
+    """Tokens in a sample."""
 
     temperature: float = 0.8
-    """Of the samples: below 1 the likely tokens become likelier."""
+    """Temperature of the samples; below 1 likely tokens become likelier."""
 
     top_k: int = 50
-    """Sample among so many of the likeliest tokens. 0: all."""
+    """Sample among this many of the likeliest tokens. 0: all of them."""
 
     top_p: float = 1.0
     """Sample among the likeliest tokens that together have this probability."""
 
     seed: int = 42
-    """Of the samples."""
+    """Seed of the samples."""
 
     batch_tokens: int = 16_384
     """Tokens in a batch; less takes less memory."""
 
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the activations. auto: as in training."""
+    """Type of the activations. auto: as in training."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""

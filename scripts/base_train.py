@@ -100,7 +100,7 @@ class Run:
     task: Task
     learner: Learner
     device: torch.device
-    folder: Path | None  # of the checkpoints
+    folder: Path | None  # holds the checkpoints
     steps_done: int = 0
 
     def steps(self, ranks: Ranks) -> Iterator[tuple[tuple[Range, ...], Settings]]:

@@ -112,8 +112,8 @@ struct Node {
     next: u32,
 }
 
-/// Pairs to merge as (token made, place), smallest first. Pairs come by and large in that order, so that sorted lists
-/// with a heap for what comes too late take a fraction of a heap's time.
+/// Pairs to merge as (token made, place), smallest first. Pairs arrive almost in that order, so sorted lists,
+/// with a heap for the late ones, take a fraction of a heap's time.
 #[derive(Default)]
 struct Queue {
     sorted: Vec<u64>,

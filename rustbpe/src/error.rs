@@ -1,4 +1,4 @@
-//! What can go wrong, each as one line for whoever called.
+//! The errors of this crate. Each displays as one line.
 
 use std::fmt;
 use std::io;

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Final
 
 MAX_CHARS: Final = 1000
-MAX_DEPTH: Final = 100  # of nested operations; a sum of 100 numbers is one
-MAX_BITS: Final = 1024  # of an integer, in every intermediate result too
+MAX_DEPTH: Final = 100  # nested operations; a sum of 100 numbers counts as one
+MAX_BITS: Final = 1024  # bits of an integer, in every intermediate result too
 THOUSANDS: Final = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 Number = int | float
@@ -43,7 +43,7 @@ def calculate(expression: str) -> str | None:
         expression = THOUSANDS.sub("", expression)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the parser, about what the model wrote
+            warnings.simplefilter("ignore")  # the parser warns about what the model wrote
             tree = ast.parse(expression.strip(), mode="eval")
         return str(_value(tree.body, MAX_DEPTH))
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):

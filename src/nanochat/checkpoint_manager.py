@@ -175,7 +175,7 @@ def _write_tensors(file: _Writer, tensors: Mapping[str, torch.Tensor]) -> None:
     import torch
 
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # keeps each aligned
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # which transformers asks for
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     offset = 0
     for name, tensor in ordered:
         dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]

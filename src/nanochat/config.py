@@ -11,7 +11,7 @@ from pilot.common.flags import arg
 Preset = Literal["modern", "classic"]
 
 VOCAB_MULTIPLE = 64  # tables and head are padded to a multiple; logits are cut to the vocabulary
-GATE_CHANNELS = 12  # of the residual stream, the input of the value embeddings' gates
+GATE_CHANNELS = 12  # channels of the residual stream that feed the value embeddings' gates
 SMEAR_CHANNELS = 24  # the input of smear's gate
 ROTARY_REACH = 10  # the rotary tables cover this many times the sequence length
 WINDOW_MULTIPLE = 128

@@ -276,8 +276,8 @@ class Display:
         self._task = self._bars.add_task("shards", total=shards, line="")
         self._shards, self._done = shards, 0
         self._began = self._spoke = time.monotonic()
-        self._bytes = 0  # of this call
-        self._held: dict[Path, int] = {}  # of each file being downloaded
+        self._bytes = 0  # bytes downloaded by this call
+        self._held: dict[Path, int] = {}  # bytes held by each file that is downloading
         self._sizes: dict[Path, int] = {}
 
     def grew(self, file: File, held: int) -> None:

@@ -44,7 +44,7 @@ def evaluate(
     If torch.distributed is initialized, the sums are over all ranks, which evaluate batches of their own.
     """
     device = _device(model)
-    exact = torch.device("cpu") if device.type == "mps" else device  # which has no fp64
+    exact = torch.device("cpu") if device.type == "mps" else device  # mps has no fp64
     sizes = torch.zeros(0) if token_bytes is None else torch.as_tensor(token_bytes).to(exact)
     sums = torch.zeros(4, dtype=torch.float64, device=exact)
     for inputs, targets in batches:

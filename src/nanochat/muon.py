@@ -23,7 +23,7 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-BETA2 = 0.9  # of the second moment
+BETA2 = 0.9  # decay of the second moment
 MARGIN = 1.01  # above the Frobenius norm, so that no singular value starts above 1, even in bf16
 TINY = 1e-7
 

@@ -20,8 +20,8 @@ from nanochat.config import MuonAdamWConfig
 from nanochat.muon import muon_step, second_moment_shape
 
 EPS = 1e-10
-GATE_LR = 0.2  # of smear and backout
-STACK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of one batched call; on a CPU these fit in its cache
+GATE_LR = 0.2  # learning rate of smear and backout
+STACK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements in one batched call; on a CPU these fit in its cache
 
 _MATRIX = re.compile(r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|c_proj|ve_gate)|mlp\.(c_fc|c_proj))\.weight")
 _OTHERS = {

@@ -94,7 +94,7 @@ class MinerState:
     endpoint: str
     hotkey: Hotkey | None  # None before its first hello
     state: str  # "away", "idle", "ordering", "sending 43 %", "working", "fetching 12 %", "done"
-    batches_done: int  # of the current order
+    batches_done: int  # batches of the current order
     batches: int  # ordered
     latency_s: float  # round trip of its last short request; 0: not measured yet
     bytes_up: int  # miner to validator, since the start
@@ -120,9 +120,9 @@ class RoundRecord:
 
     round: int
     version: Version  # after the round; unchanged if no reply was good
-    settings: Mapping[str, float]  # of the optimizer's step: learning rate, momentum, ...
-    codec_up: str  # of the round's orders
-    codec_down: str  # of the update that the round makes
+    settings: Mapping[str, float]  # of the optimizer step: learning rate, momentum, ...
+    codec_up: str  # codec of the round's orders
+    codec_down: str  # codec of the update that the round makes
     cursor: str  # JSON: the next index to order and the ranges that came back
     receipts: tuple[Signed, ...]  # one for each order it settles, by hotkey and round; the ACCEPTED ones made the step
     weights: Mapping[Hotkey, float]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 LEAST_DOCUMENT = 8  # average tokens of a document that a miner accepts: packing 4 million documents takes seconds
 FEW = 100_000
-BYTES = {"fp32": 4, "bf16": 2}  # of an activation
+BYTES = {"fp32": 4, "bf16": 2}  # bytes of one activation
 Heads = Annotated[int, Field(ge=1, le=512)]
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     Batch = tuple[torch.Tensor, float]  # the sum of the samples' c_w - o, (d,), and of their losses at the optimum
 
-BYTE_DEVIATION = math.sqrt((256**2 - 1) / 12)  # of a uniform byte
+BYTE_DEVIATION = math.sqrt((256**2 - 1) / 12)  # standard deviation of a uniform byte
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     Tensors = dict[str, torch.Tensor]
-    Specs = Mapping[str, torch.Size]  # what the receiver expects: the shape of each tensor by name
+    Specs = Mapping[str, torch.Size]  # the shape of each tensor that the receiver expects, by name
 
 
 class Codec(Protocol):

@@ -118,7 +118,7 @@ class Piece(NamedTuple):
     name: str
     start: int
     stop: int
-    at: int  # where the part begins in the block
+    at: int  # offset of the part in the block
 
 
 def pieces_of(specs: Specs, start: int, stop: int) -> list[Piece]:

@@ -46,7 +46,7 @@ class Coded(Packed):
     """A codec whose body ends with rows of small codes, several to a byte, which scales turn into values."""
 
     base: ClassVar[int]  # digits are 0 … base - 1
-    digits: ClassVar[int]  # of a byte
+    digits: ClassVar[int]  # digits in a byte
 
     @abstractmethod
     def levels(self, digits: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pilot.codec import Specs, Tensors
 
 CHUNK = 4096
-KEPT = 64  # of a chunk
+KEPT = 64  # entries kept of each chunk
 VALUE_BITS = 2  # the code's, and the sign
 INDEX_BITS = 12
 ENCODE_ROWS = 64  # chunks at a time on the CPU: 1 MB as fp32

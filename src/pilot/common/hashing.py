@@ -9,8 +9,8 @@ from blake3 import blake3
 from pydantic import StringConstraints
 from typing_extensions import Buffer
 
-PROTOCOL: Final = "pilot/2"  # of the messages
-CONTEXT: Final = "pilot/1"  # of every digest and random stream; another would rename all files and reorder all data
+PROTOCOL: Final = "pilot/2"  # version of the messages
+CONTEXT: Final = "pilot/1"  # in every digest and random stream; a change would rename all files and reorder all data
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]  # blake3-256, in hex
 Version = Digest

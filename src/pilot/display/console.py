@@ -38,10 +38,10 @@ _REDRAW_S = 0.25
 _BAR = (8, 20)  # the least and the most columns of the bar
 _HOTKEY = 8  # characters of a hotkey that are shown
 _FOLDED = 16  # the least columns of names in a table, which are folded
-_RESERVED_LINES = 4  # of the terminal, for the newest lines above the view
+_RESERVED_LINES = 4  # lines of the terminal kept for the newest messages, above the view
 _SPEED_ROUNDS = 50  # the ETA uses the mean of the newest so many rounds
 _SHARD = "·▁▂▃▄▅▆▇█"  # from nothing done to all done
-_NOISY = ("matplotlib", "PIL", "asyncio", "urllib3", "filelock", "fsspec")  # whose DEBUG messages are not shown
+_NOISY = ("matplotlib", "PIL", "asyncio", "urllib3", "filelock", "fsspec")  # their DEBUG messages are not shown
 
 
 class _Screen:

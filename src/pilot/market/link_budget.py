@@ -17,9 +17,9 @@ from pilot.codec import bits
 from pilot.common.units import format_bytes, format_mbps
 from pilot.interfaces import MinerState
 
-MAX_SHARE = 1 / 5  # of a round; a warning names codecs if communication takes more
-WORTH = 0.9  # of what communication takes now; codecs that leave more are not suggested
-ROUND_TRIPS = 4  # of a round: the update, the order, the reply, the payload
+MAX_SHARE = 1 / 5  # share of a round; if communication takes more, a warning names codecs
+WORTH = 0.9  # share of the present communication time; codecs that save less are not suggested
+ROUND_TRIPS = 4  # round trips in a round: the update, the order, the reply, the payload
 MEASURED_ROUNDS = 3  # before a warning
 TYPICAL_BPS = 100e6  # assumed before a link is measured
 

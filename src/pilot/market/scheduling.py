@@ -20,7 +20,7 @@ from protocol import Hotkey, Range, Receipt, Update, one_line
 FIRST_SHARE = 1024  # micro-batches for a miner without history in a round with a time budget; what is undone returns
 MAX_SHARE = 1 << 16
 MAX_RATIO = 16  # to the median miner's share
-MIN_BUDGET = 0.25  # of a round's time; a miner that comes later waits for the next round
+MIN_BUDGET = 0.25  # share of a round's time; a miner that comes later waits for the next round
 HISTORY_ROUNDS = 8  # that shares and closing times are computed from
 FALLBACKS = ("bf16", "fp32")  # codecs for a miner that does not know the round's
 SHOWN = 200  # characters of a miner's list of codecs in a log line

@@ -65,7 +65,7 @@ class WorldState:
     rounds: int
     up: int  # miners that are up
     available_s: float  # sum of the seconds that miners were up
-    computing_s: float  # of these, spent on micro-batches
+    computing_s: float  # seconds of these spent on micro-batches
     batches: int  # micro-batches computed
     accepted: int  # micro-batches in the model
     work: int  # samples or tokens in them
@@ -74,7 +74,7 @@ class WorldState:
     preemptions: int
     faults: dict[str, int]
     loss: float  # the miners' training loss in this round
-    evaluation: dict[str, float]  # of the model after this round, if it was evaluated
+    evaluation: dict[str, float]  # the model after this round, if it was evaluated
 
     def utilisation(self, since: WorldState | None = None) -> float:
         """Return the share of the miners' time that they spent on micro-batches."""
@@ -89,7 +89,7 @@ class Machine:
         self.name, self.intervals, self.speed = name, intervals, speed
         self.keypair = Keypair.create_from_uri(f"//{name}")
         self.hotkey: Hotkey = self.keypair.ss58_address
-        self.worker: Worker | None = None  # of the running process, whether or not it is connected
+        self.worker: Worker | None = None  # the running process's worker, connected or not
         self.computing_s = 0.0
         self.batches = 0
 
@@ -155,7 +155,7 @@ class World:
             round_settings(policy.diloco, task, optimizer, steps),
             charge=self.costs.validator.charge(1.0, conditions.scale, self._spent),
         )
-        self._totals: Counter[str] = Counter()  # of accepted work
+        self._totals: Counter[str] = Counter()  # accepted work by miner
         self._faults: Counter[str] = Counter()
         self._preemptions = 0
         self._evaluation: dict[str, float] = {}

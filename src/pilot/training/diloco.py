@@ -31,7 +31,7 @@ class DiLoCo:
     momentum: float  # Nesterov's, of the outer steps; 0: plain SGD
     keep: bool  # the miners' optimizers go on from round to round
     warmup_rounds: int  # gradient rounds, which come first
-    rounds: int  # of the whole run
+    rounds: int  # rounds in the whole run
     optimizer: Mapping[str, int | float] = field(default_factory=dict)  # the flags of the miners' optimizers
 
     @property

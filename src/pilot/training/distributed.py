@@ -41,7 +41,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local: int = 0  # among those of this machine
-    stop_asked: bool = False  # of this rank
+    stop_asked: bool = False  # this rank was asked to stop
     stopping: bool = False  # agreed on by all: none goes on alone
 
     @classmethod

@@ -76,7 +76,7 @@ class InnerLoop(GradientAccumulator):
             self._step()
         gradient = {name: self.base[name] - p for name, p in self.parameters.items()}
         if not all(bool(g.isfinite().all()) for g in gradient.values()):
-            self.optimizer.state.clear()  # which the next order might reuse
+            self.optimizer.state.clear()  # the next order might reuse it
             raise ProtocolError(f"{self.steps} inner steps led to NaN or infinity", Fault.NONFINITE)
         buffers = self.task.buffers(self.model)
         return GradientResult(merge(self.done), gradient, self.count, self.loss / self.count, buffers)

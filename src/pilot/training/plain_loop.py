@@ -19,8 +19,8 @@ def train(
 ) -> Iterator[GradientResult | None]:
     """Take an optimizer step for each (ranges, settings), on the mean gradient over the ranges.
 
-    Where a round had no good reply its ranges are empty: None, and nothing moves. `combine` makes one of the work of
-    several ranks; `batch` gives the task's batches.
+    Yield the work of each step. A round without a good reply has empty ranges: it yields None and takes no step.
+    `combine` merges the work of several ranks; `batch` returns the task's batches.
     """
     for ranges, settings in steps:
         work = compute(learner.task, learner.model, ranges, batch=batch)

@@ -20,7 +20,7 @@ class Cursor:
     def take(self, count: int, limit: int | None = None) -> tuple[tuple[Range, ...], Cursor]:
         """Return `count` indices as ascending ranges, as many as an order may have, and the cursor after them.
 
-        Of indices from `limit` on none is taken: then there may be fewer than `count`, or none at all.
+        It takes no index from `limit` on, so it may return fewer than `count`, or none.
         """
         taken: list[Range] = []
         returned = list(self.returned)

@@ -95,7 +95,7 @@ class VersionHistory:
         self._store, self.keep_previous = store, keep_previous
         self.blobs: dict[Digest, Buffer] = {}
         self._previous: set[Digest] = set()  # blobs of the update before the newest
-        self._fp32_state: BlobRef | None = None  # of the newest version, for miners that cannot read deltas
+        self._fp32_state: BlobRef | None = None  # the newest version, for miners that cannot read deltas
         self.update = Update(base=None, steps=(self._add_blob("state", codec, state),))
         self.version = self.update.version
 

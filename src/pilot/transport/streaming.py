@@ -71,7 +71,7 @@ async def stream_body(content: aiohttp.StreamReader, write: Callable[[bytes], ob
 
     def take(pieces: Sequence[bytes]) -> None:
         nonlocal broken
-        if not broken:  # what follows a gap is of no use
+        if not broken:  # nothing after a gap can be used
             broken = True
             for piece in pieces:
                 write(piece)
@@ -79,7 +79,7 @@ async def stream_body(content: aiohttp.StreamReader, write: Callable[[bytes], ob
 
     _Transfers.count += 1
     content.set_read_chunk_size(min(CHUNK, _Transfers.batch()))  # only now is more than a little held of what comes
-    with ThreadPoolExecutor(1, "pump") as thread:  # of its own, so the batches stay in order; started at its first
+    with ThreadPoolExecutor(1, "pump") as thread:  # one thread keeps the batches in order; it starts with the first
         try:
             async with MinimumRate(limits) as pace:
                 while chunk := (await content.readchunk())[0]:

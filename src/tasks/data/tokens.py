@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pilot.common.files import replacing
 from protocol import CONTEXT, BlobRef, Digest, Hasher, ProtocolError
 
-Array = NDArray[Any]  # of unsigned integers
+Array = NDArray[Any]  # unsigned integers
 
 MAGIC = b"pilotok1"
 HEADER = struct.Struct("<8sIIQQ")

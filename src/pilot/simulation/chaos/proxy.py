@@ -17,7 +17,7 @@ class Proxy:
     """Relays connections to a port; it cuts each after `cut_after` bytes in all, at `bytes_per_s` per direction."""
 
     def __init__(self, port: int) -> None:
-        self.port = port  # of the server behind it
+        self.port = port  # port of the server behind it
         self.cut_after: int | None = None
         self.bytes_per_s: float | None = None
         self.latency_s = 0.0  # per direction

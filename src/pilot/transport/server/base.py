@@ -27,7 +27,7 @@ from pilot.transport.server.listener import Listener
 from pilot.transport.streaming import CHUNK, MinimumRate, stream_body
 from protocol import Digest, Fault, Hotkey, Message, Signed
 
-CALLER = web.RequestKey("caller", str)  # of a signed request
+CALLER = web.RequestKey("caller", str)  # the hotkey that signed the request
 
 M = TypeVar("M", bound=Message)
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
