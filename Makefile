@@ -56,7 +56,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(call cargo,test --quiet --locked)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -158,8 +158,20 @@ def tiny_flags(folder: Path) -> list[str]:
     return [
         *("--gpt2.model", task.model, "--gpt2.text", task.text, "--gpt2.tokenizer", task.tokenizer),
         *("--gpt2.batch-size", str(task.batch_size), "--gpt2.eval-sequences", str(task.eval_sequences)),
-        *("--gpt2.validation", str(task.validation), "--device", "cpu", "--threads", "1"),
-        *("--wallet.name", "validator", "--wallet.path", str(folder / "wallets")),
+        *("--gpt2.validation", str(task.validation)),
+        *common_flags(folder),
+    ]
+
+
+def quadratic_flags(folder: Path) -> list[str]:
+    """Return a validator's flags for the quadratic task: its processes never import transformers, which takes 8 s."""
+    task = ("--task", "quadratic", "--quadratic.dimension", "64", "--quadratic.batch-size", "4")
+    return [*task, *common_flags(folder)]
+
+
+def common_flags(folder: Path) -> list[str]:
+    return [
+        *("--device", "cpu", "--threads", "1", "--wallet.name", "validator", "--wallet.path", str(folder / "wallets")),
         *("--cache", str(folder / "cache"), "--runs", str(folder / "runs"), "--run", RUN, "--limits.away-s", "3"),
         *("--connect-timeout", str(PATIENCE_S)),
     ]
@@ -170,9 +182,11 @@ def start_miner(folder: Path, name: str, port: int = 0, *flags: str) -> Miner:
     return Miner(folder, name, port, flags)
 
 
-def start_validator(folder: Path, *flags: str, log: str = "validator") -> Process:
-    """Start a validator on the tiny task. Later flags override `tiny_flags`."""
-    return Process(program("validator.py", *tiny_flags(folder), *flags), folder / f"{log}.log")
+def start_validator(
+    folder: Path, *flags: str, log: str = "validator", task: Callable[[Path], list[str]] = tiny_flags
+) -> Process:
+    """Start a validator with the flags of `task`, which later flags override."""
+    return Process(program("validator.py", *task(folder), *flags), folder / f"{log}.log")
 
 
 def run_validator(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:

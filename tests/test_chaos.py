@@ -156,6 +156,7 @@ def run_chaos(folder: Path, *flags: str) -> str:
     return ended.stdout
 
 
+@pytest.mark.slow
 def test_a_short_run_and_its_replay(tmp_path: Path) -> None:
     folder, kinds = tmp_path / "chaos", ["kill-validator", "reset", "stall", "pause"]
     flags = ["--rounds", "12", "--quiet-rounds", "4", "--miners", "2", "--events", "5", "--seed", "8"]

@@ -19,7 +19,7 @@ from pathlib import Path
 import pyte
 import pytest
 
-from tests.processes import SRC, Process, eventually, program, tiny_flags
+from tests.processes import SRC, Process, eventually, program, quadratic_flags
 
 COLOUR = re.compile(rb"\x1b\[(?:[0-9]+;)*(?:3[0-9]|4[0-9]|9[0-7]|10[0-7])[;m]")
 BAR = r"round +\d+/\d+  +[━╸╺]+ +"
@@ -27,7 +27,7 @@ ETA = r"ETA (?:\d+|-):(?:\d\d|--):(?:\d\d|--)"
 EPOCH = r"epoch \d+  \d+/\d+"
 SHARDS = r"  shards [·▁▂▃▄▅▆▇█]{1,16}"
 LOSSES = r"loss \d\.\d{3}  val \d\.\d{3} \(miners' \d\.\d{3}\)"
-FIGURES = LOSSES + r"  [\d,]+ tokens/s"
+FIGURES = LOSSES + r"  [\d,]+ (?:tokens|samples)/s"
 LINKS = r"  [\d.]+ \w?B up, [\d.]+ \w?B down a miner: \d+% of a round at \S+ Mbit/s"
 
 
@@ -140,16 +140,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     ours = ["--local", "1", "--axons", port, "--rounds", "100000", "--eval-every", "4", "--logging.debug"]
     theirs = ["--wallet.path", str(place / "wallets"), "--cache", str(place / "miner"), "--axon.port", port]
     with (
-        Terminal(program("validator.py", *tiny_flags(place), *ours), place / "validator", 120, 24) as validator,
+        Terminal(program("validator.py", *quadratic_flags(place), *ours), place / "validator", 120, 24) as validator,
         Terminal(program("miner.py", *theirs, "--device", "cpu", "--threads", "1"), place / "log", 60, 24) as miner,
     ):
         yield Run(validator, miner)
 
 
 def test_a_miner_shows_what_it_computes_and_its_receipts(run: Run) -> None:
-    run.miner.sees(r"round \d+, (?:done|\d/4 batches) +[━╸╺]+ +loss \d\.\d{3}  [\d,]+ tokens/s")
+    run.miner.sees(r"round \d+, (?:done|\d/4 batches) +[━╸╺]+ +loss \d\.\d{3}  [\d,]+ samples/s")
     assert "waiting for an order" in run.miner.raw.decode()
-    run.miner.wait_for(r"^round \d+: ACCEPTED, 512 of 512 tokens; weight [01]\.\d{3}, accepted")
+    run.miner.wait_for(r"^round \d+: ACCEPTED, 16 of 16 samples; weight [01]\.\d{3}, accepted")
 
 
 def test_a_validator_shows_its_rounds_and_its_miners(run: Run) -> None:

@@ -18,7 +18,7 @@ import validator
 from pilot.storage.run_store import RunStore
 from pilot.training.ranges import Cursor, indices
 from protocol import Receipt
-from tests.processes import RUN, SRC, Miner, Process, eventually, start_miner, start_validator, tiny_flags
+from tests.processes import RUN, SRC, Miner, Process, eventually, quadratic_flags, start_miner, start_validator
 
 PNG = b"\x89PNG\r\n\x1a\n"
 MANY = "100000"  # rounds: more than any test waits for
@@ -88,7 +88,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, own_miners: Process) -> Iter
         port = vacated.getsockname()[1]
     with start_miner(place, "first") as first:
         axons = ["--axons", first.endpoint, str(port), "--connect-timeout", "0.5"]
-        with start_validator(place, *axons, "--rounds", MANY) as process:
+        with start_validator(place, *axons, "--rounds", MANY, task=quadratic_flags) as process:
             eventually(lambda: accepted(run, first) >= 3, "rounds of one miner")
             with start_miner(place, "late", port) as late:
                 eventually(lambda: accepted(run, late) >= 3, "rounds of both")
@@ -144,7 +144,7 @@ def test_a_miner_serves_its_first_validator_until_it_is_unpinned_and_ends_on_sig
 ) -> None:
     """The story's first miner, which that validator has pinned."""
     miner = story.first
-    flags = [*tiny_flags(tmp_path), "--axons", miner.endpoint, "--rounds", "1", "--patience", "1"]
+    flags = [*quadratic_flags(tmp_path), "--axons", miner.endpoint, "--rounds", "1", "--patience", "1"]
     with pytest.raises(SystemExit) as ended:
         validator.main([*flags, "--run", "refused"])
     assert ended.value.code == 1

@@ -38,7 +38,7 @@ from tests.echo import (
     served,
     until,
 )
-from tests.processes import PATIENCE_S, RUN, Miner, eventually, start_miner, start_validator
+from tests.processes import PATIENCE_S, RUN, Miner, eventually, quadratic_flags, start_miner, start_validator
 from tests.test_processes import receipts
 from tests.test_transport import fault, free_port
 
@@ -441,7 +441,7 @@ def test_a_miner_whose_validator_does_not_listen_ends_all_the_same(grace: str, t
     flags = ("--axons", str(port), "--connect-timeout", "60", "--rounds", "100000", "--batches", "100000")
     with (
         start_miner(tmp_path, "M1", port, "--grace", grace) as miner,
-        start_validator(tmp_path, *flags) as process,
+        start_validator(tmp_path, *flags, task=quadratic_flags) as process,
     ):
         miner.wait_for("micro-batches on version")
         os.kill(process.pid, signal.SIGSTOP)

@@ -23,7 +23,7 @@ from pilot.worker.worker import Worker
 from protocol import Health, Hotkey
 from tasks.data.tokens import Tokens
 from tests.echo import MINER, Echo, open_guard, serving
-from tests.processes import RUN, Miner, Process, eventually, start_miner, start_validator
+from tests.processes import RUN, Miner, Process, eventually, quadratic_flags, start_miner, start_validator
 from tests.test_transport import free_port
 
 FIELDS = {"protocol", "release", "role", "hotkey", "healthy", "state", "run", "round", "version", "time_ns"}
@@ -46,7 +46,7 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder, port = tmp_path_factory.mktemp("status"), free_port()
     flags = ("--rounds", "100000", "--axons", str(port), "--serve.port", "0", "--connect-timeout", "60")
-    with start_miner(folder, "M1", port) as m1, start_validator(folder, *flags) as process:
+    with start_miner(folder, "M1", port) as m1, start_validator(folder, *flags, task=quadratic_flags) as process:
         yield Place(m1, process)
 
 

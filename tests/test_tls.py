@@ -44,7 +44,7 @@ from tests.echo import (
     open_guard,
     serving,
 )
-from tests.processes import Miner, Process, start_miner, start_validator, tiny_flags
+from tests.processes import Miner, Process, quadratic_flags, start_miner, start_validator, tiny_flags
 from tests.test_cli import Main, mistake
 from tests.test_transport import free_port
 
@@ -85,7 +85,8 @@ def programs(files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     folder, port = tmp_path_factory.mktemp("programs"), free_port()
     served = ("--axon.tls-cert", str(files.cert), "--axon.tls-key", str(files.key))
     called = ("--rounds", "2", "--tls-ca", str(files.ca), "--axons", str(port), "--connect-timeout", "60")
-    with start_miner(folder, "M1", port, *served) as m1, start_validator(folder, *called) as process:
+    task = quadratic_flags
+    with start_miner(folder, "M1", port, *served) as m1, start_validator(folder, *called, task=task) as process:
         yield m1, process
 
 
