@@ -6,9 +6,15 @@ python nanochat_train.py --num-steps 50 --batch-size 2 --max-length 512 --wandb-
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
+sys.path[:0] = [str(Path(__file__).resolve().parent / folder) for folder in ("scripts", "src")]
+
+from pilot.common import interrupts
+
+PROGRAM = "nanochat_train.py"
+if __name__ == "__main__":
+    interrupts.catch(PROGRAM, "stopped; nothing was trained yet")
 
 from base_train import main
 
 if __name__ == "__main__":
-    main(["--task", "nanochat", *sys.argv[1:]], program="nanochat_train.py")
+    main(["--task", "nanochat", *sys.argv[1:]], program=PROGRAM)

@@ -7,19 +7,27 @@ The text and the tasks are read, and the tokenizer compared with the checkpoint'
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from pilot.common import interrupts
+
+PROGRAM = "base_eval.py"
+if __name__ == "__main__":
+    interrupts.catch(PROGRAM)
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
 from pilot.app import cli
+from pilot.common.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +39,6 @@ if TYPE_CHECKING:
     from nanochat.packing import PackingIndex
     from nanochat.tokenizer import Tokenizer
 
-PROGRAM = "base_eval.py"
 KINDS = ("bpb", "core", "sample")
 REDRAW_S = 0.1
 LINE_S = 5.0  # between two lines without a terminal
@@ -146,15 +153,12 @@ class Wired:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(BaseEvalConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
-    try:
+    with cli.mistakes(PROGRAM):
+        wired = wire(config)
+    results = evaluate(config, wired)
+    if config.json is not None:
         with cli.mistakes(PROGRAM):
-            wired = wire(config)
-        results = evaluate(config, wired)
-        if config.json is not None:
-            with cli.mistakes(PROGRAM):
-                write(config.json, results)
-    except KeyboardInterrupt:
-        cli.fail(PROGRAM, "stopped", code=130)
+            write(config.json, results)
 
 
 def evaluate(config: BaseEvalConfig, wired: Wired) -> dict[str, Any]:
@@ -387,7 +391,8 @@ def encode_prompts(config: BaseEvalConfig, tokenizer: Tokenizer, reach: int) -> 
 
 def write(path: Path, results: dict[str, Any]) -> None:
     try:
-        path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        with replacing(path) as file:
+            file.write((json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise ValueError(f"--json {path}: cannot write it ({error.strerror or error})") from None
     print(f"results in {path}")

@@ -9,21 +9,29 @@ A marketplace of N miners with --batches B walks the same indices as this with -
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+from pilot.common import interrupts
+
+PROGRAM = "base_train.py"
+if __name__ == "__main__":
+    interrupts.catch(PROGRAM, "stopped; nothing was trained yet")
+
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from pilot.app import cli
 from pilot.app.base_train_flags import BaselineConfig
+from pilot.common.files import replacing
 from pilot.training.distributed import RankLost, Ranks
 
 if TYPE_CHECKING:
@@ -36,7 +44,6 @@ if TYPE_CHECKING:
     from tasks import Batch, Task
     from tasks.optimizer import Settings
 
-PROGRAM = "base_train.py"
 
 OPTIMIZER = "--nanochat.optimizer."
 SHORT = {  # nanochat's names, and those of nanochat_train.py
@@ -130,8 +137,6 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> None:
     try:
         with ranks:
             train(config, ranks, program)
-    except KeyboardInterrupt:
-        cli.fail(program, "stopped; a checkpoint, where there is one, is as it was", code=130)
     except RankLost as lost:
         cli.fail(program, f"{lost}; --resume goes on from the newest checkpoint, where there is one", code=1)
     except OSError as error:  # an unwritable folder or a full disk
@@ -163,16 +168,18 @@ def train(config: BaselineConfig, ranks: Ranks, program: str) -> None:
             log.writelines(f"{row}\n" for row in earlier)
             metrics = stack.enter_context(closing(open_metrics(run))) if ranks.first and run.folder else None
         batch = run.loader(ranks, stack)
+        interrupts.says(lambda: f"stopped; {resumable(run)}")
         with ranks.stops():
             loop(run, ranks, batch, console, metrics, log)
             ranks.wait()  # for the first rank's last checkpoint: torchrun ends all ranks when one ends
         if run.steps_done < run.rounds:
-            ended = f"stopped after step {run.steps_done}" + ("; --resume goes on from there" if run.folder else "")
-            cli.fail(program, ended if ranks.first else "stopped", code=130)
+            ended = f"stopped after step {run.steps_done}; {resumable(run)}"
+            cli.fail(program, ended if ranks.first else "stopped", interrupts.CODE)
     if ranks.first and config.out is not None:
         from safetensors.torch import save_file
 
-        save_file({name: p.detach().cpu() for name, p in run.learner.parameters.items()}, config.out)
+        with replacing(config.out) as file:
+            save_file({name: p.detach().cpu() for name, p in run.learner.parameters.items()}, file.name)
         print(f"parameters in {config.out}")
 
 
@@ -352,6 +359,16 @@ def save(run: Run) -> None:
     checkpoint_manager.save(
         run.folder, run.steps_done, tensors=tensors, meta=meta, files=files, keep=run.config.save_keep
     )
+
+
+def resumable(run: Run) -> str:
+    """Return what a user can do with a run that was stopped."""
+    from nanochat.checkpoint_manager import steps
+
+    saved = steps(run.folder) if run.folder else []
+    if not saved:
+        return "no checkpoint was saved, so there is nothing to resume"
+    return "--resume goes on from there" if saved[-1] == run.steps_done else f"--resume goes on from step {saved[-1]}"
 
 
 def restore(run: Run) -> None:

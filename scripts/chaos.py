@@ -10,21 +10,26 @@ against its rules, and the loss is compared with that of a run without faults. T
 
 from __future__ import annotations
 
-import asyncio
-import shutil
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from pilot.common import interrupts
+
+PROGRAM = "chaos.py"
+if __name__ == "__main__":
+    interrupts.catch(PROGRAM)
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Sequence
+
 from pilot.app import cli
 from pilot.simulation.chaos.check import check_and_print, local_caches
 from pilot.simulation.chaos.run import ChaosConfig, run
-
-PROGRAM = "chaos.py"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,10 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             violations = check_and_print(folder, [*local_caches(folder), *config.caches], config.replay)
             raise SystemExit(1 if violations else 0)
         folder = make_folder(config)
-    try:
-        good = asyncio.run(run(config, folder))
-    except KeyboardInterrupt:
-        cli.fail(PROGRAM, f"stopped; its files are in {folder}", code=130)
+    interrupts.says(f"stopped; its files are in {folder}")
+    good = asyncio.run(run(config, folder))
     if good and config.folder is None:
         shutil.rmtree(folder)
     elif not good:

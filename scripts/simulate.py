@@ -7,21 +7,28 @@ python scripts/simulate.py --trace homes.csv --deadline auto --overlap 1 --task 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+from pilot.common import interrupts
+
+PROGRAM = "simulate.py"
+if __name__ == "__main__":
+    interrupts.catch(PROGRAM)
+
 import json
 import math
-import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-
 from pilot.app import cli
+from pilot.common.files import temporary_folder
 from pilot.common.units import fp32_megabytes
 from pilot.simulation.flags import STATE_MB, SimulateConfig
 
@@ -34,7 +41,6 @@ if TYPE_CHECKING:
     from pilot.simulation.world import Conditions, World, WorldState
     from tasks import Task
 
-PROGRAM = "simulate.py"
 LINES = 24  # rows of the table
 HOUR_S = 3600.0
 PATIENCE = 1 << 30  # rounds without a good reply, after which a market gives up
@@ -50,11 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             write(config, config.out, intervals)
             return
         cli.set_threads(config.threads)
-    try:
-        with folder_of(config) as folder:
-            simulate(config, folder, intervals)
-    except KeyboardInterrupt:
-        cli.fail(PROGRAM, "stopped", code=130)
+    with folder_of(config) as folder:
+        simulate(config, folder, intervals)
 
 
 def trace_of(config: SimulateConfig) -> tuple[Interval, ...]:
@@ -86,8 +89,8 @@ def folder_of(config: SimulateConfig) -> Iterator[Path]:
         config.keep.mkdir(parents=True)
         yield config.keep
         return
-    with tempfile.TemporaryDirectory(prefix="pilot-simulate-", dir=MEMORY if MEMORY.is_dir() else None) as name:
-        yield Path(name)
+    with temporary_folder("pilot-simulate-", MEMORY if MEMORY.is_dir() else None) as folder:
+        yield folder
 
 
 def simulate(config: SimulateConfig, folder: Path, intervals: Sequence[Interval]) -> None:

@@ -8,13 +8,20 @@ Exit code 1 if a document does not decode to what it was.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+from pilot.common import interrupts
+
+PROGRAM = "tok_eval.py"
+if __name__ == "__main__":
+    interrupts.catch(PROGRAM)
+
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from pilot.app import cli
 from tasks.data.compression import check_text_limits
@@ -23,7 +30,6 @@ if TYPE_CHECKING:
     from rustbpe import Tokenizer
     from tasks.data.compression import Encode
 
-PROGRAM = "tok_eval.py"
 BATCH = 4 << 20  # characters encoded at a time
 
 

@@ -6,15 +6,22 @@ python scripts/tok_train.py --data books/ --vocab_size 32768 --out tokenizer.jso
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+from pilot.common import interrupts
+
+PROGRAM = "tok_train.py"
+if __name__ == "__main__":
+    interrupts.catch(PROGRAM, "stopped; nothing was written")
+
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from nanochat.tokenizer import SPECIAL_TOKENS
 from pilot.app import cli
@@ -25,7 +32,6 @@ if TYPE_CHECKING:
     from rustbpe import Tokenizer
     from tasks.data.compression import Encode, Samples
 
-PROGRAM = "tok_train.py"
 REDRAW_S = 0.1
 LINE_S = 5.0  # between two lines without a terminal
 LONGEST = 10  # tokens shown
@@ -90,8 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer.save(config.out)
         except OSError as error:
             raise ValueError(f"--out {config.out}: cannot write it ({error.strerror or error})") from None
-        except KeyboardInterrupt:
-            cli.fail(PROGRAM, "stopped; nothing was written", code=130)
+    interrupts.says(f"stopped; the tokenizer is in {config.out}")
     report(tokenizer, config, texts, gpt2)
 
 

@@ -13,10 +13,15 @@ exit code is 0.
 
 from __future__ import annotations
 
+from pilot.common import interrupts
+
+PROGRAM = "miner.py"
+if __name__ == "__main__":
+    interrupts.catch(PROGRAM, "stopped", code=0)
+
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
@@ -29,25 +34,20 @@ from pilot.app.miner_flags import MinerConfig
 if TYPE_CHECKING:
     from pilot.display.console import MinerConsole
 
-PROGRAM = "miner.py"
 GOODBYE_S = 2.0  # for the last answers, once all work is handed over
 
 
 async def serve(config: MinerConfig, console: MinerConsole) -> None:
     """Work for the validator until a signal, the end of the parent process, or a failure of our own."""
-    stops = [asyncio.Event(), asyncio.Event()]  # the first signal, and the second
-
-    def stop() -> None:
-        next((event for event in stops if not event.is_set()), stops[-1]).set()
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
     async with AsyncExitStack() as stack:
         miner = await build_miner(config, PROGRAM, console, stack)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop)
+        stack.enter_context(interrupts.asking(lambda: loop.call_soon_threadsafe(stop.set)))
         async with console.watching(miner.activity):
-            if await first_of(miner, stops[0].wait(), parent_gone(config.parent)) == 0:
+            if await first_of(miner, stop.wait(), parent_gone(config.parent)) == 0:
                 console.say(f"stopping: hands over its work within {config.grace:g} s; again to stop at once")
-                await first_of(miner, stops[1].wait(), hand_over(miner))
+                await first_of(miner, hand_over(miner))
     if miner.refused:
         counts = ", ".join(f"{count} with {status}" for status, count in sorted(miner.refused.items()))
         console.say(f"requests refused: {counts}")

@@ -12,10 +12,15 @@ pilot/storage/                 the ledger, payloads and snapshots
 
 from __future__ import annotations
 
+from pilot.common import interrupts
+
+PROGRAM = "validator.py"
+if __name__ == "__main__":
+    interrupts.catch(PROGRAM, "stopped before the run began; there is nothing to resume")
+
 import asyncio
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +36,6 @@ if TYPE_CHECKING:
     from pilot.display.console import Console
     from pilot.market.round import Market
 
-PROGRAM = "validator.py"
 logger = logging.getLogger("validator")
 
 
@@ -84,6 +88,7 @@ async def run(config: ValidatorConfig) -> None:
 
     async with AsyncExitStack() as stack:
         v = await build_validator(config, PROGRAM, stack)
+        interrupts.says("stopped; --resume goes on from here")
         rewrite_metrics(v)
         cli.settle_memory()
         began = time.monotonic()
@@ -107,24 +112,14 @@ def stopping_on_signals(market: Market, console: Console) -> Iterator[None]:
 
     A second signal stops at once; the round's orders are in the ledger, and --resume continues with them.
     """
-    task, loop = asyncio.current_task(), asyncio.get_running_loop()
-    assert task is not None
+    loop = asyncio.get_running_loop()
 
     def stop() -> None:
-        if market.stopping:
-            task.cancel()
-            return
         console.say(f"stopping: the round closes within {market.policy.grace_s:g} s; again to stop at once")
         market.request_stop()
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-    for number in signals:
-        loop.add_signal_handler(number, stop)
-    try:
+    with interrupts.asking(lambda: loop.call_soon_threadsafe(stop)):
         yield
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
     if market.stopping:
         raise KeyboardInterrupt
 
@@ -135,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.mistakes(PROGRAM):
         config = cli.parse(ValidatorConfig, PROGRAM, argv, run_folder.resume_flags(argv))
         config.check()
+    if config.resume:
+        interrupts.says("stopped before the run went on; --resume goes on from where it is")
     if config.local:
         # Processes share the cores, so OpenMP's threads should soon sleep when they wait. With the default spin count a
         # nano step beside a busy process takes 190 to 700 ms; with this it takes 40, and undisturbed 19 instead of 16.
@@ -147,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (DiskFull, Diverged) as end:
         cli.fail(PROGRAM, str(end), code=1)
     except (KeyboardInterrupt, asyncio.CancelledError):
-        cli.fail(PROGRAM, "stopped; --resume goes on from here", code=130)
+        cli.fail(PROGRAM, interrupts.line(), interrupts.CODE)
 
 
 if __name__ == "__main__":

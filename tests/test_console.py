@@ -70,6 +70,11 @@ class Terminal(Process):
                 self.raw += chunk
                 self._stream.feed(chunk)
 
+    @property
+    def echoes(self) -> bool:
+        """Return whether what is typed is shown."""
+        return bool(termios.tcgetattr(self._ours)[3] & termios.ECHO)
+
     def lines(self) -> list[str]:
         """What is in sight now, without the empty lines at its end."""
         with self._lock:

@@ -9,6 +9,11 @@ folder of parquet files with such a column works as well.
 
 from __future__ import annotations
 
+from pilot.common import interrupts
+
+if __name__ == "__main__":
+    interrupts.catch("dataset", "stopped; the same command goes on from here")
+
 import argparse
 import asyncio
 import sys
@@ -327,9 +332,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome = asyncio.run(download(wanted, display))
     except ValueError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        print("dataset: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
     if not outcome.missing:
         print(f"all {len(outcome.there):,} shards are in {wanted.folder}")
         return 0

@@ -9,9 +9,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+from pilot.common import interrupts
 from protocol import Health
 
 READY = "serving "  # miner.py's line when its axon listens: serving HOST:PORT@SS58
@@ -36,6 +38,8 @@ class LocalMiners:
         self.logs = [folder / f"M{i + 1}.log" for i in range(count)]
         self.processes: list[subprocess.Popen[bytes]] = []
         folder.mkdir(parents=True, exist_ok=True)
+        self._stack = ExitStack()
+        self._stack.enter_context(interrupts.undoing(self.terminate))
         threads = threads or max(1, (os.cpu_count() or 1) // max(1, count))
         for i, log in enumerate(self.logs):
             command = [
@@ -66,15 +70,19 @@ class LocalMiners:
             say(f"{log.stem} serves {endpoint}, {health.state}, process {process.pid}, log {log}")
         return tuple(found)
 
-    def stop(self) -> None:
+    def terminate(self) -> None:
         for process in self.processes:
             process.terminate()
+
+    def stop(self) -> None:
+        self.terminate()
         for process in self.processes:
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        self._stack.close()
 
     def __enter__(self) -> LocalMiners:
         return self

@@ -6,11 +6,15 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from pilot.common import interrupts
 from pilot.common.hashing import Hasher
 
 TEMPORARY = ".tmp"  # the suffix of a file that is being written
@@ -34,6 +38,16 @@ def make_folder(folder: Path) -> Path:
         folder.mkdir(exist_ok=True)
         sync_file(folder.parent)
     return folder
+
+
+@contextmanager
+def temporary_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """Make a folder that lasts for the block. It goes if a signal ends the program, too."""
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as name,
+        interrupts.undoing(partial(shutil.rmtree, name, ignore_errors=True)),
+    ):
+        yield Path(name)
 
 
 @contextmanager

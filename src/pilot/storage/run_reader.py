@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import sqlite3
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from pilot.common.files import FileLock
+from pilot.common.files import FileLock, temporary_folder
 from pilot.interfaces import ReceivedReply
 from pilot.storage import LEDGER
 from pilot.storage.ledger import Ledger
@@ -128,8 +127,8 @@ def copy_of_run(folder: Path) -> Iterator[Path]:
     except BlockingIOError as holder:
         raise ValueError(f"{folder}: a validator (pid {holder}) is using it; check it once that has ended") from None
     try:
-        with tempfile.TemporaryDirectory(prefix=".check-", dir=folder.parent) as name:
-            copy = Path(name) / folder.name
+        with temporary_folder(".check-", folder.parent) as name:
+            copy = name / folder.name
             for part in ("spool", "snapshots"):
                 if (folder / part).is_dir():
                     shutil.copytree(folder / part, copy / part, copy_function=os.link)

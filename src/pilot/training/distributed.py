@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from pilot.common import interrupts
 from protocol import Range
 
 if TYPE_CHECKING:
@@ -77,22 +77,16 @@ class Ranks:
 
     @contextmanager
     def stops(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM, a preemption notice, end the loop after its step; a second Ctrl-C at once.
+        """Ctrl-C and SIGTERM, a preemption notice, end the loop after its step; a second one at once.
 
-        Not a second SIGTERM: where several are told to stop, torchrun tells each of them once more.
+        With several ranks it does not: torchrun tells each of them once more.
         """
 
-        def ask(number: int, frame: object) -> None:
-            if self.stop_asked and number == signal.SIGINT and self.world == 1:
-                raise KeyboardInterrupt
+        def ask() -> None:
             self.stop_asked = True
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with interrupts.asking(ask, repeats=self.world > 1):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def first_before_others(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
+from pilot.common import interrupts
 from pilot.simulation.chaos.proxy import Proxy, proxy_to
 from pilot.simulation.chaos.schedule import VALIDATOR, Event
 from pilot.storage import LEDGER
@@ -175,13 +176,17 @@ class Marketplace:
         flags += ["--runs", str(self.run.parent), "--run", RUN, "--axons-file", str(self._axons)]
         flags += ["--serve.port", str(serve), "--admit", "everyone"]
         self.validator = Program(VALIDATOR, "validator.py", flags, TRAINS, self.folder / "validator.log")
+        self._stack.enter_context(interrupts.undoing(self._kill_all))
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._kill_all()
+        await self._stack.aclose()
+
+    def _kill_all(self) -> None:
         for program in self.programs:
             program.allow_exit()
             program.send(signal.SIGKILL)
-        await self._stack.aclose()
 
     def _connection(self, index: int) -> str:
         """Return how the validator and this miner find each other."""
