@@ -49,6 +49,12 @@ Count = Annotated[int, Field(ge=0, le=MAX_INDEX)]
 Seconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Nanoseconds = Annotated[int, Field(ge=0, lt=1 << 63)]  # since 1970
+# Of a data set on the hub: OWNER/NAME; a subset or split; a commit, branch or tag.
+DatasetName = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}$")
+]
+HubWord = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}$")]
+Revision = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_./+-]{0,127}$")]
 BlobKind = Literal["state", "delta", "data", "vocabulary"]
 
 
@@ -220,12 +226,15 @@ class TaskSpec(Part):
 
 
 class DatasetRef(Part):
-    """A hub data set, for data too large to be sent. `DataSpec.parameters` says how many rows of it make the data."""
+    """A hub data set, for data too large to be sent. `DataSpec.parameters` says how many rows of it make the data.
 
-    name: Text
-    subset: Text | None
-    split: Text
-    revision: Text | None
+    No field can name a path, a URL, or a loader of the `datasets` library, such as `csv`.
+    """
+
+    name: DatasetName
+    subset: HubWord | None
+    split: HubWord
+    revision: Revision | None
 
 
 class DataSpec(Part):

@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 # A core receives clocks, randomness, files and sockets as arguments. `training.distributed` joins torchrun's group.
 OUTSIDE = frozenset({"random", "secrets", "os", "socket", "ssl", "http", "urllib", "aiohttp", "sqlite3", "subprocess"})
 EXEMPT = frozenset({"pilot/training/distributed.py"})
+CONTAINMENT = "pilot/worker/containment.py"  # nothing that an order causes may end a miner
 PICKLES = frozenset({"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"})
 LATER_STDLIB = frozenset({"compression", "annotationlib"})  # new in Python 3.14
 
@@ -130,9 +131,11 @@ def test_src_holds_the_programs_and_one_package() -> None:
 
 
 def test_no_handler_swallows_everything() -> None:
-    """A handler of all exceptions may only clean up, and ends by raising again."""
+    """A handler of all exceptions may only clean up, and ends by raising again. One makes refusals of them."""
     wrong = []
     for path in FILES:
+        if name(path) == CONTAINMENT:
+            continue
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.ExceptHandler):
                 caught = {ast.unparse(t) for t in ast.walk(node.type) if isinstance(t, ast.expr)} if node.type else {""}

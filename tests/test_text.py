@@ -9,7 +9,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +27,7 @@ from tasks.data.tokens import Tokens
 from tasks.gpt2 import GPT2Config
 
 BYTE = ByteTokenizer()
+DIFFERS = "this miner's --data: does not make the order's tokens"
 TEXT = "Being in doubt, ask the sea – it's older.\n\n  Ask it twice: 12 345 times!\r\n" * 30
 
 
@@ -245,25 +249,19 @@ def test_a_miner_needs_the_vocabulary(tmp_path: Path, bpe: Tokenizer) -> None:
 def test_a_miner_with_other_data_is_told(tmp_path: Path) -> None:
     tokens, spec = prepared(tmp_path, save(tmp_path / "a.txt", [TEXT]))
     other = prepared(tmp_path, save(tmp_path / "b.txt", [TEXT[::-1]]))[0].path
-    hub = DatasetRef(name="owner/set", subset=None, split="train", revision=None)
-    rows = spec.parameters | {"rows": 9}
+    hub = DatasetRef(name="owner/set", subset=None, split="train", revision="0" * 40)
 
     def changed(name: str, value: float | str) -> DataSpec:
         return spec.model_copy(update={"parameters": spec.parameters | {name: value}})
 
     cases = [
-        (spec, tmp_path / "b.txt", "the order's are"),
-        (spec, other, "the order's are"),
-        (spec, tmp_path / "missing", "no such file"),
-        (spec, save(tmp_path / "c.txt", [TEXT * 3]), "more text"),
+        (spec, tmp_path / "b.txt", DIFFERS),
+        (spec, other, DIFFERS),
+        (spec, tmp_path / "missing", DIFFERS),
+        (spec, save(tmp_path / "c.txt", [TEXT * 3]), DIFFERS),
         (spec, None, "--data"),
         (spec.model_copy(update={"source": hub}), None, "number of rows"),
-        (
-            spec.model_copy(update={"source": hub.model_copy(update={"name": str(tmp_path)}), "parameters": rows}),
-            None,
-            "hub",
-        ),
-        (spec.model_copy(update={"source": hub.model_copy(update={"name": "src"}), "parameters": rows}), None, "hub"),
+        (spec.model_copy(update={"source": hub.model_copy(update={"revision": "main"})}), None, "no commit"),
         (changed("tokenizer", "other"), tmp_path / "a.txt", "unknown tokenizer"),
         (changed("rows", -1), tmp_path / "a.txt", "rows: Input should be greater"),
         (changed("rows", "9"), tmp_path / "a.txt", "rows: Input should be a valid integer"),
@@ -274,6 +272,7 @@ def test_a_miner_with_other_data_is_told(tmp_path: Path) -> None:
         with pytest.raises(Refused, match=reason) as refused:
             rebuild_tokens(ordered, local, None, tmp_path / "miner")
         assert (refused.value.status, refused.value.fault) == (409, Fault.WRONG_DATA)
+        assert str(tmp_path) not in refused.value.reason
     assert not list((tmp_path / "miner").iterdir())
     assert rebuild_tokens(spec, tokens.path, None, tmp_path / "miner") == tokens.path
 
@@ -281,19 +280,57 @@ def test_a_miner_with_other_data_is_told(tmp_path: Path) -> None:
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_streamed_through_datasets(tmp_path: Path) -> None:
-    """`datasets` reads a folder by the same way as a data set on the hub."""
+def test_rows_are_streamed_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder stands for the hub: `datasets` streams both in the same way."""
     folder = tmp_path / "set"
     folder.mkdir()
     rows = [f"row {i}" for i in range(50)]
     save(folder / "train.parquet", rows, "content")
-    source = DatasetRef(name=str(folder), subset=None, split="train", revision=None)
+    source = DatasetRef(name="owner/set", subset=None, split="train", revision="0" * 40)
+    on_the_hub(monkeypatch, source, folder)
     documents = list(hub_documents(source, "content", 20))
     assert ["".join(document.pieces) for document in documents] == rows[:20]
     with pytest.raises(ValueError, match="no column text, only id, content"):
         list(hub_documents(source, "text", 20))
     with pytest.raises(ValueError, match="cannot read this data set"):
         list(hub_documents(source.model_copy(update={"split": "nope"}), "content", 20))
+
+
+def on_the_hub(monkeypatch: pytest.MonkeyPatch, source: DatasetRef, folder: Path, outside: bool = False) -> None:
+    """Let `datasets` find the files of `folder` where it is asked for `source`."""
+    load = datasets.load_dataset_builder
+
+    def from_folder(address: str, subset: str | None, revision: str | None) -> Any:
+        assert (address, subset, revision) == (f"hf://datasets/{source.name}", source.subset, source.revision)
+        builder = load(str(folder))
+        seen = SimpleNamespace(data_files={} if not outside else {"train": [str(folder / "train.parquet")]})
+        return SimpleNamespace(config=seen, as_streaming_dataset=builder.as_streaming_dataset)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", from_folder)
+
+
+def test_a_data_sets_own_card_cannot_name_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anyone can propose a card for a public data set, and an order can name the proposal's commit."""
+    save(tmp_path / "train.parquet", ["a secret"], "content")
+    source = DatasetRef(name="owner/set", subset=None, split="train", revision="0" * 40)
+    on_the_hub(monkeypatch, source, tmp_path, outside=True)
+    with pytest.raises(ValueError, match="names files outside itself"):
+        list(hub_documents(source, "content", 20))
+
+
+PLACES = ["text", "csv", "json", "parquet", "arrow", "imagefolder", "webdataset", "./set", "../set", "/etc", "~/set"]
+PLACES += ["a/../b", "a/b/c", "a//b", "hf://datasets/a/b", "http://a/b", "file:///etc", "C:\\set", "a/b\n", "", "ü/b"]
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_an_order_cannot_name_a_loader_a_path_or_a_url(name: str) -> None:
+    good = {"name": "owner/set", "subset": "en", "split": "train", "revision": "0" * 40}
+    assert DatasetRef.model_validate(good)
+    with pytest.raises(ValueError, match="name"):
+        DatasetRef.model_validate(good | {"name": name})
+    for field in ("subset", "split", "revision"):
+        with pytest.raises(ValueError, match=field):
+            DatasetRef.model_validate(good | {field: f"/{name}"})
 
 
 def test_without_a_network_the_error_is_one_line(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_miner_with_the_same_files_makes_the_same_tokens(tmp_path: Path) -> No
     tokens, spec = prepared(tmp_path, folder, rows=2)
     assert text_of(tokens.train) == "one\0two"
     assert rebuild_tokens(spec, folder, None, tmp_path / "miner").read_bytes() == tokens.path.read_bytes()
-    with pytest.raises(Refused, match="one file, where the last of several"):
+    with pytest.raises(Refused, match="does not make the order's tokens"):
         rebuild_tokens(spec, folder / "s0.parquet", None, tmp_path / "other")
 
 

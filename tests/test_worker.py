@@ -515,14 +515,44 @@ def test_other_data_than_the_orders_is_wrong_data(tmp_path: Path, desk: MakeDesk
 # --- our own fault, and receipts --------------------------------------------------------------------------------------
 
 
+FAILURES = [RuntimeError, MemoryError, RecursionError, SystemExit, OSError, ZeroDivisionError, BaseException]
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+@pytest.mark.parametrize("where", ["data", "load", "compute", "encode"])
+def test_whatever_an_orders_work_raises_is_a_refusal(
+    desk: MakeDesk, kind: type[BaseException], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal has fixed words, the miner's log the error's own, and the next order is done."""
+
+    async def main() -> None:
+        d = desk()
+
+        def broken(*arguments: object, **named: object) -> Any:
+            raise kind("/home/alice/secret.txt")
+
+        owner: object = {"data": d.worker.replica, "load": GPT2, "compute": GPT2, "encode": d.worker.feedback}[where]
+        name = {"data": "open_blob", "load": "build_model", "compute": "loss", "encode": "encode"}[where]
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            refusal = await d.refusal(d.send(d.order()))
+        assert (refusal.status, refusal.reason) == (409, "the order's work failed at this miner")
+        assert refusal.fault is Fault.MALFORMED
+        assert f"{kind.__name__}: /home/alice/secret.txt" in d.said[-1]
+        assert not d.worker.failed.done()
+        assert (await d.reply(d.send(d.order(round=1)))).round == 1
+
+    run(main())
+
+
 def test_our_own_bug_surfaces_and_hangs_nobody(desk: MakeDesk) -> None:
     async def main() -> None:
         d = desk()
 
-        def broken(task: TaskSpec, data: DataSpec, name: str) -> Path:
+        async def broken(*arguments: object) -> None:
             raise RuntimeError("a bug of ours")
 
-        d.worker.replica.open_blob = broken
+        d.worker.feedback.wait_for_verdict = broken  # type: ignore[method-assign]
         sent = d.send(d.order())
         with pytest.raises(RuntimeError, match="a bug of ours"):
             await d.worker.failed

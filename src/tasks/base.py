@@ -144,12 +144,15 @@ def open_tokens(data: DataSpec, open_blob: OpenBlob, vocab_size: int) -> Tokens:
     """Open the order's token file. Raises ProtocolError unless these are its tokens, all of them in the vocabulary."""
     if "tokens" not in data.blobs:
         raise ProtocolError("the order's data has no tokens", Fault.WRONG_DATA)
-    tokens = Tokens.open(open_blob("tokens"))
-    ordered = data.blobs["tokens"].digest
-    if tokens.digest != ordered:
-        raise ProtocolError(f"tokens {tokens.digest[:12]}, not {ordered[:12]}", Fault.WRONG_DATA)
+    path = open_blob("tokens")
+    try:
+        tokens = Tokens.open(path)
+    except ProtocolError as error:  # its text names the file, which is nobody else's concern
+        raise ProtocolError("the order's tokens are no token file", Fault.WRONG_DATA) from error
+    if tokens.ref() != data.blobs["tokens"]:
+        raise ProtocolError("the tokens here are not the order's", Fault.WRONG_DATA)
     if vocab_size < 256**tokens.train.itemsize and tokens.largest >= vocab_size:
-        raise ProtocolError(f"token {tokens.largest} of a vocabulary of {vocab_size}")
+        raise ProtocolError(f"the order's tokens do not fit in a vocabulary of {vocab_size}")
     return tokens
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pilot.app import cli
 from pilot.app.miner_flags import MinerConfig
 from pilot.common.addresses import is_loopback
-from protocol import DataSpec, Hotkey, TaskSpec
+from pilot.interfaces import Refused
+from protocol import MAX_SERVED_BYTES, DataSpec, Fault, Hotkey, TaskSpec
 
 if TYPE_CHECKING:
     from bittensor.sp_core import Keypair
@@ -177,9 +178,16 @@ def _open_blob(config: MinerConfig, store: FileMinerStore, task: TaskSpec, data:
     """Return the file of a blob of the order's data: sent by the validator, or made from --data or its source."""
     from tasks import load_task
 
-    path = store.blob(data.blobs[name])
+    ref, source = data.blobs[name], data.source
+    path = store.blob(ref)
     if path is not None:
         return path
+    if ref.bytes <= MAX_SERVED_BYTES:
+        raise Refused(409, f"the order's {name} is not here", missing=[ref])
     local = config.data.expanduser() if config.data else None
+    if local is None and source is not None and source.name not in config.datasets:
+        raise Refused(
+            409, f"data set {source.name}: not among those that this miner's --datasets allows", Fault.WRONG_DATA
+        )
     open_other = partial(_open_blob, config, store, task, data)
     return load_task(task.name).make_blob(name, data, open_other, local, config.cache.expanduser())

@@ -14,6 +14,7 @@ from pilot.common.flags import arg, nested
 from pilot.common.limits import Limits
 from tasks import TASKS
 
+DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 VALIDATORS = "Validators"
 WORK = "Work"
 
@@ -64,6 +65,8 @@ class MinerConfig:
     """Compile the model with torch.compile. It is faster after a first round that takes a minute longer."""
     data: Path | None = arg(None, WORK, short=True)
     """Local copy of a data set too large to be sent. A token file, or the text it was made from."""
+    datasets: tuple[str, ...] = arg((), WORK)
+    """Data sets of the Hugging Face hub that orders may name, as OWNER/NAME. None by default."""
     sources: tuple[str, ...] = arg((), WORK)
     """Folders of blobs by digest, as NAME=FOLDER. Read what orders give the source NAME there, if it is there."""
     cache: Path = arg(Path("~/.cache/pilot/miner"), WORK, short=True)
@@ -87,6 +90,9 @@ class MinerConfig:
         check_port("axon.port", self.axon.port)
         self.limits.check()
         self.source_folders()
+        for name in self.datasets:
+            if not DATASET_NAME.fullmatch(name):
+                raise ValueError(f"--datasets {name}: no data set of the hub; write OWNER/NAME")
         if not self.grace >= 0:
             raise ValueError(f"--grace {self.grace}: must be 0 or more")
         check_pair(self.axon.tls_cert, self.axon.tls_key, "axon")

@@ -91,7 +91,7 @@ class ErrorFeedback:
     ) -> None:
         """Load the residual before a job's gradient is encoded, and wait for the last verdict if there is time."""
         if not job.order.feedback:
-            self._key, self._sum, self._last = None, {}, None  # frees the memory; the file stays
+            self.forget()
             return
         await executor.run("load", 0.0, self.load, job.order, job.digest, job.owner, parameters)
         until = executor.clock() + job.wait_s(executor.clock(), handover_s)
@@ -102,6 +102,10 @@ class ErrorFeedback:
             and executor.clock() < until
         ):
             await asyncio.sleep(POLL_S)
+
+    def forget(self) -> None:
+        """Free the memory. The file stays, and is read again for the next gradient with feedback."""
+        self._key, self._sum, self._last = None, {}, None
 
     # --- the residual -------------------------------------------------------------------------------------------------
 

@@ -45,8 +45,7 @@ class Replica:
         ProtocolError if a whole state does not either. Then the model is at no version.
         """
         if self._built is None or self._built[:2] != (order.task, order.data.digests):
-            self.version = self._built = None
-            self._saved = {}
+            self.forget()
             open_blob = partial(self.open_blob, order.task, order.data)
             task = load_task(order.task.name).from_spec(order.task, order.data, open_blob)
             model = task.build_model(self._device, initial=False)
@@ -61,6 +60,11 @@ class Replica:
         self._apply_steps(order, own)
         self._saved = {name: b.clone() for name, b in task.buffers(model).items()}  # forward passes change buffers
         return task, model
+
+    def forget(self) -> None:
+        """Drop the model and its task."""
+        self.version = self._built = None
+        self._saved = {}
 
     def copy_version(self) -> Tensors:
         """Return a copy of the version, for work that changes the model; the next `prepare` restores it."""

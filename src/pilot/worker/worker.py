@@ -23,10 +23,11 @@ from typing_extensions import Buffer
 from pilot.codec import bits, known_codecs, load_codec
 from pilot.common.units import fp32_megabytes
 from pilot.interfaces import BlobSource, BlobWriter, MinerStore, Refused
-from pilot.training.executor import Charge, TimedExecutor
+from pilot.training.executor import Charge
 from pilot.training.gradient import GradientAccumulator
 from pilot.training.inner_loop import AccumulatorFactory
 from pilot.worker.blob_inbox import BlobInbox, BufferWriter
+from pilot.worker.containment import Contained, ContainedExecutor, contain, private_cause
 from pilot.worker.error_feedback import ErrorFeedback
 from pilot.worker.job import Job
 from pilot.worker.replica import Replica
@@ -97,7 +98,7 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, "compute")  # one thread: one OpenMP team, and jobs never overlap
         self._fetch_threads = ThreadPoolExecutor(FETCHES, "fetch")
         self._simulated = charge is not None  # then each call to the compute thread is one micro-batch
-        self._executor = TimedExecutor(self._thread, lambda: self.clock(), charge)
+        self._executor = ContainedExecutor(self._thread, lambda: self.clock(), charge)
         self._running: set[asyncio.Task[None]] = set()
 
     @property
@@ -180,11 +181,12 @@ class Worker:
         Raises Refused: BUSY, an order that contradicts itself, or `missing` blobs.
         """
         try:
-            self._accept(caller, order, order_digest)
+            contain(self._accept, caller, order, order_digest)
         except Refused as refused:
             if not refused.missing and self.refusals.get(caller) != refused.reason:
                 self.refusals[caller] = refused.reason
-                self.say(f"round {order.round}: order of {caller[:8]} refused, {refused.reason}")
+                why = refused.reason + private_cause(refused)
+                self.say(f"round {order.round}: order of {caller[:8]} refused, {why}")
             raise
         self.refusals.pop(caller, None)
         return self.status()
@@ -334,8 +336,13 @@ class Worker:
             await self._work(job)
         except Refused as refusal:
             job.refusal = refusal
+            if isinstance(refusal, Contained):  # what it left may be half done, and take memory
+                self.replica.forget()
+                self.feedback.forget()
+                self.accumulators = AccumulatorFactory()
         except ProtocolError as error:
             job.refusal = Refused(409, str(error), error.fault)
+            job.refusal.__cause__ = error.__cause__
         except asyncio.CancelledError:
             job.refusal = Refused(409, "this miner has shut down", Fault.LEAVING)
             raise
@@ -343,7 +350,7 @@ class Worker:
             job.finished.set()
             self._drop_blobs()
         if job.refusal is not None:
-            self.say(f"round {job.order.round}: refused, {job.refusal}")
+            self.say(f"round {job.order.round}: refused, {job.refusal}{private_cause(job.refusal)}")
 
     async def _fetch(self, job: Job, refs: Sequence[BlobRef]) -> None:
         """Fetch blobs from their sources, until the deadline. Raises Refused with those that failed."""
@@ -357,7 +364,7 @@ class Worker:
                 self.say(f"round {job.order.round}: {ref.kind} not fetched from {ref.source}: {error}")
                 continue
             fetching = self._loop.run_in_executor(
-                self._fetch_threads, _fetch_blob, self.sources[ref.source], ref, writer
+                self._fetch_threads, contain, _fetch_blob, self.sources[ref.source], ref, writer
             )
             while not fetching.done() and not job.stopping.is_set() and self.clock() < job.deadline:
                 await asyncio.wait({fetching}, timeout=POLL_S)

@@ -95,13 +95,19 @@ def local_documents(
 
 
 def hub_documents(source: DatasetRef, column: str, rows: int) -> Iterator[Document]:
-    """Stream the first `rows` rows of a data set on the hub."""
+    """Stream the first `rows` rows of a data set on the hub.
+
+    Nothing local is read: `hf://` rules out a folder of this name, and a data set's own card cannot name other files.
+    """
     import datasets
 
+    address = f"hf://datasets/{source.name}"
     try:
-        stream = datasets.load_dataset(
-            source.name, source.subset, split=source.split, revision=source.revision, streaming=True
-        )
+        builder = datasets.load_dataset_builder(address, source.subset, revision=source.revision)
+        named = itertools.chain.from_iterable((builder.config.data_files or {}).values())
+        if not all(str(file).startswith(f"{address}@") for file in named):
+            raise TextError("it names files outside itself")
+        stream = builder.as_streaming_dataset(split=source.split)
         for number, row in enumerate(stream.take(rows), 1):
             yield from _row(row, column, f"row {number}")
     except TextError:

@@ -43,7 +43,8 @@ from tasks.data.tokens import MAGIC, Array, Tokens, write
 BATCH = 4 << 20  # bytes of text tokenized at a time
 FRACTION = 0.05  # for validation, if there is no last file for it
 VERSION = 1  # of this pipeline; raise it if the same text makes other tokens
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Progress = Callable[[str], None]
 
@@ -184,7 +185,11 @@ def _source(config: TextConfig) -> DatasetRef | None:
         return None
     if not config.rows:
         raise TextError("no such file or folder; of a data set on the hub, give --rows, such as 100000")
-    return DatasetRef(name=config.text, subset=config.subset, split=config.split, revision=config.revision)
+    try:
+        return DatasetRef(name=config.text, subset=config.subset, split=config.split, revision=config.revision)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise TextError(f"--{first['loc'][0]} {first['input']}: no such thing on the hub") from None
 
 
 def _validation(config: TextConfig) -> float:
@@ -310,30 +315,29 @@ def rebuild_tokens(
     """Make the file of an order's tokens, which are too many to be sent.
 
     `local` is `--data`: a token file, or the text itself, which is then split and tokenized as the order says. Without
-    it, the text comes from the order's data set. `vocabulary` is the file of the order's vocabulary. Raises Refused
-    (WRONG_DATA) if the data is not available, or its tokens have another digest.
+    it, the text comes from the order's data set. `vocabulary` is the file of the order's vocabulary.
+
+    Raises Refused (WRONG_DATA) if the data is not available, or makes other tokens. The refusal says what is wrong with
+    the order, but nothing of what is here: contents, digests and paths are in its `__cause__`, for the miner's own log.
     """
     ref = spec.blobs["tokens"]
-    if local and _is_token_file(local):
-        return _checked(local, ref, f"--data {local}")
-    path = cache / f"tokens-{ref.digest}.bin"
-    if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        try:
+    origin = "this miner's --data" if local else f"data set {spec.source.name}" if spec.source else "data"
+    try:
+        if local and _is_token_file(local):
+            return _checked(local, ref)
+        path = cache / f"tokens-{ref.digest}.bin"
+        if not path.exists():
             made = _text_parameters(spec)
             tokenizer = _ordered_tokenizer(spec, made, vocabulary)
+            cache.mkdir(parents=True, exist_ok=True)
             tokenize(_ordered_pieces(spec, made, local), tokenizer, path, progress, ref.bytes)
-        except TextError as error:
-            raise _wrong(f"{_origin(spec, local)}: {error}") from error
-    try:
-        return _checked(path, ref, _origin(spec, local))
-    except Refused:
-        path.unlink()  # its tokens are not those of its name
-        raise
-
-
-def _origin(spec: DataSpec, local: Path | None) -> str:
-    return f"--data {local}" if local else f"data set {spec.source.name}" if spec.source else "data"
+        try:
+            return _checked(path, ref)
+        except TextError:
+            path.unlink()  # its tokens are not those of its name
+            raise
+    except TextError as error:
+        raise _wrong(f"{origin}: does not make the order's tokens") from error
 
 
 def _wrong(reason: str) -> Refused:
@@ -347,13 +351,14 @@ def _is_token_file(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def _checked(path: Path, ref: BlobRef, origin: str) -> Path:
+def _checked(path: Path, ref: BlobRef) -> Path:
+    """Raise TextError unless the file holds the tokens of `ref`: equal in size, too, which an order cannot make up."""
     try:
-        found = Tokens.open(path).digest
+        found = Tokens.open(path).ref()
     except ProtocolError as error:
-        raise _wrong(f"{origin}: {error}") from None
-    if found != ref.digest:
-        raise _wrong(f"{origin}: its tokens are {found[:12]}, the order's are {ref.digest[:12]}")
+        raise TextError(str(error)) from None
+    if found != ref:
+        raise TextError(f"{path}: its tokens are {found.digest[:12]}, the order's are {ref.digest[:12]}")
     return path
 
 
@@ -362,7 +367,7 @@ def _text_parameters(spec: DataSpec) -> TextParameters:
         return TextParameters.model_validate(spec.parameters)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise TextError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise _wrong(f"data: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _ordered_pieces(spec: DataSpec, made: TextParameters, local: Path | None) -> Iterable[Piece]:
@@ -370,12 +375,11 @@ def _ordered_pieces(spec: DataSpec, made: TextParameters, local: Path | None) ->
         # skip unreadable files, as the validator may have done; the digest tells whether the tokens are the same
         return _local_pieces(local, made.column, made.rows, made.max_bytes, made.validation, silent)
     if spec.source is None:
-        raise TextError("too large to be sent, and of no public data set: start the miner with --data")
-    # an order must not make this machine read its own files: a data set's name can also be a folder's
-    if not HUB_NAME.fullmatch(spec.source.name) or Path(spec.source.name).exists():
-        raise TextError("not the name of a data set on the hub")
+        raise _wrong("data: too large to be sent, and of no public data set: start the miner with --data")
+    if not COMMIT.fullmatch(spec.source.revision or ""):
+        raise _wrong(f"data set {spec.source.name}: the order names no commit of it")
     if not made.rows:
-        raise TextError("the order takes no number of rows of it")
+        raise _wrong(f"data set {spec.source.name}: the order takes no number of rows of it")
     documents = limited(hub_documents(spec.source, made.column, made.rows), made.rows, made.max_bytes)
     return split(documents, made.validation)
 
@@ -389,10 +393,10 @@ def _ordered_tokenizer(spec: DataSpec, made: TextParameters, vocabulary: Path | 
     }
     ref = spec.blobs.get("vocabulary")
     if made.tokenizer not in kinds or ref is None:
-        raise TextError(f"unknown tokenizer {made.tokenizer}, or one without a vocabulary")
+        raise _wrong(f"data: unknown tokenizer {made.tokenizer}, or one without a vocabulary")
     if vocabulary is None:
         raise Refused(409, "the order's vocabulary is not here", missing=[ref])
     blob = vocabulary.read_bytes()
     if digest("vocabulary", blob) != ref.digest:
-        raise TextError(f"{vocabulary.name} is another vocabulary than the order's")
+        raise _wrong("data: another vocabulary than the order's")
     return kinds[made.tokenizer](blob)
