@@ -42,7 +42,8 @@ MAX_SERVED_BYTES = 64 << 20  # data and vocabularies up to this size come from t
 MAX_BLOBS = 16  # that an order's data consist of
 MAX_STEPS = 64  # of the chain of versions that an order names
 
-Hotkey = Annotated[str, StringConstraints(pattern=r"^[1-9A-HJ-NP-Za-km-z]{46,49}$")]  # an ss58 address
+HOTKEY_PATTERN: Final = r"[1-9A-HJ-NP-Za-km-z]{46,49}"  # an ss58 address
+Hotkey = Annotated[str, StringConstraints(pattern=f"^{HOTKEY_PATTERN}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+-]{1,64}$")]
 Text = Annotated[str, StringConstraints(max_length=1000)]
 Count = Annotated[int, Field(ge=0, le=MAX_INDEX)]

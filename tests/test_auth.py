@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+from bittensor import http_auth
+from bittensor.sp_core import CRYPTO_SR25519, ss58_encode, verify
 
 from pilot.interfaces import Refused
 from pilot.transport.auth import (
@@ -15,6 +17,7 @@ from pilot.transport.auth import (
     StaleRequest,
     Verifier,
     WrongReceiver,
+    is_hotkey,
     sign_message,
     sign_request,
     verify_message,
@@ -99,6 +102,129 @@ def test_old_and_future_nonces_are_stale_until_the_offset_is_known(offset_s: int
     offset_ns = verifier.clock_ns() - time.time_ns()
     headers = sign_request(VALIDATOR, "GET", "/", MINER.ss58_address, clock_offset_ns=offset_ns)
     assert verifier.verify(headers, "GET", "/", b"") == VALIDATOR.ss58_address
+
+
+# --- keys and headers that the library would take ---------------------------------------------------------------------
+
+NETWORKS = (2, 42, 63, 255)  # whose addresses match the protocol's pattern
+ANYBODYS = "0x" + "00" * 63 + "80"  # the zero key's signature for everything
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_zero_key_signs_nothing(network: int) -> None:
+    zero = ss58_encode(bytes(32), network)
+    assert verify(b"anything", bytes.fromhex(ANYBODYS[2:]), zero, CRYPTO_SR25519)
+    headers = sign_request(MALLORY, "GET", "/", MINER.ss58_address)
+    with pytest.raises(AuthError):
+        Verifier(MINER.ss58_address).verify(
+            headers | {"X-Bittensor-Hotkey": zero, "X-Bittensor-Signature": ANYBODYS}, "GET", "/", b""
+        )
+    forged = sign_message(VALIDATOR, ORDER).model_copy(update={"signer": zero, "signature": ANYBODYS[2:]})
+    with pytest.raises(ProtocolError) as caught:
+        verify_message(forged, Order, zero)
+    assert caught.value.fault is Fault.FORGED
+    assert not is_hotkey(zero)
+
+
+@pytest.mark.parametrize("network", [network for network in NETWORKS if network != 42])
+def test_a_key_has_one_hotkey(network: int) -> None:
+    """The same key's address in another network would be another miner."""
+    alias = ss58_encode(VALIDATOR.public_key, network)
+    verifier, nonce_ns = Verifier(MINER.ss58_address), time.time_ns()
+    payload = http_auth.build_payload(
+        scheme="sr25519",
+        method="GET",
+        path="/",
+        body=b"",
+        nonce_ns=nonce_ns,
+        sender_ss58=alias,
+        receiver_ss58=MINER.ss58_address,
+    )
+    headers = sign_request(VALIDATOR, "GET", "/", MINER.ss58_address) | {
+        "X-Bittensor-Hotkey": alias,
+        "X-Bittensor-Nonce": str(nonce_ns),
+        "X-Bittensor-Signature": "0x" + bytes(VALIDATOR.sign(payload)).hex(),
+    }
+    with pytest.raises(AuthError):
+        verifier.verify(headers, "GET", "/", b"")
+    assert fault_of(sign_message(VALIDATOR, ORDER).model_copy(update={"signer": alias})) is Fault.FORGED
+
+
+@pytest.mark.parametrize("scheme", ["ed25519", "1", "0", "2", "SR25519", "Sr25519", "sr25519 ", "", "sr25519,ed25519"])
+def test_hotkeys_sign_by_one_scheme(scheme: str) -> None:
+    verifier = Verifier(MINER.ss58_address)
+    headers = sign_request(VALIDATOR, "GET", "/", MINER.ss58_address)
+    for name in ("X-Bittensor-Crypto", "x-bittensor-crypto"):
+        with pytest.raises(AuthError, match="X-Bittensor-Crypto"):
+            verifier.verify(headers | {name: scheme}, "GET", "/", b"")
+    assert verifier.verify(headers | {"X-Bittensor-Crypto": "sr25519"}, "GET", "/", b"") == VALIDATOR.ss58_address
+
+
+HOTKEY, NONCE, SIGNATURE = "X-Bittensor-Hotkey", "X-Bittensor-Nonce", "X-Bittensor-Signature"
+ADDRESS = VALIDATOR.ss58_address
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (HOTKEY, "5" + "z" * 7_900),
+        (HOTKEY, ADDRESS + "1" * 7_000),
+        (HOTKEY, ADDRESS + "\n"),
+        (HOTKEY, ADDRESS[:45]),
+        (HOTKEY, ADDRESS.replace(ADDRESS[9], "0", 1)),
+        (HOTKEY, "0x" + "00" * 32),
+        (HOTKEY, ""),
+        (NONCE, "9" * 4_000),
+        (NONCE, f" {time.time_ns()}"),
+        (NONCE, "1_000"),
+        (NONCE, "-1"),
+        (NONCE, "\u0661\u0662"),
+        (NONCE, ""),
+        (SIGNATURE, "0x" + "0" * 7_000),
+        (SIGNATURE, "0x" + "00 " * 64),
+        (SIGNATURE, "00" * 63),
+        ("X-Bittensor-Receiver", "5" + "z" * 7_900),
+        ("X-Bittensor-Version", "01"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_header_of_another_form_never_reaches_the_library(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_auth, "verify", None)
+    monkeypatch.setattr("pilot.transport.auth.is_bittensor_address", None)
+    with pytest.raises(AuthError, match=name):
+        Verifier(MINER.ss58_address).verify(
+            sign_request(VALIDATOR, "GET", "/", MINER.ss58_address) | {name: value}, "GET", "/", b""
+        )
+
+
+@pytest.mark.parametrize("name", [HOTKEY, NONCE, SIGNATURE, "X-Bittensor-Version", "X-Bittensor-Receiver"])
+def test_a_header_that_is_there_twice_is_refused(name: str) -> None:
+    """Else one check may read the first of them and another the last."""
+    headers = sign_request(VALIDATOR, "GET", "/", MINER.ss58_address)
+    with pytest.raises(AuthError, match="twice"):
+        Verifier(MINER.ss58_address).verify(headers | {name.lower(): headers[name]}, "GET", "/", b"")
+
+
+@pytest.mark.parametrize("back_s", [1, 51, 70, 3600, 10**6])
+def test_a_clock_that_is_set_back_makes_no_nonce_fresh(back_s: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library remembers a nonce for a minute of the monotonic clock."""
+    wall, monotonic = time.time_ns(), time.monotonic_ns()
+    monkeypatch.setattr(http_auth.time, "monotonic", lambda: monotonic / 1e9)
+    verifier = Verifier(MINER.ss58_address, lambda: wall, lambda: monotonic)
+    wall, monotonic = wall + 10**9, monotonic + 10**9
+    ahead_ns = wall - time.time_ns()
+    headers = sign_request(VALIDATOR, "GET", "/", MINER.ss58_address, clock_offset_ns=ahead_ns - 10**8)
+    assert verifier.verify(headers, "GET", "/", b"") == VALIDATOR.ss58_address
+    wall -= back_s * 10**9
+    for _ in range(back_s * 2 if back_s < 100 else 100):
+        wall, monotonic = wall + 10**9, monotonic + 10**9
+        with pytest.raises(AuthError):
+            verifier.verify(headers, "GET", "/", b"")
+    offset_ns = verifier.clock_ns() - time.time_ns() - 10**8
+    fresh = sign_request(VALIDATOR, "GET", "/", MINER.ss58_address, clock_offset_ns=offset_ns)
+    assert verifier.verify(fresh, "GET", "/", b"") == VALIDATOR.ss58_address
 
 
 def test_no_request_is_good_for_two_processes() -> None:

@@ -103,7 +103,8 @@ def test_it_tells_nothing_of_this_machine(role: str, place: Place) -> None:
     [
         ("POST", "/v1/status", 405),
         ("DELETE", "/v1/status", 405),
-        ("HEAD", "/v1/status", 405),
+        ("HEAD", "/v1/status", 200),
+        ("HEAD", "/metrics", 404),
         ("GET", "/", 404),
         ("GET", "/v1/status/", 404),
         ("GET", "/v1/../v1/status/x", 404),

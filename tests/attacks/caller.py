@@ -123,10 +123,14 @@ def refuses(tmp_path: Path, status: int, send: Callable[[Caller], Awaitable[tupl
 class Apart:
     """An axon of MINER in a process of its own, which the test can measure."""
 
+    def __init__(self, strangers_per_s: float = 500.0) -> None:
+        """Strangers wait less for each other than by default, for quick tests."""
+        self._strangers_per_s = strangers_per_s
+
     def __enter__(self) -> Self:
         root = Path(__file__).resolve().parent.parent.parent
         environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}"}
-        command = [sys.executable, "-m", "tests.attacks.caller"]
+        command = [sys.executable, "-m", "tests.attacks.caller", str(self._strangers_per_s)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root, env=environment
         )
@@ -164,7 +168,7 @@ class Apart:
 
 
 async def serve_apart() -> None:
-    limits = replace(Limits(), strangers_per_s=500.0)  # for a quick test: strangers wait less for each other
+    limits = replace(Limits(), strangers_per_s=float(sys.argv[1]))
     async with serving(axon := Axon(Echo(), MINER, open_guard(), "127.0.0.1", 0, limits)) as port:
         print(port, flush=True)
         while await asyncio.to_thread(sys.stdin.readline):

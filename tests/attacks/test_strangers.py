@@ -12,9 +12,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 
+from pilot.common.addresses import network_of
 from pilot.common.limits import Limits
 from pilot.transport.client.dendrite import Dendrite, Endpoint
 from pilot.transport.server.axon import Axon
@@ -278,6 +280,63 @@ def test_junk_over_fifty_connections(apart: Apart, tmp_path: Path) -> None:
     assert grown_mb < 32
 
 
+LONG = "5" + "z" * 7_900
+REPLY = f"/v1/reply?order={'0' * 64}&wait=0"
+FLOODS = {
+    "long hotkeys": head("GET", REPLY).replace(VALIDATOR.ss58_address.encode(), LONG.encode()),
+    "a second, long hotkey": head("GET", REPLY, f"X-Bittensor-Hotkey: {LONG}"),
+    "long nonces": head("GET", REPLY, f"X-Bittensor-Nonce: {'9' * 4000}"),
+    "wrong signatures": head("GET", REPLY + "0"),
+    "no such path": b"GET /favicon.ico HTTP/1.1\r\nHost: x\r\n\r\n",
+}
+
+
+@pytest.fixture(scope="module")
+def as_by_default() -> Iterator[Apart]:
+    with Apart(Limits().strangers_per_s) as axon:
+        yield axon
+
+
+@pytest.mark.parametrize(("flood", "waits"), [*((flood, True) for flood in FLOODS), ("long hotkeys", False)])
+def test_refused_strangers_do_not_hold_up_who_asks_for_the_status(
+    flood: str, waits: bool, as_by_default: Apart
+) -> None:
+    """From the same address, and over new connections."""
+    port = as_by_default.port
+
+    async def send_for_ever() -> None:
+        while True:
+            with contextlib.suppress(ConnectionError):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                try:
+                    writer.write(FLOODS[flood])
+                    await (reader.read() if waits else writer.drain())
+                finally:
+                    writer.close()
+
+    async def status_s() -> float:
+        began = asyncio.get_running_loop().time()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 " in await reader.readline()
+        writer.close()
+        await asyncio.sleep(0.02)
+        return asyncio.get_running_loop().time() - began - 0.02
+
+    async def main() -> tuple[float, float]:
+        quiet = median([await status_s() for _ in range(15)])
+        strangers = [asyncio.create_task(send_for_ever()) for _ in range(20)]
+        await asyncio.sleep(0.3)
+        noisy = median([await status_s() for _ in range(15)])
+        for stranger in strangers:
+            stranger.cancel()
+        await asyncio.wait(strangers)
+        return quiet, noisy
+
+    quiet, noisy = asyncio.run(main())
+    assert noisy < quiet + 0.05
+
+
 # --- TLS --------------------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +413,30 @@ def test_who_never_says_goodbye_is_cut_off(files: Files) -> None:
         plain.close()
 
     under_tls(Limits(), files, play)
+
+
+def test_networks_take_turns() -> None:
+    """A hundred who wait from one address are no more than one from another; and an IPv6 customer is one network."""
+
+    async def main() -> int:
+        turns, passed = RateLimiter(per_s=200, burst=1), 0
+
+        async def one() -> None:
+            nonlocal passed
+            await turns.wait(network_of("192.0.2.1"))
+            passed += 1
+
+        many = [asyncio.create_task(one()) for _ in range(100)]
+        await asyncio.sleep(0.01)
+        await turns.wait(network_of("192.0.2.2"))
+        for task in many:
+            task.cancel()
+        return passed
+
+    assert asyncio.run(main()) < 10
+    assert network_of("2001:db8:1:2:3::4") == network_of("2001:db8:1:2:5:6:7:8") != network_of("2001:db8:1:3::4")
+    assert network_of("::ffff:192.0.2.1") == "192.0.2.1"
+    assert network_of("fe80::1%eth0") == "fe80::"
 
 
 def test_strangers_who_leave_the_queue_hold_nobody_up() -> None:

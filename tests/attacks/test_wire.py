@@ -225,6 +225,19 @@ def test_a_second_validator_meets_a_pinned_miner(tmp_path: Path) -> None:
     attack(tmp_path, play)
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_who_may_not_call_is_refused_before_its_signature_is_looked_at(method: str, tmp_path: Path) -> None:
+    target = "/v1/order" if method == "POST" else f"/v1/reply?order={'0' * 64}&wait=0"
+    body = BODY if method == "POST" else None
+
+    async def play(caller: Caller, axon: Axon, miner: Echo) -> None:
+        assert (await caller.order())[0] == 409  # VALIDATOR is pinned by now
+        unverified = signed(method, target, signer=MALLORY) | {"X-Bittensor-Signature": "00" * 64}
+        assert (await caller.send(method, target, unverified, body))[0] == 403
+
+    attack(tmp_path, play)
+
+
 @pytest.mark.parametrize(
     ("method", "target", "status"),
     [

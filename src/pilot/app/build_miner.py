@@ -138,10 +138,10 @@ def _find_validator(config: MinerConfig) -> Endpoint | None:
 
 def _allowed_hotkeys(config: MinerConfig, validator: Endpoint | None) -> frozenset[Hotkey]:
     """Return the hotkeys that --allow and --validator name. Raises ValueError for one that is no ss58 address."""
-    from pilot.transport.auth import is_bittensor_address
+    from pilot.transport.auth import is_hotkey
 
     for hotkey in config.allow:
-        if not is_bittensor_address(hotkey):
+        if not is_hotkey(hotkey):
             raise ValueError(f"--allow {hotkey}: no ss58 address; name the hotkeys of your validators")
     return frozenset({*config.allow, *([validator.hotkey] if validator and validator.hotkey else [])})
 

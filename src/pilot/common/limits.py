@@ -35,13 +35,14 @@ class Limits:
     connections: int = 256
     """Open connections in all. When they are used up, the oldest that never sent a valid signature is closed."""
     connections_per_address: int = 64
-    """Open connections from one address."""
+    """Open connections from one IPv4 address, or the 64-bit network of an IPv6 one."""
     requests_per_peer: int = 8
     """Signed requests of one hotkey at a time."""
     miners: int = 256
     """Miner processes that a validator knows by their announcements, at a time."""
     strangers_per_s: float = 100.0
-    """Unsigned and refused requests answered in a second; more have to wait their turn."""
+    """Open requests answered in a second, and other requests of strangers looked at. More have to wait; networks take
+    turns."""
 
     min_rate: float = 10_000.0
     """Bytes a second under which a transfer is cut off, measured over --limits.rate-s."""

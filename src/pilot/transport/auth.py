@@ -2,22 +2,35 @@
 
 An envelope's signature covers its kind and body, so it is evidence however it travelled. A request's signature covers
 method, path, query, body and receiver, and is good for ten seconds, once. A clock that is wrong is no lasting error:
-the refusal carries the server's time, and the caller signs again with it.
+the caller of a refused request asks for the server's time in a signed hello, and signs again with it.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from bittensor import http_auth
 from bittensor.http_auth import AuthError, MalformedAuth, StaleRequest, WrongReceiver
-from bittensor.sp_core import CRYPTO_SR25519, Keypair, verify
+from bittensor.sp_core import CRYPTO_SR25519, Keypair, ss58_decode, verify
 from bittensor.wallets import is_bittensor_address
 
 from pilot.interfaces import Refused
-from protocol import Digest, Fault, Hotkey, Message, Order, ProtocolError, Reply, Signed, one_line, signing_bytes
+from protocol import (
+    HOTKEY_PATTERN,
+    Digest,
+    Fault,
+    Hotkey,
+    Message,
+    Order,
+    ProtocolError,
+    Reply,
+    Signed,
+    one_line,
+    signing_bytes,
+)
 
 __all__ = [
     "AuthError",
@@ -26,7 +39,7 @@ __all__ = [
     "StaleRequest",
     "Verifier",
     "WrongReceiver",
-    "is_bittensor_address",
+    "is_hotkey",
     "open_reply",
     "sign_message",
     "sign_request",
@@ -34,6 +47,28 @@ __all__ = [
 ]
 
 M = TypeVar("M", bound=Message)
+
+# Headers of a signed request: their names, and all that their values may be. The library would also take numbers and
+# hex of any length, and other schemes than that of hotkeys.
+HEADERS = {
+    http_auth.HEADER_VERSION: re.escape(http_auth.VERSION),
+    http_auth.HEADER_HOTKEY: HOTKEY_PATTERN,
+    http_auth.HEADER_NONCE: "[0-9]{1,19}",
+    http_auth.HEADER_CRYPTO: "sr25519",
+    http_auth.HEADER_SIGNATURE: "(0x)?[0-9a-fA-F]{128}",
+    http_auth.HEADER_RECEIVER: HOTKEY_PATTERN,
+}
+REQUIRED = HEADERS.keys() - {http_auth.HEADER_CRYPTO, http_auth.HEADER_RECEIVER}  # a missing receiver is another error
+
+
+def is_hotkey(address: str) -> bool:
+    """Return whether a text is the Bittensor address of a key that can sign.
+
+    Another network's address of the same key is none, so a key has one hotkey. Nor is that of the zero key, the one of
+    small order among sr25519's, for which anybody can sign. The time that the library takes grows with the square of
+    the length, so the length is checked first.
+    """
+    return bool(re.fullmatch(HOTKEY_PATTERN, address) and is_bittensor_address(address) and any(ss58_decode(address)))
 
 
 def sign_message(keypair: Keypair, message: Message) -> Signed:
@@ -57,11 +92,10 @@ def verify_message(signed: Signed, cls: type[M], signer: Hotkey) -> M:
 
 
 def _signature_holds(signed: Signed) -> bool:
-    try:
-        message = signing_bytes(signed.kind, signed.body)
-        return bool(verify(message, bytes.fromhex(signed.signature), signed.signer, CRYPTO_SR25519))
-    except ValueError:  # an address whose checksum is wrong
+    if not is_hotkey(signed.signer):
         return False
+    message = signing_bytes(signed.kind, signed.body)
+    return bool(verify(message, bytes.fromhex(signed.signature), signed.signer, CRYPTO_SR25519))
 
 
 def open_reply(signed: Signed, order: Order, order_digest: Digest) -> Reply:
@@ -81,7 +115,7 @@ def open_reply(signed: Signed, order: Order, order_digest: Digest) -> Reply:
 def sign_request(
     keypair: Keypair, method: str, path_qs: str, receiver: Hotkey, body: bytes = b"", clock_offset_ns: int = 0
 ) -> dict[str, str]:
-    """btauth/1 headers. `clock_offset_ns`: the receiver's clock minus ours, as its last refusal told."""
+    """btauth/1 headers. `clock_offset_ns`: the receiver's clock minus ours, as its hello told."""
     nonce_ns = time.time_ns() + clock_offset_ns
     payload = http_auth.build_payload(  # http_auth.sign takes 8 of its 31 us to find out what signs
         scheme="sr25519",
@@ -101,31 +135,63 @@ def sign_request(
     }
 
 
+def signature_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers of a request's signature, each there once and of its form. Raises MalformedAuth."""
+    names = {name.lower(): name for name in HEADERS}
+    found: dict[str, str] = {}
+    for given, value in headers.items():
+        name = names.get(given.lower())
+        if name is None:
+            continue
+        if name in found:
+            raise MalformedAuth(f"{name} is there twice")
+        if not re.fullmatch(HEADERS[name], value):
+            raise MalformedAuth(f"{name} is not of its form")
+        found[name] = value
+    for name in REQUIRED:
+        if name not in found:
+            raise MalformedAuth(f"missing {name}")
+    return found
+
+
 class Verifier:
     """Checks requests to one hotkey, each nonce once.
 
     The memory of nonces dies with the process, so those older than it are stale; and none may come from the future,
-    because one that this process has taken would then be new to the next.
+    because one that this process has taken would then be new to the next. It also forgets a nonce after a minute, so
+    its clock never goes back, nor slower than the monotonic one, whatever the machine's does.
     """
 
-    def __init__(self, hotkey: Hotkey, clock_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self,
+        hotkey: Hotkey,
+        clock_ns: Callable[[], int] = time.time_ns,
+        monotonic_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         self._hotkey = hotkey
-        self.clock_ns = clock_ns
-        self._started_ns = clock_ns()
+        self._wall_ns, self._monotonic_ns = clock_ns, monotonic_ns
+        self._ahead_ns = clock_ns() - monotonic_ns()  # of the monotonic clock; it only grows
+        self._started_ns = self.clock_ns()
         self._seen = http_auth.InMemoryNonceStore()
+
+    def clock_ns(self) -> int:
+        """The time by which nonces are judged: the machine's, unless that was set back."""
+        monotonic_ns = self._monotonic_ns()
+        self._ahead_ns = max(self._ahead_ns, self._wall_ns() - monotonic_ns)
+        return monotonic_ns + self._ahead_ns
 
     @staticmethod
     def claimed(headers: Mapping[str, str]) -> Hotkey:
         """Who the caller says it is, before anything is verified. Raises MalformedAuth."""
-        hotkey = headers.get(http_auth.HEADER_HOTKEY)
-        if not hotkey:
-            raise MalformedAuth(f"missing {http_auth.HEADER_HOTKEY}")
-        return hotkey
+        return signature_headers(headers)[http_auth.HEADER_HOTKEY]
 
     def verify(self, headers: Mapping[str, str], method: str, path_qs: str, body: bytes) -> Hotkey:
         """The caller. Raises AuthError: MalformedAuth, WrongReceiver, StaleRequest, BadSignature, ReplayedRequest."""
+        checked = signature_headers(headers)
+        if not is_hotkey(checked[http_auth.HEADER_HOTKEY]):
+            raise MalformedAuth(f"{http_auth.HEADER_HOTKEY}: no address of a key that can sign")
         caller = http_auth.verify(
-            headers,
+            checked,
             body,
             method=method,
             path=path_qs,

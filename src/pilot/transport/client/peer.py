@@ -17,7 +17,7 @@ from yarl import URL
 from pilot.common.addresses import is_loopback
 from pilot.common.limits import Limits
 from pilot.interfaces import Refused
-from pilot.transport.auth import Keypair, is_bittensor_address, sign_request
+from pilot.transport.auth import Keypair, is_hotkey, sign_request
 from pilot.transport.client.remote_miner import Lost, MinerChannel
 from pilot.transport.streaming import CHUNK, SMALL, MinimumRate, stream_body
 from protocol import BlobRef, Digest, Hotkey, ProtocolError, Refusal, Signed
@@ -52,7 +52,7 @@ def parse_endpoint(text: str, tls: bool = False, flag: str = "axons", whose: str
         raise ValueError(f"--{flag} {text}: {port!r} is no port; write 8091 or host:8091, ports are 1 to 65535")
     if not re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", host):
         raise ValueError(f"--{flag} {text}: {host!r} is no host; write host:8091, or [address]:8091 for IPv6")
-    if at and not is_bittensor_address(hotkey):
+    if at and not is_hotkey(hotkey):
         raise ValueError(f"--{flag} {text}: {hotkey!r} is no ss58 address; the {whose} prints its own when it starts")
     endpoint = Endpoint(host, int(port), hotkey if at else None, tls)
     if not at and not endpoint.is_loopback:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from pilot.interfaces import Refused
-from pilot.transport.auth import is_bittensor_address
+from pilot.transport.auth import is_hotkey
 from pilot.transport.client.dendrite import Dendrite
 from pilot.transport.client.peer import Endpoint, parse_endpoint
 from protocol import Hotkey, one_line
@@ -139,5 +139,5 @@ class Admission:
 
 
 def _check_address(line: str) -> None:
-    if not is_bittensor_address(line):
-        raise ValueError(f"{line!r} is no ss58 address")
+    if not is_hotkey(line):
+        raise ValueError(f"{one_line(line)!r} is no ss58 address")

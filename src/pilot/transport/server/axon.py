@@ -60,11 +60,10 @@ class Axon(Server):
     async def _hello(self, request: web.BaseRequest) -> web.StreamResponse:
         (nonce,) = query(request, "nonce")
         hex_digits("nonce", nonce, 32)
-        await self._listener.wait_for_rate()
-        return self._signed_response(self._service.hello(nonce))
+        hello = self._service.hello(nonce)
+        return self._signed_response(hello.model_copy(update={"time_ns": self._verifier.clock_ns()}))
 
     async def _status(self, request: web.BaseRequest) -> web.StreamResponse:
-        await self._listener.wait_for_rate()
         return health_response(self._service.health())
 
     # --- signed -------------------------------------------------------------------------------------------------------

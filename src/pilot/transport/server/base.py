@@ -23,11 +23,13 @@ from pilot.common.files import NO_SPACE
 from pilot.common.limits import Limits
 from pilot.interfaces import Refused
 from pilot.transport.auth import Keypair, Verifier, sign_message, verify_message
+from pilot.transport.server.health import READING
 from pilot.transport.server.listener import Listener
 from pilot.transport.streaming import CHUNK, MinimumRate, stream_body
 from protocol import Digest, Fault, Hotkey, Message, Signed
 
 CALLER = web.RequestKey("caller", str)  # the hotkey that signed the request
+OPEN = ("/v1/hello", "/v1/status")  # paths that need no signature
 
 M = TypeVar("M", bound=Message)
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -66,7 +68,8 @@ class Server:
         self._keypair, self._policy, self._routes = keypair, policy, routes
         self._limits = limits or Limits()
         self._verifier = Verifier(keypair.ss58_address, clock_ns)
-        self._listener = Listener(self._answer, host, port, self._limits, flag=flag, tls=tls, clock_ns=clock_ns)
+        told_ns = self._verifier.clock_ns
+        self._listener = Listener(self._answer, host, port, self._limits, flag=flag, tls=tls, clock_ns=told_ns)
         self._requests: Counter[Hotkey] = Counter()  # signed ones under way
 
     @property
@@ -95,8 +98,13 @@ class Server:
         method, handler = self._routes.get(request.path, ("", None))
         if handler is None:
             raise Refused(404, "no such path")
-        if request.method != method:
+        reading = request.path in OPEN and request.method in READING
+        if request.method != method and not reading:
             raise Refused(405, f"{method} {request.path}")
+        if reading:
+            await self._listener.pace_open(request)
+        elif not self._listener.knows(request):
+            await self._listener.pace_attempt(request)
         try:
             return await handler(request)
         except OSError as error:
@@ -114,6 +122,7 @@ class Server:
 
     def _caller(self, request: web.BaseRequest, body: bytes) -> Hotkey:
         """Raises AuthError, and Refused: 403 by its policy, 429."""
+        self._policy.check(self._verifier.claimed(request.headers))  # before a signature costs anything
         caller = self._verifier.verify(request.headers, request.method, request.raw_path, body)
         self._policy.admit(caller)
         if self._is_known(caller):

@@ -76,7 +76,7 @@ class Gateway(Server):
     ) -> None:
         """`reaches_tls`: miners that serve by TLS can be called."""
         self._task, self._admission, self._health = task, admission, health
-        self._reaches_tls, self._interval_s, self._clock_ns = reaches_tls, interval_s, clock_ns
+        self._reaches_tls, self._interval_s = reaches_tls, interval_s
         self._network: Dendrite | None = None
         self._registered: dict[Hotkey, RegisteredMiner] = {}
         routes = {
@@ -133,14 +133,12 @@ class Gateway(Server):
     async def _hello(self, request: web.BaseRequest) -> web.StreamResponse:
         (nonce,) = query(request, "nonce")
         hex_digits("nonce", nonce, 32)
-        await self._listener.wait_for_rate()
-        hotkey, now = self._keypair.ss58_address, self._clock_ns()
+        hotkey, now = self._keypair.ss58_address, self._verifier.clock_ns()
         return self._signed_response(
             Hello(hotkey=hotkey, nonce=nonce, tasks=(self._task,), codecs=(), version=None, time_ns=now)
         )
 
     async def _status(self, request: web.BaseRequest) -> web.StreamResponse:
-        await self._listener.wait_for_rate()
         return health_response(self._health())
 
     # --- who is there -------------------------------------------------------------------------------------------------
@@ -150,7 +148,7 @@ class Gateway(Server):
         (session,) = query(request, "session")
         hex_digits("session", session, 32)
         if caller not in self._registered:
-            await self._listener.wait_for_rate()
+            await self._listener.pace_attempt(request)
         if announce.hotkey != caller:
             raise Refused(403, f"announce: of {announce.hotkey}, signed by {caller}")
         if self._network is None:
@@ -164,11 +162,11 @@ class Gateway(Server):
             does = one_line(", ".join(announce.tasks)) or "none"
             raise Refused(409, f"task {self._task} is done here (yours: {does}); start with --tasks {self._task}")
         endpoint = self._endpoint(request, caller, announce)
-        await self._check_duplicate(caller, session, endpoint)
+        await self._check_duplicate(request, caller, session, endpoint)
         entry = self._register(caller, session, endpoint)
         entry.miner.codecs = announce.codecs
         self._listener.mark_known(request)
-        return await self._confirm_reachable(entry)
+        return await self._confirm_reachable(request, entry)
 
     def _leave(self, entry: RegisteredMiner) -> None:
         """No more orders. Where it pulls, what it still brings is taken."""
@@ -177,7 +175,9 @@ class Gateway(Server):
         if isinstance(entry.miner, Peer):
             del self._registered[entry.miner.hotkey or ""]
 
-    async def _check_duplicate(self, caller: Hotkey, session: str, endpoint: Endpoint | None) -> None:
+    async def _check_duplicate(
+        self, request: web.BaseRequest, caller: Hotkey, session: str, endpoint: Endpoint | None
+    ) -> None:
         """Raises Refused 409 while another process of this hotkey is there, or it is in use by the command line.
 
         Two cannot listen at one endpoint: who announces that again is the same one, or its successor.
@@ -190,7 +190,7 @@ class Gateway(Server):
                 raise Refused(409, f"the validator uses this hotkey at {known.name} already, by its --axons")
         elif entry.session != session and not entry.leaving and (endpoint is None or entry.miner.name != str(endpoint)):
             miner = entry.miner
-            there = await self._say_hello(miner) if isinstance(miner, Peer) else miner.reachable
+            there = await self._say_hello(request, miner) if isinstance(miner, Peer) else miner.reachable
             if there or self._registered.get(caller) is not entry:
                 raise Refused(409, DUPLICATE)
             miner.reachable = False
@@ -243,9 +243,9 @@ class Gateway(Server):
             )
         return Endpoint(f"[{address}]" if address.version == 6 else str(address), number, caller, announce.tls)
 
-    async def _say_hello(self, peer: Peer) -> bool:
+    async def _say_hello(self, request: web.BaseRequest, peer: Peer) -> bool:
         assert self._network is not None
-        await self._listener.wait_for_rate()  # to announce, and be called, is cheap
+        await self._listener.pace_call(request)  # to announce, and be called, is cheap
         try:
             async with asyncio.timeout(self._limits.connect_s):
                 return await self._network.say_hello(peer)
@@ -253,9 +253,9 @@ class Gateway(Server):
             peer.problem = f"no answer in {self._limits.connect_s:g} s"
             return False
 
-    async def _confirm_reachable(self, entry: RegisteredMiner) -> web.Response:
+    async def _confirm_reachable(self, request: web.BaseRequest, entry: RegisteredMiner) -> web.Response:
         miner = entry.miner
-        if not isinstance(miner, Peer) or miner.reachable or await self._say_hello(miner):
+        if not isinstance(miner, Peer) or miner.reachable or await self._say_hello(request, miner):
             return web.Response()
         return web.Response(
             status=202, text=Refusal(reason=UNREACHED.format(miner.endpoint)).text(), content_type="application/json"

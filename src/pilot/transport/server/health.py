@@ -12,6 +12,8 @@ from pilot.interfaces import Refused
 from pilot.transport.server.listener import Listener
 from protocol import Health
 
+READING = ("GET", "HEAD")  # methods of an open path; aiohttp leaves the body out of the answer to HEAD
+
 
 def health_response(health: Health) -> web.Response:
     status = 200 if health.healthy else 503
@@ -37,7 +39,7 @@ class HealthServer:
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path != "/v1/status":
             raise Refused(404, "only /v1/status is here")
-        if request.method != "GET":
+        if request.method not in READING:
             raise Refused(405, "GET /v1/status")
-        await self._listener.wait_for_rate()
+        await self._listener.pace_open(request)
         return health_response(self._health())

@@ -1,12 +1,14 @@
 """An HTTP server that strangers may lean on: connections, patience and answers are all rationed.
 
-    accept      at most so many connections in all and from one address; where they are used up, the oldest that never
+    accept      at most so many connections in all and from one network; where they are used up, the oldest that never
                 brought a valid signature is closed, never one that did
     head        a connection brings a whole request head in `header_s`, or is closed
-    answer      what is unsigned or refused waits its turn: `strangers_per_s` of them are answered in a second, and a
-                refused stranger's connection is closed
+    request     a stranger's waits its turn before anything is verified: `strangers_per_s` of the open ones are served
+                in a second, as many others are looked at, and a refused stranger's connection is closed
 
-So junk costs a bounded share of processor and memory, whoever sends it, and those that are known never wait for it.
+The networks that strangers call from have their turns one after the other. So junk costs a bounded share of processor
+and memory, whoever sends it; those that are known never wait for it, and who asks what is open waits only for others
+who do.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from pilot.common.addresses import network_of
 from pilot.common.limits import Limits
 from pilot.interfaces import Refused
 from pilot.transport.auth import AuthError, WrongReceiver
@@ -32,8 +36,10 @@ from protocol import Fault, ProtocolError, Refusal
 
 READ_BUFFER = 64 << 10  # bytes held of a request that nobody reads yet, for each connection
 LINGER_S = 1.0  # a refused sender may still send that long, so that it sees the refusal
+ACCEPTS = 4  # connections accepted for each stranger's request that is looked at: more than these can use up
 
 KNOWN = web.RequestKey("known", bool)
+PACED = web.RequestKey("paced", bool)  # it has waited its turn
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -43,6 +49,7 @@ logger = logging.getLogger(__name__)
 @dataclass(eq=False)
 class _Connection:
     address: str
+    network: str
     socket: socket.socket
     transport: asyncio.Transport | None = None  # None during the TLS handshake
     connecting: asyncio.Task[None] | None = None
@@ -61,22 +68,26 @@ class _Connection:
 
 
 class RateLimiter:
-    """Let `per_s` callers pass in a second, in order; the first `burst` after a quiet time do not wait.
+    """Let `per_s` callers pass in a second, by turns of their networks, and in order within one.
 
-    aiolimiter does nearly the same, but has no order, and a timer for every caller that waits: a flood has many.
+    The first `burst` after a quiet time do not wait. aiolimiter does nearly the same, but has no order, and a timer for
+    every caller that waits: a flood has many.
     """
 
     def __init__(self, per_s: float, burst: float) -> None:
         self._gap_s = 1 / per_s
         self._ahead_s = burst * self._gap_s
         self._next = 0.0  # when all turns given so far are over
-        self._queue = asyncio.Lock()  # who goes away while it waits leaves no gap behind
+        self._queue = asyncio.Lock()  # the first of each network; who goes away while it waits leaves no gap behind
+        self._networks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # with somebody waiting
 
-    async def wait(self) -> None:
-        async with self._queue:
+    async def wait(self, network: str = "") -> None:
+        first = self._networks.setdefault(network, asyncio.Lock())
+        async with first, self._queue:
             now = asyncio.get_running_loop().time()
             self._next = max(self._next, now - self._ahead_s) + self._gap_s
-            await asyncio.sleep(self._next - now)
+            if self._next > now:  # else the handler goes on at once: a request whose sender has gone is still read
+                await asyncio.sleep(self._next - now)
 
 
 class Listener:
@@ -95,8 +106,11 @@ class Listener:
     ) -> None:
         self._answer, self._host, self._port, self._limits = answer, host, port, limits
         self._flag, self._tls, self._clock_ns = flag, tls, clock_ns
-        self._accept_rate = RateLimiter(limits.strangers_per_s, limits.connections_per_address)
-        self._answer_rate = RateLimiter(limits.strangers_per_s, limits.strangers_per_s / 5)
+        per_s = limits.strangers_per_s
+        self._accept_rate = RateLimiter(ACCEPTS * per_s, limits.connections_per_address)
+        self._handshake_rate = RateLimiter(per_s, limits.connections_per_address)
+        self._open_rate = RateLimiter(per_s, per_s / 5)
+        self._attempt_rate = RateLimiter(per_s, per_s / 5)
         self._connections: list[_Connection] = []
         self._connecting: set[asyncio.Task[None]] = set()
         self.refused: Counter[int] = Counter()
@@ -143,13 +157,31 @@ class Listener:
     def mark_known(self, request: web.BaseRequest) -> None:
         """The connection has brought a valid signature of somebody who may call: it is not closed to make room."""
         request[KNOWN] = True
-        for connection in self._connections:
-            if connection.transport is request.transport:
-                connection.known = True
+        if connection := self._connection_of(request):
+            connection.known = True
 
-    async def wait_for_rate(self) -> None:
-        """Before a stranger is served."""
-        await self._answer_rate.wait()
+    def _connection_of(self, request: web.BaseRequest) -> _Connection | None:
+        return next((c for c in self._connections if c.transport is request.transport), None)
+
+    def knows(self, request: web.BaseRequest) -> bool:
+        """Whether the connection has brought such a signature before."""
+        connection = self._connection_of(request)
+        return connection is not None and connection.known
+
+    async def pace_open(self, request: web.BaseRequest) -> None:
+        """Before a request that needs no signature is served."""
+        request[PACED] = True
+        await self._open_rate.wait(network_of(request.remote or ""))
+
+    async def pace_attempt(self, request: web.BaseRequest) -> None:
+        """Before anything of another request costs us much; once a request."""
+        if PACED not in request:
+            await self.pace_call(request)
+
+    async def pace_call(self, request: web.BaseRequest) -> None:
+        """Before something further is done for its sender."""
+        request[PACED] = True
+        await self._attempt_rate.wait(network_of(request.remote or ""))
 
     def _unbound(self, error: OSError) -> str:
         flag, port = f"--{self._flag}.port {self._port}", self._port
@@ -170,20 +202,21 @@ class Listener:
                 logger.debug("accept: %s", error)
                 await asyncio.sleep(0.1)
                 continue
-            if not self._make_room(address):
+            connection = _Connection(address, network_of(address), accepted)
+            if not self._make_room(connection.network):
                 accepted.close()
                 continue
-            connection = _Connection(address, accepted)
             self._connections.append(connection)
             connection.connecting = task = asyncio.create_task(self._connect(connection))
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
+            await asyncio.sleep(0)  # it begins: a task that is cancelled before would leave its socket open
             await self._accept_rate.wait()
 
-    def _make_room(self, address: str) -> bool:
+    def _make_room(self, network: str) -> bool:
         """Closes the oldest strangers; False where only the known are left."""
         self._connections = [c for c in self._connections if not c.closed]
-        same = [c for c in self._connections if c.address == address]
+        same = [c for c in self._connections if c.network == network]
         for present, limit in (
             (same, self._limits.connections_per_address),
             (self._connections, self._limits.connections),
@@ -199,6 +232,8 @@ class Listener:
     async def _connect(self, connection: _Connection) -> None:
         patience = {"ssl_handshake_timeout": self._limits.connect_s, "ssl_shutdown_timeout": LINGER_S}
         try:
+            if self._tls:
+                await self._handshake_rate.wait(connection.network)
             connection.transport, _ = await asyncio.get_running_loop().connect_accepted_socket(
                 self._server, connection.socket, ssl=self._tls, **(patience if self._tls else {})
             )
@@ -244,7 +279,7 @@ class Listener:
             logger.debug("%s refused with %d: %s", request.remote, refused.status, refusal.reason)
         response = web.Response(text=refusal.text(), status=refused.status, content_type="application/json")
         if KNOWN not in request:
-            await self.wait_for_rate()
+            await self.pace_attempt(request)
             response.force_close()
         return response
 
