@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat.checkpoint_manager import Checkpoint, check_tokenizer, load, load_model, save, steps
+from nanochat.checkpoint_manager import Checkpoint, check_tokenizer, link_newest, load, load_model, save, steps
 from nanochat.config import GPTConfig
 from nanochat.gpt import GPT
 
@@ -66,6 +66,17 @@ def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
         assert same(load_file(path / f"{part}.safetensors"), named)
     assert checkpoint.read("tokenizer.json") == b'{"a": 1}'
     assert {p.name for p in path.parent.iterdir()} == {"step_000123"}
+
+
+def test_a_folder_is_its_newest_checkpoint_by_links(tmp_path: Path) -> None:
+    for step in (3, 7):
+        path = put(tmp_path, step, keep=1, seed=step)
+        link_newest(tmp_path)
+        assert load(tmp_path).step == load(path).step == step
+        assert same(load_file(tmp_path / "model.safetensors"), tensors(step)["model"])
+    assert {p.name for p in tmp_path.iterdir() if not p.is_symlink()} == {"step_000007"}
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert load(moved).step == 7
 
 
 def test_what_is_not_in_it_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -14,9 +15,11 @@ from pilot.common.flags import arg
 from protocol import MAX_BLOB_BYTES, DataSpec, ProtocolError, TaskSpec
 from tasks import OpenBlob
 from tasks.base import BaseTask, Dimension, EpochOrders, Seed, Shape, check_seed, open_tokens, seeded
+from tasks.data.hub_tokenizer import named_tokenizer, own_tokenizer
 from tasks.data.text import TextConfig, make_tokens, prepare_tokens, silent
-from tasks.data.tokenizer import Tokenizer, load_tokenizer
+from tasks.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from tasks.data.tokens import Array, Tokens
+from tasks.gpt2_files import exported, line_of, load_config, load_weights
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
+GPT2_SIZES = (50257, 50304)  # of its vocabulary, as it is and padded for speed
 NO_SPECIAL: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}  # GPT-2's own ids are beyond 256 tokens
 
 
@@ -46,8 +50,8 @@ class GPT2Config(TextConfig):
     with one."""
 
     tokenizer: str = "auto"
-    """byte (256 tokens), gpt2 (byte-pair encoding, 50257 tokens), or a file that tok_train wrote. auto: byte for nano,
-    gpt2 for all others."""
+    """byte (256 tokens), gpt2 (byte-pair encoding, 50257 tokens), a file that tok_train wrote, or a model's folder or
+    tokenizer.json. auto: byte for nano, the model's own for a folder or the hub, gpt2 for the other sizes."""
 
     vocabulary: Path | None = None
     """Folder of GPT-2's encoder.json and vocab.bpe, or the prefix of the two paths. None: the hub's gpt2."""
@@ -107,9 +111,9 @@ class GPT2(BaseTask[GPT2Shape]):
         data: DataSpec,
         tokens: Tokens,
         pretrained: str | None = None,
-        vocabulary: bytes | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
-        """`pretrained` names the source of the initial weights. Miners have neither it nor the vocabulary.
+        """`pretrained` names the source of the initial weights. Miners have neither it nor the tokenizer.
 
         Raises ValueError if the text is shorter than one micro-batch, or its validation part than a sequence.
         """
@@ -117,7 +121,7 @@ class GPT2(BaseTask[GPT2Shape]):
         self._data = data
         self._tokens = tokens
         self._pretrained = pretrained
-        self._vocabulary = vocabulary
+        self._tokenizer = tokenizer
         self._orders = EpochOrders(shape.seed, self._count_windows(tokens.train))
         if not self.batches_per_epoch:
             raise ValueError(
@@ -143,11 +147,10 @@ class GPT2(BaseTask[GPT2Shape]):
         """Make the task from its flags. Raises ValueError, in one line, if model or text is not available."""
         check_seed(seed)
         pretrained = None if config.model in PRESETS else _load_config(config.model)
-        automatic = "byte" if config.model == "nano" else "gpt2"
-        tokenizer = load_tokenizer(automatic if config.tokenizer == "auto" else config.tokenizer, config.vocabulary)
+        tokenizer = _load_tokenizer(config, pretrained, progress)
         shape = _resolve(config, pretrained, tokenizer, seed)
         tokens, data = prepare_tokens(config, tokenizer, cache, progress)
-        return cls(shape, data, tokens, config.model if pretrained else None, tokenizer.vocabulary)
+        return cls(shape, data, tokens, config.model if pretrained else None, tokenizer)
 
     @classmethod
     def from_spec(cls, spec: TaskSpec, data: DataSpec, open_blob: OpenBlob) -> Self:
@@ -164,7 +167,7 @@ class GPT2(BaseTask[GPT2Shape]):
 
     @property
     def _vocabulary_blob(self) -> bytes | None:
-        return self._vocabulary
+        return self._tokenizer.vocabulary if self._tokenizer else None
 
     # --- the model ----------------------------------------------------------------------------------------------------
 
@@ -178,7 +181,10 @@ class GPT2(BaseTask[GPT2Shape]):
 
         model: nn.Module
         if self._pretrained:
-            model = _load_weights(self._pretrained, self.shape)
+            try:
+                model = load_weights(self._pretrained, self.shape.config())
+            except (OSError, ValueError) as error:
+                raise ValueError(f"--gpt2.model {self._pretrained}: {line_of(error)}") from error
         else:
             with seeded(self.shape.seed):
                 model = GPT2LMHeadModel(self.shape.config())
@@ -203,11 +209,14 @@ class GPT2(BaseTask[GPT2Shape]):
         return 6.0 * (matrices + head) + 12.0 * shape.n_layer * shape.n_embd * shape.seq_len
 
     def describe(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """Return files with which `GPT2LMHeadModel.from_pretrained` reads the checkpoint's folder."""
-        files = {"config.json": self.shape.config().to_json_string().encode()}
-        if self._vocabulary:
-            files["vocabulary"] = self._vocabulary
-        return {"task": self.spec().model_dump(), "tokenizer": self._data.parameters["tokenizer"]}, files
+        """Return what Hugging Face's AutoModelForCausalLM, AutoTokenizer and pipeline need in a checkpoint's folder."""
+        return {"task": self.spec().model_dump(), "tokenizer": self._data.parameters["tokenizer"]}, self._exported
+
+    @cached_property
+    def _exported(self) -> dict[str, bytes]:
+        assert self._tokenizer is not None  # a miner describes nothing
+        files = exported(self.shape.config(), self._tokenizer)
+        return files | ({"vocabulary": self._tokenizer.vocabulary} if self._tokenizer.vocabulary else {})
 
     # --- the data -----------------------------------------------------------------------------------------------------
 
@@ -258,15 +267,46 @@ class GPT2(BaseTask[GPT2Shape]):
 
 
 def _load_config(name: str) -> transformers.GPT2Config:
-    import transformers
-
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        return load_config(name)
+    except OSError as error:
+        known = ", ".join(PRESETS)
+        raise ValueError(
+            f"--gpt2.model {name}: not {known}, nor a GPT-2 in a folder or on the hub ({line_of(error)})"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"--gpt2.model {name}: {error}") from error
+
+
+def _load_tokenizer(
+    config: GPT2Config, pretrained: transformers.GPT2Config | None, progress: Callable[[str], None]
+) -> Tokenizer:
+    """Return the tokenizer that the flags name or, with auto, the one that the model was trained with."""
+    if config.tokenizer != "auto":
+        try:
+            named = named_tokenizer(config.tokenizer)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--gpt2.tokenizer {config.tokenizer}: {line_of(error)}") from None
+        return named or load_tokenizer(config.tokenizer, config.vocabulary)
+    if pretrained is None or config.vocabulary is not None:
+        return load_tokenizer("byte" if config.model == "nano" else "gpt2", config.vocabulary)
+    try:
+        own = own_tokenizer(config.model)
     except (OSError, ValueError) as error:
-        raise _unknown_model(name, error) from error
-    if not isinstance(config, transformers.GPT2Config):
-        raise ValueError(f"--gpt2.model {name}: a {config.model_type}, not a gpt2; name a GPT-2")
-    return config
+        raise ValueError(f"--gpt2.model {config.model}: {line_of(error)}") from None
+    if own is None and pretrained.vocab_size == ByteTokenizer.vocab_size:
+        progress("tokenizer: bytes, for the model has 256 tokens and no tokenizer of its own")
+        return ByteTokenizer()
+    if own is None and pretrained.vocab_size not in GPT2_SIZES:
+        raise ValueError(
+            f"--gpt2.model {config.model}: it has no tokenizer.json, nor vocab.json and merges.txt, and its vocabulary "
+            f"of {pretrained.vocab_size} is not GPT-2's; copy them there, or name a tokenizer with --gpt2.tokenizer"
+        )
+    if own is None:
+        progress("tokenizer: GPT-2's, for the model has none of its own")
+        return load_tokenizer("gpt2", None)
+    progress(f"tokenizer: the model's own, {own.vocab_size:,} tokens")
+    return own
 
 
 def _resolve(
@@ -280,8 +320,9 @@ def _resolve(
         **PRESETS[config.model], vocab_size=tokenizer.vocab_size, **NO_SPECIAL
     )
     if tokenizer.vocab_size > model.vocab_size:
+        name = tokenizer.name if config.tokenizer == "auto" else config.tokenizer
         raise ValueError(
-            f"--gpt2.tokenizer {tokenizer.name}: {tokenizer.vocab_size} tokens, {config.model} knows {model.vocab_size}"
+            f"--gpt2.tokenizer {name}: {tokenizer.vocab_size} tokens, {config.model} knows {model.vocab_size}"
         )
     nano = config.model == "nano"
     chosen: dict[str, Any] = {
@@ -298,24 +339,7 @@ def _resolve(
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ValueError(f"--gpt2.model {config.model}: {first['loc'][0]} {first['input']}: {first['msg']}") from None
+    except ValueError as error:
+        flag = "" if str(error).startswith("--") else f"--gpt2.model {config.model}: "
+        raise ValueError(f"{flag}{error}") from None
     return shape
-
-
-def _load_weights(name: str, shape: GPT2Shape) -> nn.Module:
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()  # it would break our own display
-    try:
-        model: nn.Module = transformers.GPT2LMHeadModel.from_pretrained(
-            name, config=shape.config(), dtype=torch.float32
-        )
-    except (OSError, ValueError, RuntimeError) as error:  # a RuntimeError if shapes differ
-        raise _unknown_model(name, error) from error
-    return model
-
-
-def _unknown_model(name: str, error: Exception) -> ValueError:
-    known = ", ".join(PRESETS)
-    reason = (str(error).splitlines() or ["unreadable"])[0]
-    return ValueError(f"--gpt2.model {name}: not {known}, nor a GPT-2 in a folder or on the hub ({reason})")

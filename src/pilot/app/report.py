@@ -151,12 +151,18 @@ def run_baseline(
 
 
 def save_model(task: Task, learner: Learner, rounds: int, folder: Path) -> Path:
-    """Save the model into the run's folder as a checkpoint for base_eval or Hugging Face's loaders."""
+    """Save the model into the run's folder as a checkpoint for base_eval or Hugging Face's loaders.
+
+    They read RUN/model as well as the step's folder in it, which is returned.
+    """
     from nanochat import checkpoint_manager
 
     meta, files = task.describe()
     tensors = {name: p.detach() for name, p in learner.parameters.items()} | task.buffers(learner.model)
-    return checkpoint_manager.save(folder / "model", rounds, tensors={"model": tensors}, meta=meta, files=files, keep=1)
+    place = folder / "model"
+    path = checkpoint_manager.save(place, rounds, tensors={"model": tensors}, meta=meta, files=files, keep=1)
+    checkpoint_manager.link_newest(place)
+    return path
 
 
 def total(rounds: Sequence[RoundRecord], name: str) -> float:

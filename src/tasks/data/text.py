@@ -37,7 +37,7 @@ from tasks.data.documents import (
     standard_library,
     whole,
 )
-from tasks.data.tokenizer import BPETokenizer, ByteTokenizer, RustTokenizer, Tokenizer, vocabulary_ref
+from tasks.data.tokenizer import BPETokenizer, ByteTokenizer, HubTokenizer, RustTokenizer, Tokenizer, vocabulary_ref
 from tasks.data.tokens import MAGIC, Array, Tokens, write
 
 BATCH = 4 << 20  # bytes of text tokenized at a time
@@ -390,6 +390,7 @@ def _ordered_tokenizer(spec: DataSpec, made: TextParameters, vocabulary: Path | 
     kinds: dict[str, Callable[[bytes], Tokenizer]] = {
         BPETokenizer.name: BPETokenizer,
         RustTokenizer.name: RustTokenizer,
+        HubTokenizer.name: HubTokenizer,
     }
     ref = spec.blobs.get("vocabulary")
     if made.tokenizer not in kinds or ref is None:

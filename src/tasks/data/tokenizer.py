@@ -9,11 +9,12 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol, Self
 
 import numpy as np
+from pydantic import Field, ValidationError
 
-from protocol import BlobRef, ProtocolError, digest
+from protocol import BlobRef, Part, ProtocolError, digest
 from tasks.data.tokens import Array
 
 MAX_VOCABULARY = 1 << 20  # tokens
@@ -63,7 +64,7 @@ class BPETokenizer:
         ranks = parse_vocabulary(vocabulary)
         self.separator = len(ranks)
         self.vocab_size = len(ranks) + 1
-        self.dtype: type[np.unsignedinteger] = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        self.dtype: type[np.unsignedinteger] = narrowest(self.vocab_size)
         self.vocabulary: bytes | None = vocabulary
         self._encoding = tiktoken.Encoding(
             "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={ENDOFTEXT: self.separator}
@@ -99,12 +100,84 @@ class RustTokenizer:
         if not self.inner.has_known_pattern():
             raise ProtocolError("tokenizer: of a pattern of its own; train it with --pattern nanochat, gpt4 or gpt2")
         self.vocab_size = self.inner.get_vocab_size()
-        self.dtype: type[np.unsignedinteger] = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        self.dtype: type[np.unsignedinteger] = narrowest(self.vocab_size)
         self.vocabulary: bytes | None = vocabulary
 
     def encode(self, texts: Sequence[bytes]) -> list[Array]:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(lambda text: self.inner.encode_to_numpy(text.decode()), texts))
+
+
+class HubVocabulary(Part):
+    """What decides the ids of a byte-level BPE of Hugging Face's library whose text is split as GPT-2's.
+
+    Nothing else travels: a pattern of the order's own could take unbounded time at a miner.
+    """
+
+    vocab: dict[str, Annotated[int, Field(ge=0, lt=MAX_VOCABULARY)]]
+    merges: list[tuple[str, str]]  # in the order of merging
+    added: list[tuple[str, bool, bool, bool]]  # found before the text is split: text, single_word, lstrip, rstrip
+    separator: tuple[str, Annotated[int, Field(ge=0, lt=MAX_VOCABULARY)]]
+    leads: bool
+
+    @classmethod
+    def parse(cls, blob: bytes) -> Self:
+        """Raises ProtocolError for anything that is not such a vocabulary, or contradicts itself."""
+        try:
+            found = cls.model_validate_json(blob)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            raise ProtocolError(f"vocabulary: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        for pair in found.merges:
+            if not all(token in found.vocab for token in (*pair, "".join(pair))):
+                raise ProtocolError(f"vocabulary: {' and '.join(pair)} are merged, but not all three are tokens")
+        if not all(token[0] in found.vocab for token in found.added):
+            raise ProtocolError("vocabulary: an added token has no id")
+        if not found.vocab or len(set(found.vocab.values())) < len(found.vocab):
+            raise ProtocolError("vocabulary: no tokens, or two of one id")
+        return found
+
+    def pruned(self) -> Self:
+        """Return it without the tokens that no text makes."""
+        made = {*byte_letters(), *map("".join, self.merges), *(token[0] for token in self.added)}
+        return self.model_copy(update={"vocab": {token: id for token, id in self.vocab.items() if token in made}})
+
+
+class HubTokenizer:
+    """A byte-level BPE of Hugging Face's library. Raises ProtocolError for a damaged vocabulary."""
+
+    name = "bpe"
+
+    def __init__(self, vocabulary: bytes) -> None:
+        from tokenizers import AddedToken, models, pre_tokenizers
+        from tokenizers import Tokenizer as HubLibrary
+
+        self.parts = HubVocabulary.parse(vocabulary)
+        self.separator = self.parts.separator[1]
+        self.leads = self.parts.leads
+        self.vocab_size = max(self.separator, *self.parts.vocab.values()) + 1
+        self.dtype: type[np.unsignedinteger] = narrowest(self.vocab_size)
+        self.vocabulary: bytes | None = vocabulary
+        self.inner = HubLibrary(models.BPE(vocab=self.parts.vocab, merges=self.parts.merges))
+        self.inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        for text, word, left, right in self.parts.added:
+            self.inner.add_tokens([AddedToken(text, single_word=word, lstrip=left, rstrip=right, normalized=False)])
+
+    def encode(self, texts: Sequence[bytes]) -> list[Array]:
+        found = self.inner.encode_batch_fast([text.decode() for text in texts], add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in found]
+
+
+def byte_letters() -> tuple[str, ...]:
+    """Return the letter that stands for each byte in GPT-2's files: itself if printable, else one from 256 on."""
+    letters = [chr(b) if b in range(33, 127) or (b in range(161, 256) and b != 173) else "" for b in range(256)]
+    unprintable = [byte for byte, letter in enumerate(letters) if not letter]
+    return tuple(letter or chr(256 + unprintable.index(byte)) for byte, letter in enumerate(letters))
+
+
+def narrowest(vocab_size: int) -> type[np.unsignedinteger]:
+    """Return the narrowest type for all ids."""
+    return np.uint8 if vocab_size <= 1 << 8 else np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 def parse_vocabulary(blob: bytes) -> dict[bytes, int]:
@@ -138,7 +211,7 @@ def load_tokenizer(name: str, vocabulary: Path | None) -> Tokenizer:
     if name != "gpt2":
         return load_file("gpt2", Path(name).expanduser())
     encoder, merges = _hub_files() if vocabulary is None else _local_files(vocabulary)
-    return BPETokenizer(_read_vocabulary(encoder, merges))
+    return BPETokenizer(read_vocabulary(encoder, merges))
 
 
 def load_file(task: str, path: Path) -> RustTokenizer:
@@ -176,7 +249,7 @@ def _hub_files() -> tuple[Path, Path]:
         ) from None
 
 
-def _read_vocabulary(encoder: Path, merges: Path) -> bytes:
+def read_vocabulary(encoder: Path, merges: Path) -> bytes:
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     try:
