@@ -100,12 +100,16 @@ def test_miners_come_and_go_with_the_lines_of_a_file(tmp_path: Path) -> None:
 
 # --- what a user may write wrong --------------------------------------------------------------------------------------
 
+ZERO = "5C4hrfjw9DjXZTzV3MwzrrAr9P1MJhSrvWGWqi1eSuyUpnhM"  # the address of the zero key
+
 VALIDATOR_MISTAKES = [
     ("", "--axons: no miner named; .*, --axons-file FILE, or --serve.port with --admit"),
     ("--admit everyone", "--admit everyone: nothing is served; choose a --serve.port, 0 for any free one"),
     ("--axons 8091 --serve.tls-cert x --serve.tls-key y", "--serve.tls-cert: nothing is served; choose a --serve.port"),
     ("--axons 8091 --serve.port 0 --serve.tls-cert x", "--serve.tls-cert: TLS needs --serve.tls-key too"),
     ("--axons 8091 --serve.port 0 --serve.tls-key x", "--serve.tls-key: TLS needs --serve.tls-cert too"),
+    ("--axons 8091 --serve.port 0 --serve.ip 0.0.0.0:80", "--serve.ip 0.0.0.0:80: must be .* with --serve.port"),
+    (f"--axons 8091@{ZERO}", ".*is no ss58 address"),
     ("--axons-file {folder}/none", "--axons-file {folder}/none: no such file; make it, with a miner a line"),
     (
         "--serve.port 0 --admit {folder}/none",
@@ -125,6 +129,20 @@ MINER_MISTAKES = [
         "--axon.tls-cert: nothing is served with --pull",
     ),
     (f"--validator 80@{M1} --tls-ca {{folder}}/none --pull --device cpu", "--tls-ca {folder}/none: no such file"),
+    ("--axon.external-ip 203.0.113.7:9000", ".*must be an address without a port; give .* with --axon.external-port"),
+    ("--axon.external-ip [2001:db8::7]:9000", ".*must be an address without a port; give .* with --axon.external-port"),
+    ("--axon.external-ip miner.example:9000", ".*must be an address without a port; give .* with --axon.external-port"),
+    ("--axon.external-ip http://203.0.113.7", ".*neither an IP address nor the name of a machine"),
+    ("--axon.ip 127.0.0.1:8091", "--axon.ip 127.0.0.1:8091: must be an address without a port; .* --axon.port"),
+    ("--axon.ip [::1]:8091", ".*must be an address without a port; give the port with --axon.port"),
+    ("--axon.ip [[::1]]", ".*neither an IP address nor the name of a machine"),
+    ("--axon.external-port 65536", "--axon.external-port 65536: must be 0 to 65535"),
+    ("--axon.external-port -1", "--axon.external-port -1: must be 0 to 65535"),
+    (f"--validator 80@{M1} --pull --axon.external-port 9000", "--axon.external-port 9000: nothing is served with"),
+    (f"--validator 80@{M1} --pull --axon.external-ip 203.0.113.7", "--axon.external-ip .*: nothing is served with"),
+    (f"--validator 80@{M1} --axon.external-ip miner.example", ".*: validators call IP addresses only"),
+    (f"--allow {ZERO}", f"--allow {ZERO}: no ss58 address"),
+    (f"--validator 80@{ZERO}", ".*is no ss58 address"),
     ("--grace -1", "--grace -1.0: must be 0 or more"),
     ("--grace nan", "--grace nan: must be 0 or more"),
 ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import signal
 import time
+import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -14,11 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from pilot.app import cli
+from pilot.app.miner_flags import MinerConfig
 from pilot.common.limits import Limits
 from pilot.interfaces import Faulted, Refused
 from pilot.transport.auth import sign_message
 from pilot.transport.client.dendrite import Dendrite
 from pilot.transport.client.peer import Endpoint, Peer
+from pilot.transport.server.axon import Axon
 from pilot.transport.server.gateway import Gateway
 from pilot.transport.wallets import load_keypair
 from protocol import Announce
@@ -35,7 +40,9 @@ from tests.echo import (
     make_order,
     make_receipt,
     member,
+    open_guard,
     served,
+    serving,
     until,
 )
 from tests.processes import PATIENCE_S, RUN, Miner, eventually, quadratic_flags, start_miner, start_validator
@@ -235,6 +242,24 @@ def test_another_validator_at_that_address_is_told_apart() -> None:
         ("224.0.0.1:80", "no address to call"),
         ("0.0.0.0:80", "no address to call"),
         ("http://10.0.0.7/:80", "give an IP address"),
+        ("localhost:80", "give an IP address"),
+        ("2130706433:80", "give an IP address"),
+        ("0x7f000001:80", "give an IP address"),
+        ("0177.0.0.1:80", "give an IP address"),
+        ("127.1:80", "give an IP address"),
+        ("127.0.0.1.:80", "give an IP address"),
+        ("\uff11\uff12\uff17.0.0.1:80", "give an IP address"),
+        ("[fe80::1%lo]:80", "give an IP address"),
+        ("[2001:4860:4860::8888%lo]:80", "give an IP address"),
+        ("10.0.0.7@127.0.0.1:80", "give an IP address"),
+        ("[64:ff9b::7f00:1]:80", "no address to call"),
+        ("[64:ff9b::a9fe:a9fe]:80", "no address to call"),
+        ("[64:ff9b:1::7f00:1]:80", "no address to call"),
+        ("[2002:7f00:1::]:80", "no address to call"),
+        ("[2002:a9fe:a9fe::1]:80", "no address to call"),
+        ("[::127.0.0.1]:80", "no address to call"),
+        ("[::ffff:169.254.169.254]:80", "no address to call"),
+        ("[2001:0:808:808::80ff:fffe]:80", "no address to call"),
     ],
 )
 def test_addresses_that_are_not_called(endpoint: str, reason: str) -> None:
@@ -245,6 +270,40 @@ def test_addresses_that_are_not_called(endpoint: str, reason: str) -> None:
             assert not network.miner_states()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown", "announced"),
+    [
+        ("", "127.0.0.1:{port}", "127.0.0.1:{port}"),
+        ("--axon.ip [::1]", "[::1]:{port}", "[::1]:{port}"),
+        ("--axon.ip localhost", "localhost:{port}", ":{port}"),
+        ("--axon.external-ip 203.0.113.7", "203.0.113.7:{port}", "203.0.113.7:{port}"),
+        ("--axon.external-ip 203.0.113.7 --axon.external-port 9000", "203.0.113.7:9000", "203.0.113.7:9000"),
+        ("--axon.external-ip [2001:db8::7] --axon.external-port 9000", "[2001:db8::7]:9000", "[2001:db8::7]:9000"),
+        (f"--axon.ip 0.0.0.0 --axon.external-port 9000 --allow {M1}", "0.0.0.0:9000", ":9000"),
+        ("--axon.external-ip miner.example", "miner.example:{port}", ":{port}"),
+    ],
+)
+def test_where_a_miner_says_that_it_serves(flags: str, shown: str, announced: str) -> None:
+    config = cli.parse(MinerConfig, "miner.py", ["--axon.port", "0", *flags.split()])
+    config.check()
+
+    async def main() -> tuple[int, str]:
+        async with serving(Axon(Echo(), MINER, open_guard(), config.axon.ip, 0)) as port:
+            return port, json.loads(await asyncio.to_thread(get, f"http://{listens}:{port}/v1/status"))["hotkey"]
+
+    listens = "[::1]" if "::1" in config.axon.ip else "127.0.0.1"
+    port, hotkey = asyncio.run(main())
+    assert hotkey == M1
+    assert config.axon.shown(port) == shown.format(port=port)
+    assert config.axon.announced(port) == announced.format(port=port)
+
+
+def get(url: str) -> bytes:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=20) as response:
+        text: bytes = response.read()
+        return text
 
 
 async def announce(peer: Peer, endpoint: str | None = None, tls: bool = False) -> None:

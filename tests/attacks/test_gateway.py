@@ -16,10 +16,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from pilot.common.addresses import may_call
 from pilot.common.limits import Limits
 from pilot.transport.auth import Keypair, sign_message, sign_request
 from pilot.transport.client.dendrite import Dendrite
-from pilot.transport.server.gateway import Gateway, may_call
+from pilot.transport.server.gateway import Gateway
 from protocol import Announce, Refusal
 from tests.attacks.caller import Caller
 from tests.echo import MALLORY, MINER, STATE, VALIDATOR, Echo, blobs_of, dendrite, desk, make_order, member, until
@@ -220,7 +221,43 @@ def test_a_poll_that_never_takes_its_letter_keeps_nobody_waiting_for_ever(tmp_pa
         ("127.0.0.1", "8.8.8.8", False),
         ("127.0.0.1", "10.0.0.8", False),
         ("169.254.169.254", "10.0.0.8", False),
+        ("64:ff9b::808:808", "8.8.8.8", True),
+        ("64:ff9b::808:808", "2001:4860:4860::8888", True),
+        ("2002:808:808::1", "2001:4860:4860::8888", True),
+        ("10.0.0.7", "2001:0:808:808::1", False),  # from a Teredo address, which is one of the outside
+        ("10.0.0.7", "2002:808:808::1", False),
+        ("10.0.0.7", "64:ff9b::808:808", False),
     ],
 )
 def test_who_may_have_whom_called(address: str, sender: str, called: bool) -> None:
     assert may_call(ipaddress.ip_address(address), ipaddress.ip_address(sender)) is called
+
+
+@pytest.mark.parametrize("sender", ["8.8.8.8", "2001:4860:4860::8888", "10.0.0.8", "127.0.0.1", "::1", "fd00::8"])
+def test_nobody_has_an_address_called_that_stands_for_one_of_ours(sender: str) -> None:
+    """By any of the forms in which an IPv6 address stands for an IPv4 one."""
+    for hidden in ("127.0.0.1", "127.255.255.254", "10.0.0.7", "192.168.0.1", "169.254.169.254", "100.100.100.200",
+                   "168.63.129.16", "0.0.0.0", "0.0.0.1", "224.0.0.1", "255.255.255.255"):  # fmt: skip
+        ipv4 = ipaddress.ip_address(hidden)
+        bits, flipped = int(ipv4), int(ipv4) ^ 0xFFFF_FFFF
+        around = bits >> 16 << 64 | (bits & 0xFFFF) << 40  # a reserved byte
+        forms = {
+            "NAT64": f"64:ff9b::{ipv4}",
+            "local NAT64, /96": f"64:ff9b:1::{ipv4}",
+            "local NAT64, /48": str(ipaddress.ip_address(0x64_FF9B_0001 << 80 | around)),
+            "6to4": str(ipaddress.ip_address(0x2002 << 112 | bits << 80 | 1)),
+            "Teredo's client": str(ipaddress.ip_address(0x2001_0000_0808_0808 << 64 | flipped)),
+            "Teredo's server": str(ipaddress.ip_address(0x2001_0000 << 96 | bits << 64 | 0xF7F7_F7F7)),
+            "translated": f"::ffff:0:{ipv4}",
+            "ISATAP": f"2001:4860:4860:1:0:5efe:{ipv4}",
+            "global ISATAP": f"2001:4860:4860:1:200:5efe:{ipv4}",
+            **({"compatible": f"::{ipv4}"} if bits > 1 else {}),
+        }  # fmt: skip
+        for form, address in forms.items():
+            assert not may_call(ipaddress.ip_address(address), ipaddress.ip_address(sender)), form
+
+
+@pytest.mark.parametrize("address", ["fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "168.63.129.16", "fec0::7"])
+def test_nobody_has_a_cloud_s_own_address_called(address: str) -> None:
+    for sender in ("8.8.8.8", "10.0.0.8", "127.0.0.1"):
+        assert not may_call(ipaddress.ip_address(address), ipaddress.ip_address(sender))

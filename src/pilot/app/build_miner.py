@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pilot.app import cli
-from pilot.app.miner_flags import MinerConfig
+from pilot.app.miner_flags import EVERY_INTERFACE, MinerConfig
 from pilot.common.addresses import is_loopback
 from pilot.interfaces import Refused
 from protocol import MAX_SERVED_BYTES, DataSpec, Fault, Hotkey, TaskSpec
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from pilot.transport.client.registration import Registration
     from pilot.transport.server.axon import Axon
     from pilot.worker.worker import Worker
-
-EVERY_INTERFACE = ("0.0.0.0", "::", "")
 
 
 @dataclass
@@ -154,7 +152,7 @@ async def _open_axon(
     allowed: frozenset[Hotkey],
     console: MinerConsole,
 ) -> tuple[Axon, str]:
-    """Open the axon. Return it and the HOST:PORT to register, without a host if it listens on every interface."""
+    """Open the axon. Return it and the HOST:PORT to register; the host is left out if it is no single address."""
     from pilot.transport.auth import Guard
     from pilot.transport.server.axon import Axon
     from pilot.transport.tls import server_context
@@ -163,15 +161,13 @@ async def _open_axon(
     tls = server_context(cert, key) if cert and key else None
     guard = Guard(allowed, store.pin(), store.set_pin)
     axon = Axon(worker, keypair, guard, config.axon.ip, config.axon.port, config.limits, tls)
-    port = await axon.start()
-    host = config.axon.external_ip or config.axon.ip
-    if host in EVERY_INTERFACE and not config.validator:
+    bound = await axon.start()
+    if (config.axon.external_ip or config.axon.ip) in EVERY_INTERFACE and not config.validator:
         console.say("listening on every interface: replace the host below by this machine's address")
-    shown = f"[{host}]" if ":" in host else host
-    console.say(f"serving {shown}:{port}@{worker.hotkey}")
+    console.say(f"serving {config.axon.shown(bound)}@{worker.hotkey}")
     if not config.validator:
         console.say("the address above is for a validator's --axons")
-    return axon, f"{'' if host in EVERY_INTERFACE else shown}:{port}"
+    return axon, config.axon.announced(bound)
 
 
 def _open_blob(config: MinerConfig, store: FileMinerStore, task: TaskSpec, data: DataSpec, name: str) -> Path:

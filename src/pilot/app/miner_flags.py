@@ -9,12 +9,13 @@ from typing import ClassVar
 
 from pilot.app.cli import check_compiler, check_port
 from pilot.app.training_flags import LIMITS, NETWORK, SHOW, LoggingConfig, WalletConfig
-from pilot.common.addresses import is_loopback
+from pilot.common.addresses import check_host, is_address, is_loopback, without_brackets
 from pilot.common.flags import arg, nested
 from pilot.common.limits import Limits
 from tasks import TASKS
 
 DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+EVERY_INTERFACE = ("0.0.0.0", "::", "")
 VALIDATORS = "Validators"
 WORK = "Work"
 
@@ -29,10 +30,47 @@ class AxonConfig:
     """Address to listen on. 0.0.0.0 is every interface, and requires --allow or --validator."""
     external_ip: str = arg("", short=True)
     """This machine's address as validators see it. Needed where it differs from --axon.ip (NAT, a container)."""
+    external_port: int = arg(0, short=True)
+    """TCP port as validators see it. 0: --axon.port."""
     tls_cert: Path | None = None
     """PEM file with this miner's certificate; validators then need --tls-ca."""
     tls_key: Path | None = None
     """PEM file with the certificate's key."""
+
+    def __post_init__(self) -> None:
+        for name in ("ip", "external_ip"):
+            object.__setattr__(self, name, without_brackets(getattr(self, name)))
+
+    def shown(self, bound: int) -> str:
+        """Return HOST:PORT for people, with the port that the server is bound to, or the one outside."""
+        host = self.external_ip or self.ip
+        return f"{f'[{host}]' if ':' in host else host}:{self.external_port or bound}"
+
+    def announced(self, bound: int) -> str:
+        """Return HOST:PORT to register; the host is left out, for the validator to see, if it is no single address."""
+        host = self.external_ip or self.ip
+        return (
+            self.shown(bound) if is_address(host) and host not in EVERY_INTERFACE else f":{self.external_port or bound}"
+        )
+
+    def check(self, pull: bool, validator: str) -> None:
+        """Raise ValueError for a mistake. `validator` is the one to register with, if any."""
+        from pilot.transport.tls import check_pair
+
+        check_port("axon.port", self.port)
+        check_port("axon.external-port", self.external_port)
+        check_host("axon.ip", self.ip, "axon.port")
+        check_host("axon.external-ip", self.external_ip, "axon.external-port")
+        if validator and self.external_ip and not is_address(self.external_ip):
+            raise ValueError(f"--axon.external-ip {self.external_ip}: validators call IP addresses only; give that one")
+        check_pair(self.tls_cert, self.tls_key, "axon")
+        for flag, given in (("external-ip", self.external_ip), ("external-port", self.external_port)):
+            if pull and given:
+                raise ValueError(f"--axon.{flag} {given}: nothing is served with --pull; leave it out")
+        if pull and self.tls_cert:
+            raise ValueError(
+                "--axon.tls-cert: nothing is served with --pull; --tls-ca is for reaching the validator by TLS"
+            )
 
 
 @dataclass(frozen=True)
@@ -80,14 +118,12 @@ class MinerConfig:
 
     def check(self) -> None:
         """Raise ValueError for mistakes that can be found without importing torch."""
-        from pilot.transport.tls import check_pair
-
         for task in self.tasks:
             if task not in TASKS:
                 raise ValueError(f"--tasks {task}: unknown; known: {', '.join(TASKS)}")
         if self.compile:
             check_compiler()
-        check_port("axon.port", self.axon.port)
+        self.axon.check(self.pull, self.validator)
         self.limits.check()
         self.source_folders()
         for name in self.datasets:
@@ -95,11 +131,6 @@ class MinerConfig:
                 raise ValueError(f"--datasets {name}: no data set of the hub; write OWNER/NAME")
         if not self.grace >= 0:
             raise ValueError(f"--grace {self.grace}: must be 0 or more")
-        check_pair(self.axon.tls_cert, self.axon.tls_key, "axon")
-        if self.pull and self.axon.tls_cert:
-            raise ValueError(
-                "--axon.tls-cert: nothing is served with --pull; --tls-ca is for reaching the validator by TLS"
-            )
         for name, given in (("--pull", self.pull), ("--tls-ca", self.tls_ca)):
             if given and not self.validator:
                 raise ValueError(f"{name}: needs a validator; name it with --validator host:port@ss58")

@@ -18,6 +18,7 @@ from pilot.app.training_flags import (
     WalletConfig,
     WandbConfig,
 )
+from pilot.common.addresses import check_host, without_brackets
 from pilot.common.flags import arg, nested, option
 from pilot.common.limits import Limits
 
@@ -35,6 +36,9 @@ class ServeConfig:
     """PEM file with the validator's certificate; miners then need --tls-ca."""
     tls_key: Path | None = None
     """PEM file with the certificate's key."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ip", without_brackets(self.ip))
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class ValidatorConfig(RoundConfig):
                 raise ValueError(f"{option(name)} {getattr(self, name)}: must be {minimum} or more")
         self.limits.check()
         check_port("serve.port", self.serve.port or 0)
+        check_host("serve.ip", self.serve.ip, "serve.port")
         check_pair(self.serve.tls_cert, self.serve.tls_key, "serve")
         if self.serve.port is None:
             for given, value in ((f"--admit {self.admit}", self.admit), ("--serve.tls-cert", self.serve.tls_cert)):

@@ -25,6 +25,7 @@ from functools import partial
 
 from aiohttp import web
 
+from pilot.common.addresses import Address, may_call, without_brackets
 from pilot.common.limits import Limits
 from pilot.interfaces import ANNOUNCE_S, Refused
 from pilot.transport.auth import Keypair, verify_message
@@ -36,8 +37,6 @@ from pilot.transport.server.base import Server, check_length, hex_digits, query,
 from pilot.transport.server.health import health_response
 from pilot.transport.server.pull_queue import PULLS, PullQueue
 from protocol import Announce, Digest, Fault, Health, Hello, Hotkey, ProtocolError, Refusal, Signed, Status, one_line
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 MISSED = 3  # such intervals, after which one that is not there either is forgotten
 UNREACHED = "not reached at {}: nothing there answers as this miner; check --axon.external-ip, port, firewall and TLS"
@@ -230,7 +229,9 @@ class Gateway(Server):
         number = whole_number("endpoint: port", port)
         sender = _ip(request.remote or "")
         try:
-            address = _ip(host.strip("[]")) if host else sender
+            address = _ip(without_brackets(host)) if host else sender
+            if "%" in host:
+                raise ValueError("the name of an interface means nothing on another machine")
         except ValueError:
             raise Refused(400, "endpoint: give an IP address as --axon.external-ip", Fault.MALFORMED) from None
         if not may_call(address, sender):
@@ -346,15 +347,6 @@ class Gateway(Server):
 def _name(endpoint: Endpoint | None) -> str:
     """Of the miner there."""
     return PULLS if endpoint is None else str(endpoint)
-
-
-def may_call(address: Address, sender: Address) -> bool:
-    """Whether a validator calls what `sender` announces; none of its own networks, for one from outside of them."""
-    if address.is_link_local or address.is_multicast or address.is_unspecified:
-        return False
-    if address.is_loopback:
-        return sender.is_loopback
-    return address.is_global or not sender.is_global
 
 
 def _ip(text: str) -> Address:
