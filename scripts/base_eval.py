@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pilot.app import cli
 from pilot.common.files import replacing
+from tasks.data.reading import Reading
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from nanochat.gpt import GPT
     from nanochat.packing import PackingIndex
     from nanochat.tokenizer import Tokenizer
+    from tasks.data.folders import TextFile
 
 KINDS = ("bpb", "core", "sample")
 REDRAW_S = 0.1
@@ -46,7 +48,7 @@ MEGABYTE = 1 << 20  # characters encoded at a time
 
 
 @dataclass(frozen=True)
-class BaseEvalConfig:
+class BaseEvalConfig(Reading):
     """Evaluate a checkpoint of nanochat's GPT: bits per byte, the CORE metric, samples."""
 
     checkpoint: Path | None = None
@@ -62,11 +64,8 @@ class BaseEvalConfig:
     """The tokenizer's file, where the checkpoint does not hold it; it must be the one of the training."""
 
     data: Path | None = None
-    """Text for bits per byte: a .txt, .jsonl or .parquet file, or a folder of them, of which the last one is taken,
-    that training keeps for it. None: the shards in NANOCHAT_BASE_DIR."""
-
-    column: str = "text"
-    """Column (key) of the text in .jsonl and .parquet files."""
+    """Text for bits per byte: a .txt, .jsonl or .parquet file, or a folder of them, of which those named for validation
+    are taken, or else the last one, that training keeps for it. None: the shards in NANOCHAT_BASE_DIR."""
 
     max_tokens: int = 1 << 20
     """Tokens of the text to take. 0: all of it."""
@@ -122,6 +121,7 @@ class BaseEvalConfig:
     """JSON file of flags, like {"max_per_task": 100}; flags given as well come after it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
             raise ValueError(f"--eval {unknown[0]}: unknown; known: {', '.join(KINDS)}")
         for flag, least in (("max_tokens", 0), ("max_per_task", 0), ("top_k", 0), ("seed", 0)):
@@ -146,7 +146,7 @@ class Wired:
     checkpoint: Checkpoint
     model: GPT
     tokenizer: Tokenizer
-    text: tuple[Path, PackingIndex] | None
+    text: tuple[str, PackingIndex] | None
     tasks: CoreData | None
     prompts: tuple[list[list[int]], Sampling] | None
 
@@ -306,19 +306,21 @@ def load_tokenizer(config: BaseEvalConfig, checkpoint: Checkpoint) -> Tokenizer:
     return tokenizer
 
 
-def pack(config: BaseEvalConfig, tokenizer: Tokenizer, length: int) -> tuple[Path, PackingIndex]:
-    """Return the text's file and its rows, which hold every token of it exactly once."""
+def pack(config: BaseEvalConfig, tokenizer: Tokenizer, length: int) -> tuple[str, PackingIndex]:
+    """Return the text's name and its rows, which hold every token of it exactly once."""
     import numpy as np
 
     from nanochat.packing import PackingIndex
-    from tasks.data.compression import of_data, read_texts
-    from tasks.data.documents import TextError
+    from tasks.data.compression import read_texts
+    from tasks.data.folders import TextError
+    from tasks.data.reading import Findings
 
-    path = held_out(config)
+    data, files = held_out(config)
+    findings = Findings()
     bos, found, count = tokenizer.get_bos_token_id(), [], 0
     limit = config.max_tokens or sys.maxsize
     try:
-        for texts in batches(read_texts(str(path), config.column)):
+        for texts in batches(read_texts(files, config, findings)):
             for ids in tokenizer.encode(texts, prepend=bos):
                 if len(ids) > 1 and count < limit:
                     ids = ids[: limit - count + 1]
@@ -327,25 +329,27 @@ def pack(config: BaseEvalConfig, tokenizer: Tokenizer, length: int) -> tuple[Pat
             if count >= limit:
                 break
     except TextError as error:
-        raise of_data(str(path), error) from None
+        raise ValueError(f"--data {data}: {config.named(error)}") from None
     if not found:
-        raise ValueError(f"--data {path}: holds no text")
-    return path, PackingIndex.build(np.concatenate(found), bos, length + 1, crop="keep", pad=True)
+        raise ValueError("; ".join([f"--data {data}: holds no text", *findings.facts()]))
+    for fact in findings.facts(config.separator):
+        print(f"text: {fact}")
+    return data, PackingIndex.build(np.concatenate(found), bos, length + 1, crop="keep", pad=True)
 
 
-def held_out(config: BaseEvalConfig) -> Path:
-    """Return the file for bits per byte: the last of several, which training leaves out."""
-    from nanochat.dataset import data_dir
-    from tasks.data.compression import of_data
-    from tasks.data.documents import TextError, local_files
+def held_out(config: BaseEvalConfig) -> tuple[str, list[TextFile]]:
+    """Return the files for bits per byte, which training leaves out, and their name: the file's, or the folder's."""
+    from nanochat.shards import data_dir
+    from tasks.data.compression import data_files
 
     data = (config.data or data_dir()).expanduser()
     if config.data is None and not data.is_dir():
         raise ValueError(f"--data: name a text; there are no shards in {data} (or take bpb out of --eval)")
-    try:
-        return local_files(data)[-1]
-    except TextError as error:
-        raise of_data(str(data), error) from None
+    found = data_files(str(data))
+    files = found.validation or found.train[-1:]
+    if found.folder:
+        print(found.line({"bits per byte": files}))
+    return str(files[0].path if len(files) == 1 else data), files
 
 
 def batches(texts: Iterator[str]) -> Iterator[list[str]]:

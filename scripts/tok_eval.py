@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from pilot.app import cli
 from tasks.data.compression import check_text_limits
+from tasks.data.reading import Findings, Reading
 
 if TYPE_CHECKING:
     from rustbpe import Tokenizer
@@ -34,7 +35,7 @@ BATCH = 4 << 20  # characters encoded at a time
 
 
 @dataclass(frozen=True)
-class TokEvalConfig:
+class TokEvalConfig(Reading):
     """Check a tokenizer on a text: whether it decodes every document exactly, how well it compresses, its speed."""
 
     tokenizer: Path = Path("tokenizer.json")
@@ -43,14 +44,11 @@ class TokEvalConfig:
     data: str = "stdlib"
     """stdlib (Python's own sources), or a .txt, .jsonl or .parquet file, or a folder of them."""
 
-    column: str = "text"
-    """Column (key) of the text in .jsonl and .parquet files."""
-
     max_chars: int = 100_000_000
     """Characters of the text to take. 0: all of it."""
 
     doc_cap: int = 0
-    """Characters to take of a document. 0: all of it."""
+    """Characters to take of a document. 0: all of it. A .txt file is taken whole."""
 
     gpt2_vocabulary: Path | None = None
     """Folder of GPT-2's encoder.json and vocab.bpe, or the prefix of the two paths. None: gpt2_ in PILOT_DATA."""
@@ -59,6 +57,7 @@ class TokEvalConfig:
     """A .tiktoken file of cl100k, GPT-4's, to compare with that too."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_text_limits(self.max_chars, self.doc_cap)
 
 
@@ -74,22 +73,29 @@ class Totals:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(TokEvalConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
-    from tasks.data.compression import Samples, comparison, encode_with, of_data, read_texts
-    from tasks.data.documents import TextError
+    from tasks.data.compression import Samples, comparison, data_files, encode_with, read_texts
+    from tasks.data.folders import TextError
 
     with cli.mistakes(PROGRAM):
         tokenizer = load(config.tokenizer)
         others = peers(config)
-        totals, samples = Totals(), Samples()
+        totals, samples, findings = Totals(), Samples(), Findings()
+        files = data_files(config.data)
+        held_out = files.validation or files.train
         try:
-            for batch in batches(read_texts(config.data, config.column, config.doc_cap, config.max_chars)):
+            texts = read_texts(held_out, config, findings, doc_cap=config.doc_cap, max_chars=config.max_chars)
+            for batch in batches(texts):
                 check(tokenizer, batch, totals)
                 for text in batch:
                     samples.add(text)
         except TextError as error:
-            raise of_data(config.data, error) from None
+            raise ValueError(f"--data {config.data}: {config.named(error)}") from None
         if not totals.texts:
-            raise ValueError(f"--data {config.data}: holds no text")
+            raise ValueError("; ".join([f"--data {config.data}: holds no text", *findings.facts()]))
+    if files.folder:
+        print(files.line({"the check": held_out}))
+    for fact in findings.facts(config.separator):
+        print(f"text: {fact}")
     print(f"{config.tokenizer}: {tokenizer.vocab_size:,} tokens, {len(tokenizer.special_tokens())} of them special")
     per_token = totals.bytes / totals.tokens
     print(f"{config.data}: {totals.bytes:,} bytes, {totals.tokens:,} tokens, {per_token:.3f} bytes a token")

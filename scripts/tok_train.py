@@ -26,11 +26,13 @@ from typing import TYPE_CHECKING
 from nanochat.tokenizer import SPECIAL_TOKENS
 from pilot.app import cli
 from tasks.data.compression import check_text_limits
+from tasks.data.reading import Findings, Reading
 from tasks.data.tokenizer import MAX_VOCABULARY
 
 if TYPE_CHECKING:
     from rustbpe import Tokenizer
     from tasks.data.compression import Encode, Samples
+    from tasks.data.folders import TextFile
 
 REDRAW_S = 0.1
 LINE_S = 5.0  # between two lines without a terminal
@@ -38,20 +40,18 @@ LONGEST = 10  # tokens shown
 
 
 @dataclass(frozen=True)
-class TokTrainConfig:
+class TokTrainConfig(Reading):
     """Train a byte-pair vocabulary on a text, and say how it compares with GPT-2's."""
 
     data: str = "stdlib"
     """stdlib (Python's own sources), or a .txt, .jsonl or .parquet file, or a folder of them."""
 
-    column: str = "text"
-    """Column (key) of the text in .jsonl and .parquet files."""
-
     max_chars: int = 2_000_000_000
     """Characters of the text to train on. 0: all of it."""
 
     doc_cap: int = 10_000
-    """Characters to take of a document, so that no long one has more say than many short ones. 0: all of it."""
+    """Characters to take of a document, so that no long one has more say than many short ones. 0: all of it. A .txt
+    file is taken whole, since it may hold many documents."""
 
     vocab_size: int = 32_768
     """Tokens, the 256 bytes and the special ones among them. More make small models pay more for their embeddings."""
@@ -69,6 +69,7 @@ class TokTrainConfig:
     """Folder of GPT-2's encoder.json and vocab.bpe, or the prefix of the two paths. None: gpt2_ in PILOT_DATA."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_text_limits(self.max_chars, self.doc_cap)
         least = 256 + len(self.special)
         if not least <= self.vocab_size <= MAX_VOCABULARY:
@@ -83,31 +84,35 @@ class TokTrainConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(TokTrainConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
-    from tasks.data.compression import gpt2_encode, tokenizer_class
+    from tasks.data.compression import data_files, gpt2_encode, tokenizer_class
 
     with cli.mistakes(PROGRAM):
         tokenizer = tokenizer_class()()
         if config.out.is_dir() or not config.out.absolute().parent.is_dir():
             raise ValueError(f"--out {config.out}: must be a file in a folder that is there")
         gpt2 = gpt2_encode(config.gpt2_vocabulary)
+        files = data_files(config.data)
         try:
             with Progress(config.max_chars) as progress:
-                texts = train(tokenizer, config, progress)
+                texts = train(tokenizer, config, files.train, progress)
             tokenizer.save(config.out)
         except OSError as error:
             raise ValueError(f"--out {config.out}: cannot write it ({error.strerror or error})") from None
     interrupts.says(f"stopped; the tokenizer is in {config.out}")
+    if files.folder:
+        print(files.line({"training": files.train}))
     report(tokenizer, config, texts, gpt2)
 
 
 class Texts:
     """Count the texts that are trained on, and keep samples of each kind."""
 
-    def __init__(self, texts: Iterator[str], progress: Progress, samples: Samples) -> None:
+    def __init__(self, texts: Iterator[str], progress: Progress, samples: Samples, findings: Findings) -> None:
         self.chars = 0
         self.ended = False
         self.seconds = 0.0
         self.samples = samples
+        self.findings = findings
         self._texts = texts
         self._progress = progress
 
@@ -121,12 +126,14 @@ class Texts:
         self._progress.read(self.chars, last=True)
 
 
-def train(tokenizer: Tokenizer, config: TokTrainConfig, progress: Progress) -> Texts:
+def train(tokenizer: Tokenizer, config: TokTrainConfig, files: list[TextFile], progress: Progress) -> Texts:
     """Train the tokenizer. Raises ValueError, with the flag, for an unusable text or pattern."""
-    from tasks.data.compression import Samples, of_data, pattern_of, read_texts
-    from tasks.data.documents import TextError
+    from tasks.data.compression import Samples, pattern_of, read_texts
+    from tasks.data.folders import TextError
 
-    texts = Texts(read_texts(config.data, config.column, config.doc_cap, config.max_chars), progress, Samples())
+    findings = Findings()
+    read = read_texts(files, config, findings, doc_cap=config.doc_cap, max_chars=config.max_chars)
+    texts = Texts(read, progress, Samples(), findings)
     size, pattern = config.vocab_size - len(config.special), pattern_of(config.pattern)
     began = time.perf_counter()
     try:
@@ -134,10 +141,10 @@ def train(tokenizer: Tokenizer, config: TokTrainConfig, progress: Progress) -> T
             warnings.simplefilter("ignore", UserWarning)  # text too small for the vocabulary: the report says it
             tokenizer.train_from_iterator(iter(texts), size, pattern=pattern, progress=progress.merged)
     except TextError as error:
-        raise of_data(config.data, error) from None
+        raise ValueError(f"--data {config.data}: {config.named(error)}") from None
     except ValueError as error:
         if texts.ended and not texts.chars:
-            raise ValueError(f"--data {config.data}: holds no text") from None
+            raise ValueError("; ".join([f"--data {config.data}: holds no text", *findings.facts()])) from None
         raise ValueError(f"--pattern: {error}") from None
     texts.seconds = time.perf_counter() - began
     tokenizer.add_special_tokens(config.special)
@@ -149,10 +156,15 @@ def report(tokenizer: Tokenizer, config: TokTrainConfig, texts: Texts, gpt2: Enc
 
     took = f"{texts.seconds:.1f} s, {texts.chars / 1e6 / texts.seconds:.1f} million a second"
     print(f"trained on {texts.chars:,} characters of {config.data} in {took}")
+    for fact in texts.findings.facts(config.separator):
+        print(f"text: {fact}")
+    if capped := texts.findings.capped:
+        print(f"of {capped:,} longer documents only the first {config.doc_cap:,} characters; --doc-cap 0 takes all")
     reached, special = tokenizer.vocab_size, len(config.special)
     print(f"vocabulary: {reached:,} tokens: 256 bytes, {reached - special - 256:,} merges, {special} special")
     if reached < config.vocab_size:
-        print(f"the text has no more to merge: that is {config.vocab_size - reached:,} tokens fewer than asked for")
+        what = "what was taken of the text" if texts.findings.capped or not texts.ended else "the text"
+        print(f"{what} has no more to merge: that is {config.vocab_size - reached:,} tokens fewer than asked for")
     print("on the text that it was trained on, which flatters it; tok_eval.py compares on another:")
     for line in comparison(texts.samples, encode_with(tokenizer), {} if gpt2 is None else {"GPT-2": gpt2}):
         print(line)

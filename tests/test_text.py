@@ -21,6 +21,7 @@ import pytest
 from pilot.interfaces import Refused
 from protocol import DatasetRef, DataSpec, Fault, ProtocolError
 from tasks.data.documents import PIECE, Document, hub_documents, split
+from tasks.data.reading import Reading
 from tasks.data.text import prepare_tokens, rebuild_tokens
 from tasks.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from tasks.data.tokens import Tokens
@@ -288,12 +289,12 @@ def test_rows_are_streamed_through_datasets(tmp_path: Path, monkeypatch: pytest.
     save(folder / "train.parquet", rows, "content")
     source = DatasetRef(name="owner/set", subset=None, split="train", revision="0" * 40)
     on_the_hub(monkeypatch, source, folder)
-    documents = list(hub_documents(source, "content", 20))
+    documents = list(hub_documents(source, Reading(column="content"), 20))
     assert ["".join(document.pieces) for document in documents] == rows[:20]
     with pytest.raises(ValueError, match="no column text, only id, content"):
-        list(hub_documents(source, "text", 20))
+        list(hub_documents(source, Reading(), 20))
     with pytest.raises(ValueError, match="cannot read this data set"):
-        list(hub_documents(source.model_copy(update={"split": "nope"}), "content", 20))
+        list(hub_documents(source.model_copy(update={"split": "nope"}), Reading(column="content"), 20))
 
 
 def on_the_hub(monkeypatch: pytest.MonkeyPatch, source: DatasetRef, folder: Path, outside: bool = False) -> None:
@@ -315,7 +316,7 @@ def test_a_data_sets_own_card_cannot_name_local_files(tmp_path: Path, monkeypatc
     source = DatasetRef(name="owner/set", subset=None, split="train", revision="0" * 40)
     on_the_hub(monkeypatch, source, tmp_path, outside=True)
     with pytest.raises(ValueError, match="names files outside itself"):
-        list(hub_documents(source, "content", 20))
+        list(hub_documents(source, Reading(column="content"), 20))
 
 
 PLACES = ["text", "csv", "json", "parquet", "arrow", "imagefolder", "webdataset", "./set", "../set", "/etc", "~/set"]

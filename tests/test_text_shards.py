@@ -19,7 +19,7 @@ BYTE = ByteTokenizer()
 
 def shards(folder: Path) -> Path:
     folder.mkdir()
-    for name, rows in (("s0.parquet", ["one", "two"]), ("s1.jsonl", ["three"]), ("s2.parquet", ["four", "five"])):
+    for name, rows in (("s0.parquet", ["one", "two"]), ("s1.parquet", ["three"]), ("s2.parquet", ["four", "five"])):
         save(folder / name, rows)
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import subprocess
@@ -16,8 +17,20 @@ import pytest
 
 from nanochat.tokenizer import SPECIAL_TOKENS
 from scripts import tok_eval, tok_train
-from tasks.data.compression import CODE, KINDS, LANGUAGES, NUMBERS, PROSE, SAMPLE, Samples, kind_of, read_texts
+from tasks.data.compression import (
+    CODE,
+    KINDS,
+    LANGUAGES,
+    NUMBERS,
+    PROSE,
+    SAMPLE,
+    Samples,
+    data_files,
+    kind_of,
+    read_texts,
+)
 from tasks.data.documents import PIECE
+from tasks.data.reading import Findings, Reading
 from tests.processes import PATIENCE_S
 from tests.test_console import Terminal
 
@@ -83,18 +96,35 @@ def text(tmp_path: Path) -> Path:
 # --- what is read -----------------------------------------------------------------------------------------------------
 
 
+def texts_of(folder: Path, **limits: int) -> list[str]:
+    return list(read_texts(data_files(str(folder)).train, Reading(), **limits))
+
+
 def test_documents_are_read_whole_or_cut(tmp_path: Path) -> None:
     long = "word " * (PIECE // 2) + "\n"  # two and a half pieces
-    (tmp_path / "a.txt").write_text(long)
-    (tmp_path / "b.txt").write_text("")
-    (tmp_path / "c.txt").write_text("short é\r\n")
-    assert "".join(read_texts(str(tmp_path), "text")) == long + "short é\r\n"
-    assert list(read_texts(str(tmp_path), "text"))[-1] == "short é\r\n"  # no document's end goes astray
-    assert list(read_texts(str(tmp_path), "text", doc_cap=3)) == ["wor", "sho"]
-    assert list(read_texts(str(tmp_path), "text", doc_cap=3, max_chars=4)) == ["wor", "s"]
-    cut = list(read_texts(str(tmp_path), "text", doc_cap=2 * PIECE))
+    write_rows(tmp_path / "a.jsonl", [long, "", "short é\r\n"])
+    assert "".join(texts_of(tmp_path)) == long + "short é\r\n"
+    assert texts_of(tmp_path)[-1] == "short é\r\n"  # no document's end goes astray
+    assert texts_of(tmp_path, doc_cap=3) == ["wor", "sho"]
+    assert texts_of(tmp_path, doc_cap=3, max_chars=4) == ["wor", "s"]
+    cut = texts_of(tmp_path, doc_cap=2 * PIECE)
     assert (sum(map(len, cut[:-1])), cut[-1]) == (2 * PIECE, "short é\r\n")
-    assert sum(map(len, read_texts(str(tmp_path), "text", max_chars=PIECE + 7))) == PIECE + 7
+    assert sum(map(len, texts_of(tmp_path, max_chars=PIECE + 7))) == PIECE + 7
+
+
+def test_a_plain_text_file_has_no_cap(tmp_path: Path) -> None:
+    """It may hold many documents, as a corpus in one file does; behind a separator they are documents again."""
+    long = "word " * (PIECE // 2) + "\n"
+    (tmp_path / "a.txt").write_text(long + "<|endoftext|>" + long)
+    assert "".join(texts_of(tmp_path, doc_cap=3)) == long + "<|endoftext|>" + long
+    findings = Findings()
+    split = Reading(separator="<|endoftext|>")
+    assert list(read_texts(data_files(str(tmp_path)).train, split, findings, doc_cap=3)) == ["wor", "wor"]
+    assert findings.capped == 2
+
+
+def write_rows(path: Path, rows: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
 
 
 @pytest.mark.parametrize(

@@ -18,16 +18,20 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+from nanochat.shards import ShardError, check_shard, data_dir, list_shards, read_shard
 
 if TYPE_CHECKING:
     import aiohttp
 
     from nanochat.download import File, Patience
+
+__all__ = ["ShardError", "Wanted", "check_shard", "data_dir", "download", "list_shards", "main", "read_shard"]
 
 BASE_URL = "https://huggingface.co/datasets/karpathy/climbmix-400b-shuffle/resolve/main"
 LAST = 6542  # the number of the last shard
@@ -36,75 +40,6 @@ LINE_S = 5.0  # between two lines without a terminal
 NAMED = 20  # missing shards named at most
 
 Say = Callable[[str], object]
-
-
-class ShardError(ValueError):
-    """Say in one line which shard cannot be read, and why."""
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-def data_dir() -> Path:
-    """Return the default folder of the shards."""
-    from nanochat.common import base_dir
-
-    return base_dir() / "base_data"
-
-
-def list_shards(folder: Path | None = None) -> list[Path]:
-    """Return the folder's parquet files, sorted; none if it does not exist. The last of several is for validation."""
-    return sorted(path for path in (folder or data_dir()).glob("*.parquet") if path.is_file())
-
-
-def read_shard(path: Path, column: str = "text", start: int = 0) -> Iterator[str]:
-    """Yield the texts from row `start`, one row group in memory at a time; rows without a text are skipped.
-
-    Raises ShardError if the file is damaged or has no such column of text.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            _check_column(path, file.schema_arrow, column)
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if start < rows:
-                    for text in file.read_row_group(group, columns=[column]).column(0)[start:].to_pylist():
-                        if text is not None:
-                            yield text
-                start = max(0, start - rows)
-    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
-        raise ShardError(f"{path}: cannot be read ({_first_line(error)})") from None
-
-
-def check_shard(path: Path, column: str | None = None) -> None:
-    """Raise ShardError unless the parquet footer is intact and has the column, if one is given. Reads no text."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            if column is not None:
-                _check_column(path, file.schema_arrow, column)
-    except (pa.ArrowException, OSError) as error:
-        raise ShardError(f"{path}: cannot be read ({_first_line(error)})") from None
-
-
-def _check_column(path: Path, schema: Any, column: str) -> None:
-    import pyarrow.types as kinds
-
-    if column not in schema.names:
-        raise ShardError(f"{path}: has no column {column}, only {', '.join(schema.names)}")
-    kind = schema.field(column).type
-    text = kind.value_type if kinds.is_dictionary(kind) else kind
-    if not (kinds.is_string(text) or kinds.is_large_string(text) or kinds.is_string_view(text)):
-        raise ShardError(f"{path}: column {column} holds {kind}, not text")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # --- downloading ------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from pydantic import Field, ValidationError
 
 from nanochat.common import base_dir, check_memory
 from nanochat.config import GPTConfig, MuonAdamWConfig, Preset
-from nanochat.dataset import list_shards
 from nanochat.schedules import settings
+from nanochat.shards import list_shards
 from pilot.common.flags import arg
 from protocol import MAX_BLOB_BYTES, DataSpec, ProtocolError, TaskSpec
 from tasks import OpenBlob

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.data.documents import PIECE, Document, TextError, local_documents, local_files, standard_library
+from tasks.data.documents import local_documents, standard_library
+from tasks.data.folders import Selection, TextError, TextFile, select
+from tasks.data.plain import PIECE
+from tasks.data.reading import Document, Findings, Reading
 from tasks.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -47,27 +50,45 @@ def pattern_of(name: str) -> str:
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
-def read_texts(data: str, column: str, doc_cap: int = 0, max_chars: int = 0) -> Iterator[str]:
-    """Yield the first `max_chars` characters of `data`, at most `doc_cap` of a document, in texts of up to 2 MB.
+STDLIB: list[TextFile] = []  # in place of files: Python's own sources
 
-    0 is no limit. Raises TextError for a text that does not exist, is unreadable, or lacks the column.
+
+def data_files(data: str) -> Selection:
+    """Return the files of --data. Raises ValueError if there are none."""
+    try:
+        return Selection(STDLIB) if data == "stdlib" else select(Path(data).expanduser())
+    except TextError as error:
+        raise ValueError(f"--data {data}: {error}") from None
+
+
+def read_texts(
+    files: Sequence[TextFile],
+    reading: Reading,
+    findings: Findings | None = None,
+    *,
+    doc_cap: int = 0,
+    max_chars: int = 0,
+) -> Iterator[str]:
+    """Yield the first `max_chars` characters, at most `doc_cap` of a document, in texts of up to 2 MB.
+
+    0 is no limit. A .txt file has no cap, since it may hold many documents. Raises TextError for what cannot be read.
     """
+    findings = findings or Findings()
     left = max_chars or sys.maxsize
-    for document in _documents(data, column):
-        for text in _texts(document, doc_cap or sys.maxsize):
+    for document in local_documents(files, reading, findings, 4 * max_chars) if files else standard_library():
+        for text in _texts(document, doc_cap, findings):
             yield text[:left]
             left -= len(text)
             if left <= 0:
                 return
 
 
-def _documents(data: str, column: str) -> Iterable[Document]:
-    return standard_library() if data == "stdlib" else local_documents(local_files(Path(data).expanduser()), column)
-
-
-def _texts(document: Document, left: int) -> Iterator[str]:
+def _texts(document: Document, cap: int, findings: Findings) -> Iterator[str]:
+    left = cap if cap and not document.plain else sys.maxsize
     text = ""
     for piece in document.pieces:
+        if len(text) + len(piece) > left:
+            findings.capped += 1
         text = (text + piece)[:left]
         if len(text) >= PIECE:
             yield text
@@ -77,11 +98,6 @@ def _texts(document: Document, left: int) -> Iterator[str]:
             break
     if text:
         yield text
-
-
-def of_data(data: str, error: TextError) -> ValueError:
-    """Put the name of these programs' flag before the error."""
-    return ValueError(f"--data {data}: {error}")
 
 
 def gpt2_encode(prefix: Path | None) -> Encode | None:

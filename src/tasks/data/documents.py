@@ -6,36 +6,37 @@ Everything is streamed: only a few rows or a piece of a file are in memory at a 
 from __future__ import annotations
 
 import itertools
-import json
-import lzma
-import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from blake3 import blake3
 
-from nanochat.dataset import ShardError, read_shard
 from protocol import CONTEXT, DatasetRef
+from tasks.data.folders import TextError, TextFile, local_files, select
+from tasks.data.plain import PIECE, pieces_of
+from tasks.data.reading import Document, Findings, Reading, documents_of, row_documents, row_texts
 
-PIECE = 1 << 20  # characters of a file read at a time
+__all__ = [
+    "PIECE",
+    "Document",
+    "Piece",
+    "TextError",
+    "hub_documents",
+    "hub_revision",
+    "limited",
+    "local_documents",
+    "local_files",
+    "select",
+    "split",
+    "standard_library",
+    "whole",
+]
+
 FEW = 100  # with fewer documents each is cut, rather than assigned whole
-SUFFIXES = (".txt", ".jsonl", ".jsonl.xz", ".parquet")
 OMITTED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)  # up to the last end of a word
-
-
-class TextError(ValueError):
-    """Say in one line why a text is not available. The caller adds the flag that named it."""
-
-
-class Document(NamedTuple):
-    """A text, in pieces that end where words end, so that no token of GPT-2 crosses from one to the next."""
-
-    size: int  # in bytes
-    pieces: Iterable[str]
 
 
 class Piece(NamedTuple):
@@ -55,52 +56,28 @@ def standard_library() -> Iterator[Document]:
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     for name in names:
         if OMITTED_FOLDERS.isdisjoint(Path(name).parts):
-            yield _file(root / name)
-
-
-def local_files(path: Path) -> list[Path]:
-    """Return the file, or the folder's text files, sorted. Raises TextError if there are none."""
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise TextError(f"not one of {', '.join(SUFFIXES)}")
-        return [path]
-    if not path.is_dir():
-        raise TextError("no such file or folder")
-    files = sorted((f for f in path.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file()), key=Path.as_posix)
-    if not files:
-        raise TextError(f"no {', '.join(SUFFIXES)} file in this folder")
-    return files
+            path = root / name
+            yield Document(path.stat().st_size, pieces_of(TextFile(path, name), "utf-8"))
 
 
 def local_documents(
-    files: Iterable[Path], column: str, skip: Callable[[str], object] | None = None
+    files: Iterable[TextFile], reading: Reading, findings: Findings, max_bytes: int = 0
 ) -> Iterator[Document]:
-    """Yield one document per .txt file, and one per row of the other files.
-
-    With `skip`, the rest of an unreadable file is left out, and `skip` is called with a line that says so.
-    """
-    for path in files:
-        try:
-            if path.suffix == ".txt":
-                yield _file(path)
-            elif path.suffix == ".parquet":
-                yield from map(_document, _parquet_texts(path, column))
-            else:
-                for number, row in enumerate(_readable(path, _jsonl_rows(path)), 1):
-                    yield from _row(row, column, f"{path.name}: row {number}")
-        except TextError as error:
-            if skip is None:
-                raise
-            skip(f"skipped the rest of {path}: {error}")
+    """Yield the documents of files. Of a .txt file no more than about `max_bytes` need be looked at; 0 is no limit."""
+    for file in files:
+        yield from documents_of(file, reading, findings, max_bytes or sys.maxsize)
 
 
-def hub_documents(source: DatasetRef, column: str, rows: int) -> Iterator[Document]:
+def hub_documents(
+    source: DatasetRef, reading: Reading, rows: int, findings: Findings | None = None
+) -> Iterator[Document]:
     """Stream the first `rows` rows of a data set on the hub.
 
     Nothing local is read: `hf://` rules out a folder of this name, and a data set's own card cannot name other files.
     """
     import datasets
 
+    findings = findings or Findings()
     address = f"hf://datasets/{source.name}"
     try:
         builder = datasets.load_dataset_builder(address, source.subset, revision=source.revision)
@@ -108,8 +85,8 @@ def hub_documents(source: DatasetRef, column: str, rows: int) -> Iterator[Docume
         if not all(str(file).startswith(f"{address}@") for file in named):
             raise TextError("it names files outside itself")
         stream = builder.as_streaming_dataset(split=source.split)
-        for number, row in enumerate(stream.take(rows), 1):
-            yield from _row(row, column, f"row {number}")
+        texts = row_texts("row", enumerate(stream.take(rows), 1), reading, findings)
+        yield from row_documents(source.name, texts, reading, findings)
     except TextError:
         raise
     except (OSError, ValueError) as error:
@@ -126,69 +103,6 @@ def hub_revision(source: DatasetRef) -> str | None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _readable(path: Path, items: Iterable[Any]) -> Iterator[Any]:
-    try:
-        yield from items
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise TextError(f"cannot read {path.name} ({_first_line(error)})") from None
-
-
-def _file(path: Path) -> Document:
-    return Document(path.stat().st_size, _readable(path, _pieces(path)))
-
-
-def _pieces(path: Path) -> Iterator[str]:
-    rest = ""
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        while chunk := file.read(PIECE):
-            text = rest + chunk
-            match = WORD_END.match(text)
-            end = match.end() if match else 0
-            if end:
-                yield text[:end]
-            rest = text[end:]
-    if rest:
-        yield rest
-
-
-def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    opener = lzma.open if path.suffix == ".xz" else open
-    with opener(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise TextError(f"{path.name}: line {number} is not JSON ({_first_line(error)})") from None
-            if not isinstance(row, dict):
-                raise TextError(f"{path.name}: line {number} is not a JSON object")
-            yield row
-
-
-def _parquet_texts(path: Path, column: str) -> Iterator[str]:
-    try:
-        yield from read_shard(path, column)
-    except ShardError as error:
-        hint = "; give --column" if "column" in str(error) else ""
-        raise TextError(f"{path.name}{str(error).removeprefix(str(path))}{hint}") from None
-
-
-def _row(row: dict[str, Any], column: str, where: str) -> Iterator[Document]:
-    """Yield a row's document, or nothing if it is null."""
-    if column not in row:
-        raise TextError(f"{where} has no column {column}, only {', '.join(row)}; give --column")
-    text = row[column]
-    if text is None:
-        return
-    if not isinstance(text, str):
-        raise TextError(f"{where}: column {column} holds {type(text).__name__}, not text; give --column")
-    yield _document(text)
-
-
-def _document(text: str) -> Document:
-    data = text.encode(errors="replace")  # JSON can spell half a surrogate pair
-    return Document(len(data), (data.decode(),))
 
 
 # --- limits and the split ---------------------------------------------------------------------------------------------

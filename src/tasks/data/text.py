@@ -10,13 +10,11 @@ import itertools
 import json
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-import numpy as np
 from pydantic import Field, ValidationError
 
 from pilot.common.files import replacing
@@ -25,39 +23,41 @@ from pilot.interfaces import Refused
 from protocol import BlobRef, Count, DatasetRef, DataSpec, Digest, Fault, Name, Part, ProtocolError, Text, digest
 from tasks import OpenBlob
 from tasks.data.documents import (
-    SUFFIXES,
     Piece,
     TextError,
     hub_documents,
     hub_revision,
     limited,
     local_documents,
-    local_files,
+    select,
     split,
     standard_library,
     whole,
 )
+from tasks.data.folders import SUFFIXES, Selection, TextFile
+from tasks.data.plain import Encoding
+from tasks.data.reading import Document, Findings, Reading
 from tasks.data.tokenizer import BPETokenizer, ByteTokenizer, HubTokenizer, RustTokenizer, Tokenizer, vocabulary_ref
-from tasks.data.tokens import MAGIC, Array, Tokens, write
+from tasks.data.tokenizing import EMPTY, Progress, silent, tokenize
+from tasks.data.tokens import MAGIC, Tokens
 
-BATCH = 4 << 20  # bytes of text tokenized at a time
+__all__ = ["TextConfig", "make_tokens", "prepare_tokens", "rebuild_tokens", "silent"]
+
 FRACTION = 0.05  # for validation, if there is no last file for it
-VERSION = 1  # of this pipeline; raise it if the same text makes other tokens
+VERSION = 2  # of this pipeline; raise it if the same text makes other tokens
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-Progress = Callable[[str], None]
-
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Reading):
     """The text of a language task."""
 
     flag: ClassVar[str]  # the flags' prefix
 
     text: str = arg("stdlib", short=True)
     """Text: stdlib, a file, a folder or a hub data set. stdlib is Python's own sources; files are .txt, .jsonl or
-    .parquet."""
+    .parquet, the first two also compressed (.gz, .bz2, .xz, .zst). Of a folder one kind is taken."""
 
     subset: str | None = None
     """Hub data set: its subset (configuration)."""
@@ -68,20 +68,15 @@ class TextConfig:
     revision: str | None = None
     """Hub data set: a branch, tag or commit. None: the newest when the text is first read."""
 
-    column: str = "text"
-    """Column (key) of the text in .jsonl, .parquet and hub data sets; content in tiiuae/falcon-refinedweb."""
-
     rows: int = 0
     """Documents (rows, or .txt files) to take from the start. 0: all, which a hub data set does not allow."""
 
     max_bytes: int = 0
     """Stop after so many bytes of text. 0: take all of it."""
 
-    bad_shards: Literal["stop", "skip"] = "stop"
-    """What to do about a file of a folder that cannot be read: stop, or say which and go on without it."""
-
     validation: float = 0.05
-    """Fraction of the text kept for validation, below 1. 0: the last of several files is kept whole."""
+    """Fraction of the text kept for validation, below 1. 0: the last of several files is kept whole. Files named for
+    validation, as in validation-00000.parquet, come first."""
 
     seq_len: int = 0
     """Tokens in a sequence. 0: 64 for nano, for all others as many as the model has positions (1024)."""
@@ -93,6 +88,7 @@ class TextConfig:
     """Validation sequences in an evaluation."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("rows", "max_bytes", "seq_len", "batch_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{self.flag}.{name} {getattr(self, name)}: must be 0 or more")
@@ -109,11 +105,10 @@ class TextParameters(Part):
     column: Text = "text"
     rows: Count = 0  # documents from the start; 0: all, except of a hub data set
     max_bytes: Count = 0  # of text; 0: all
-    validation: Annotated[float, Field(ge=0, lt=1)] = 0.05  # fraction of the text; 0: the last file
-
-
-def silent(line: str) -> None:
-    """Ignore a line of progress."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.05  # fraction of the text; 0: files of their own, or the last
+    encoding: Encoding = "auto"
+    max_replaced: Annotated[float, Field(ge=0, le=1)] = 0.001
+    separator: Annotated[str, Field(max_length=100)] = ""
 
 
 # --- the validator's side ---------------------------------------------------------------------------------------------
@@ -127,20 +122,31 @@ def prepare_tokens(
     Raises ValueError for a text that does not exist, is unreadable or empty, or lacks the column.
     """
     cache.mkdir(parents=True, exist_ok=True)
+    findings = Findings()
     try:
-        key = _cache_key(config, tokenizer)
+        local = _local_path(config)
+        files = select(local) if local else None
+        validation = _validation(config, files)
+        if files and files.folder:
+            train, held_out = files.parts(validation)
+            progress(files.line({"training": train, "validation": held_out or f"{validation:g} of it"}))
+        key = _cache_key(config, tokenizer, files)
         path, described = cache / f"tokens-{key}.bin", cache / f"tokens-{key}.json"
         if found := _cached(path, described):
-            return found
+            for line in found[2]:
+                progress(line)
+            return found[:2]
         progress(f"tokens: reading {config.text}")
-        validation = _validation(config)
-        tokenize(_pieces(config, validation, progress), tokenizer, path, progress)
+        tokenize(_pieces(config, files, validation, findings), tokenizer, path, progress)
         source = _source(config)
         if source:
             source = source.model_copy(update={"revision": hub_revision(source)})
     except (TextError, OSError) as error:
-        reason = str(error).replace("--", f"--{config.flag}.")
+        reason = config.named("; ".join([str(error), *(findings.facts() if str(error).startswith(EMPTY) else ())]))
         raise ValueError(f"--{config.flag}.text {config.text}: {reason}") from error
+    said = [config.named(f"text: {fact}") for fact in findings.facts(config.separator)]
+    for line in said:
+        progress(line)
     tokens = Tokens.open(path)
     blobs = {"tokens": tokens.ref()}
     if vocabulary := vocabulary_ref(tokenizer):
@@ -154,22 +160,26 @@ def prepare_tokens(
             rows=config.rows,
             max_bytes=config.max_bytes,
             validation=validation,
+            encoding=config.encoding,
+            max_replaced=config.max_replaced,
+            separator=config.separator,
         ).model_dump(),
     )
     with replacing(described, sync=False) as file:
-        file.write(spec.model_dump_json().encode())
+        file.write(json.dumps({"spec": spec.model_dump(mode="json"), "said": said}).encode())
     return tokens, spec
 
 
-def _cached(path: Path, described: Path) -> tuple[Tokens, DataSpec] | None:
-    """Return an earlier call's result, if it is intact."""
+def _cached(path: Path, described: Path) -> tuple[Tokens, DataSpec, list[str]] | None:
+    """Return an earlier call's result, if it is intact, and what it said of the text."""
     if not (path.exists() and described.exists()):
         return None
     try:
-        tokens, spec = Tokens.open(path), DataSpec.model_validate_json(described.read_bytes())
-    except ValueError:  # damaged, or of another version: make it again
+        tokens, kept = Tokens.open(path), json.loads(described.read_bytes())
+        spec, said = DataSpec.model_validate_json(json.dumps(kept["spec"])), [str(line) for line in kept["said"]]
+    except (ValueError, TypeError, KeyError):  # damaged, or of another version: make it again
         return None
-    return (tokens, spec) if tokens.digest == spec.blobs["tokens"].digest else None
+    return (tokens, spec, said) if tokens.digest == spec.blobs["tokens"].digest else None
 
 
 def _local_path(config: TextConfig) -> Path | None:
@@ -192,110 +202,51 @@ def _source(config: TextConfig) -> DatasetRef | None:
         raise TextError(f"--{first['loc'][0]} {first['input']}: no such thing on the hub") from None
 
 
-def _validation(config: TextConfig) -> float:
-    """Return the fraction for validation, or 0 if it is the last of several files."""
-    path = None if config.validation else _local_path(config)
-    return config.validation or (0.0 if path and len(local_files(path)) > 1 else FRACTION)
+def _validation(config: TextConfig, files: Selection | None) -> float:
+    """Return the fraction for validation, or 0 if that has files of its own or is the last of several."""
+    if files and files.validation:
+        return 0.0
+    return config.validation or (0.0 if files and len(files.train) > 1 else FRACTION)
 
 
-def _pieces(config: TextConfig, validation: float, progress: Progress) -> Iterable[Piece]:
-    skip = progress if config.bad_shards == "skip" else None
-    if path := _local_path(config):
-        return _local_pieces(path, config.column, config.rows, config.max_bytes, validation, skip)
+def _pieces(config: TextConfig, files: Selection | None, validation: float, findings: Findings) -> Iterable[Piece]:
+    if files:
+        return _local_pieces(files, config, config.rows, config.max_bytes, validation, findings)
     source = _source(config)
-    documents = hub_documents(source, config.column, config.rows) if source else standard_library()
+    documents = hub_documents(source, config, config.rows, findings) if source else standard_library()
     return split(limited(documents, config.rows, config.max_bytes), validation)
 
 
 def _local_pieces(
-    path: Path, column: str, rows: int, max_bytes: int, validation: float, skip: Progress | None = None
+    files: Selection, reading: Reading, rows: int, max_bytes: int, validation: float, findings: Findings
 ) -> Iterable[Piece]:
-    """Apply the limits to the training part, and separately to a last file for validation."""
-    files = local_files(path)
-    if validation:
-        return split(limited(local_documents(files, column, skip), rows, max_bytes), validation)
-    if len(files) < 2:
-        raise TextError("one file, where the last of several is the validation part")
-    parts = (local_documents(files[:-1], column, skip), local_documents(files[-1:], column, skip))
-    return itertools.chain.from_iterable(
-        whole(limited(documents, rows, max_bytes), which == 1) for which, documents in enumerate(parts)
-    )
+    """Apply the limits to the training part, and separately to the files for validation."""
+
+    def documents(part: list[TextFile]) -> Iterable[Document]:
+        return limited(local_documents(part, reading, findings, max_bytes), rows, max_bytes)
+
+    train, held_out = files.parts(validation)
+    if not held_out:
+        return split(documents(train), validation)
+    return itertools.chain(whole(documents(train), False), whole(documents(held_out), True))
 
 
-def _cache_key(config: TextConfig, tokenizer: Tokenizer) -> Digest:
+def _cache_key(config: TextConfig, tokenizer: Tokenizer, files: Selection | None) -> Digest:
     """Hash everything that determines the tokens."""
     identity: Any = f"Python {sys.version}"
     if source := _source(config):
         identity = source.model_dump()
-    elif path := _local_path(config):
-        stats = [(file.relative_to(path).as_posix(), file.stat()) for file in local_files(path)]
-        identity = [str(path.resolve()), [(name, s.st_size, s.st_mtime_ns) for name, s in stats]]
+    elif files:
+        stats = [(file.name, file.path.stat()) for file in files.files]
+        identity = [
+            str(Path(config.text).expanduser().resolve()),
+            [(name, s.st_size, s.st_mtime_ns) for name, s in stats],
+        ]
     vocabulary = vocabulary_ref(tokenizer)
     cut = (config.column, config.rows, config.max_bytes, config.validation, config.bad_shards)
-    parts = (VERSION, identity, tokenizer.name, tokenizer.leads, vocabulary and vocabulary.digest, cut)
+    read = (config.encoding, config.max_replaced, config.separator)
+    parts = (VERSION, identity, tokenizer.name, tokenizer.leads, vocabulary and vocabulary.digest, cut, read)
     return digest("tokens cache", json.dumps(parts).encode())
-
-
-# --- tokens -----------------------------------------------------------------------------------------------------------
-
-
-def tokenize(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, path: Path, progress: Progress = silent, limit: int = sys.maxsize
-) -> None:
-    """Write the token file. One token separates the documents of a part, and with some tokenizers leads the first.
-
-    Raises TextError if there is no text, or more than `limit` bytes of tokens.
-    """
-    with tempfile.TemporaryFile(dir=path.parent) as spool:  # validation tokens are written last, but found in between
-
-        def train() -> Iterator[Array]:
-            for validation, tokens in _encoded(pieces, tokenizer, progress, limit):
-                if validation:
-                    spool.write(tokens.astype(tokenizer.dtype, copy=False).tobytes())
-                else:
-                    yield tokens
-
-        write(path, train(), _spooled(spool, tokenizer), tokenizer.dtype)
-
-
-def _spooled(spool: IO[bytes], tokenizer: Tokenizer) -> Iterator[Array]:
-    spool.seek(0)
-    while data := spool.read(BATCH):
-        yield np.frombuffer(data, dtype=tokenizer.dtype)
-
-
-def _encoded(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, progress: Progress, limit: int
-) -> Iterator[tuple[bool, Array]]:
-    separator = np.array([tokenizer.separator], dtype=tokenizer.dtype)
-    begun = {False: False, True: False}
-    text_bytes = tokens = 0
-    for batch in _batches(pieces):
-        for piece, ids in zip(batch, tokenizer.encode([piece.data for piece in batch]), strict=True):
-            if piece.starts and (tokenizer.leads or begun[piece.validation]):
-                yield piece.validation, separator
-            begun[piece.validation] = True
-            yield piece.validation, ids
-            text_bytes += len(piece.data)
-            tokens += len(ids)
-        if tokens * separator.itemsize > limit:
-            raise TextError("more text than the order's")
-        progress(f"tokens: {tokens / 1e6:.1f} M from {text_bytes / 1e6:.1f} MB of text")
-    if not tokens:
-        raise TextError("empty: there is no text in it")
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.data)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 # --- the miner's side -------------------------------------------------------------------------------------------------
@@ -371,16 +322,17 @@ def _text_parameters(spec: DataSpec) -> TextParameters:
 
 
 def _ordered_pieces(spec: DataSpec, made: TextParameters, local: Path | None) -> Iterable[Piece]:
+    # skip what cannot be read, as the validator may have done; the digest tells whether the tokens are the same
+    reading = Reading(made.column, made.encoding, made.max_replaced, made.separator, bad_shards="skip")
     if local:
-        # skip unreadable files, as the validator may have done; the digest tells whether the tokens are the same
-        return _local_pieces(local, made.column, made.rows, made.max_bytes, made.validation, silent)
+        return _local_pieces(select(local), reading, made.rows, made.max_bytes, made.validation, Findings())
     if spec.source is None:
         raise _wrong("data: too large to be sent, and of no public data set: start the miner with --data")
     if not COMMIT.fullmatch(spec.source.revision or ""):
         raise _wrong(f"data set {spec.source.name}: the order names no commit of it")
     if not made.rows:
         raise _wrong(f"data set {spec.source.name}: the order takes no number of rows of it")
-    documents = limited(hub_documents(spec.source, made.column, made.rows), made.rows, made.max_bytes)
+    documents = limited(hub_documents(spec.source, reading, made.rows), made.rows, made.max_bytes)
     return split(documents, made.validation)
 
 
