@@ -24,14 +24,16 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from pilot.app import cli
 from pilot.app.base_train_flags import BaselineConfig
-from pilot.common.files import replacing
+from pilot.common.files import FileLock, replacing
+from pilot.common.flags import option
+from pilot.interfaces import Diverged
 from pilot.training.distributed import RankLost, Ranks
 
 if TYPE_CHECKING:
@@ -147,6 +149,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> None:
 
 def train(config: BaselineConfig, ranks: Ranks, program: str) -> None:
     from pilot.display.console import Console
+    from pilot.display.metrics import rows_before
 
     with ExitStack() as stack:
         with cli.mistakes(program):
@@ -163,14 +166,18 @@ def train(config: BaselineConfig, ranks: Ranks, program: str) -> None:
                 say(f"resumed after step {run.steps_done} of {run.rounds}")
             console = stack.enter_context(Console(run.rounds, debug=False)) if ranks.first else None
             figures = config.log if ranks.first and config.log else Path(os.devnull)
-            earlier = rows_before(figures, run.steps_done)
+            earlier = rows_before(figures, run.steps_done, say)
             log = stack.enter_context(open(figures, "w"))
-            log.writelines(f"{row}\n" for row in earlier)
-            metrics = stack.enter_context(closing(open_metrics(run))) if ranks.first and run.folder else None
+            log.writelines(f"{json.dumps(row)}\n" for row in earlier)
+            metrics = stack.enter_context(closing(open_metrics(run, stack))) if ranks.first and run.folder else None
         batch = run.loader(ranks, stack)
         interrupts.says(lambda: f"stopped; {resumable(run)}")
         with ranks.stops():
-            loop(run, ranks, batch, console, metrics, log)
+            try:
+                loop(run, ranks, batch, console, metrics, log)
+            except Diverged as end:
+                advice = f"lower the learning rate, or look for bad text or weights; {resumable(run)}"
+                cli.fail(program, f"after {run.steps_done} steps {end}; {advice}", code=1)
             ranks.wait()  # for the first rank's last checkpoint: torchrun ends all ranks when one ends
         if run.steps_done < run.rounds:
             ended = f"stopped after step {run.steps_done}; {resumable(run)}"
@@ -195,8 +202,9 @@ def loop(
     metrics: Metrics | None,
     log: TextIO,
 ) -> None:
-    """Train step by step; once in a while evaluate and save a checkpoint."""
+    """Train step by step; once in a while evaluate and save a checkpoint. Raises Diverged before saving NaN."""
     from nanochat.common import peak_flops
+    from pilot.training.gradient import check_finite
     from pilot.training.plain_loop import train as trained
 
     peak = peak_flops(run.device)
@@ -215,13 +223,17 @@ def loop(
         if run.due(run.config.eval_every):
             with ranks.watched():
                 row |= run.task.evaluate(run.learner.model)
+            if not math.isfinite(row["val_loss"]):
+                raise Diverged(f"the validation loss is {row['val_loss']}")
         if console:
             console.round(row)
         if metrics:
             metrics.log(row)
         print(json.dumps(row), file=log, flush=True)
-        if ranks.first and run.folder and (ranks.stopping or run.due(run.config.save_every)):
-            save(run)
+        if ranks.stopping or run.due(run.config.save_every):
+            check_finite("the model", run.learner.state()[1])  # all ranks have the same
+            if ranks.first and run.folder:
+                save(run)
         if ranks.stopping:
             break
         began = time.monotonic()
@@ -323,23 +335,29 @@ def folder_of(config: BaselineConfig) -> Path | None:
     return base_dir() / "base_checkpoints" / (config.run or f"d{getattr(config, config.task).depth}")
 
 
-def open_metrics(run: Run) -> Metrics:
-    from pilot.display.metrics import Metrics
+def open_metrics(run: Run, stack: ExitStack) -> Metrics:
+    from pilot.display.metrics import Metrics, rows_before
 
     assert run.folder is not None
     run.folder.mkdir(parents=True, exist_ok=True)
+    lock(run, run.folder, stack)
     wandb = run.config.wandb
     metrics = Metrics(run.folder, wandb.mode, wandb.project, run.config.run or run.folder.name)
-    metrics.rewrite(map(json.loads, rows_before(run.folder / "metrics.jsonl", run.steps_done)))
+    metrics.rewrite(rows_before(run.folder / "metrics.jsonl", run.steps_done, print))
     return metrics
 
 
-def rows_before(path: Path, step: int) -> list[str]:
-    """Return the complete lines of a file of figures for steps before this one."""
-    if not step or not path.is_file():
-        return []
-    lines = (line for line in path.read_text().splitlines() if line.endswith("}"))
-    return [line for line in lines if json.loads(line)["round"] < step]
+def lock(run: Run, folder: Path, stack: ExitStack) -> None:
+    """Keep others from writing to the folder. Raises ValueError if another process is, or has since it was read."""
+    from nanochat.checkpoint_manager import steps
+
+    other = f"--checkpoints {folder}: another base_train.py"
+    try:
+        stack.callback(FileLock(folder / "lock").release)
+    except BlockingIOError as holder:
+        raise ValueError(f"{other} (pid {holder}) is using it; wait for it, or name another folder") from None
+    if (steps(folder) or [0])[-1] != run.steps_done:
+        raise ValueError(f"{other} has gone on with it; start again with --resume, or name another folder")
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -380,19 +398,37 @@ def restore(run: Run) -> None:
         return
     try:
         checkpoint = checkpoint_manager.load(run.folder)
-        found = checkpoint.meta.get("run", {})
-        for key, value in identity(run).items():
-            if found.get(key) != value:
-                raise ValueError(f"{key} was {found.get(key)}, is {value}; resume it with that, or name another folder")
+        check_identity(run, checkpoint.meta)
         keys = {key.partition("/")[2]: key for key in run.learner.state()[1]}  # a buffer's is not model/…
         tensors = {keys.get(name, name): tensor for name, tensor in checkpoint.tensors().items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in checkpoint.tensors("optimizer").items()}
         run.learner.load_tensors(tensors)
     except ValueError as error:
-        raise ValueError(f"--resume: --checkpoints {run.folder}: {error}") from None
+        flag = "" if str(error).startswith("--") else f"--resume: --checkpoints {run.folder}: "
+        raise ValueError(f"{flag}{error}") from None
     if checkpoint.step > run.rounds:
         raise ValueError(f"--rounds {run.rounds}: the run in {run.folder} is at step {checkpoint.step} already")
     run.steps_done = checkpoint.step
+
+
+def check_identity(run: Run, meta: Mapping[str, Any]) -> None:
+    """Raise ValueError if the checkpoint is of another run: name the flags that changed, or what else did."""
+    found, began_with = meta.get("run", {}), meta.get("flags", {})
+    changed = [key for key, value in identity(run).items() if found.get(key) != value]
+    if not changed:
+        return
+    config, task = cli.flatten(run.config), run.config.task
+    kept = ("task", "seed", "batches", "total_batch_size", f"{task}.", "optimizer.")
+    flags = [
+        f"{option(name)} {value} (was {began_with[name]})"
+        for name, value in config.items()
+        if name.startswith(kept) and began_with.get(name, value) != value
+    ]
+    if flags:
+        reason = f"{', '.join(flags)}: the run in --checkpoints {run.folder} keeps what it was started with"
+        raise ValueError(f"{reason}; leave that out, or name another folder")
+    what = "the text or the tokenizer" if "data" in changed else f"the {changed[0]}, or a file that it is made from,"
+    raise ValueError(f"{what} has changed since the run was started; restore it, or name another folder")
 
 
 def identity(run: Run) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
+from pilot.common.files import FileLock
 from tests.processes import PATIENCE_S, SRC, Process, eventually
 from tests.test_nanochat_task import write_books
 
@@ -110,17 +113,135 @@ def test_a_second_start_overwrites_nothing(books: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [["--depth", "3"], ["--preset", "classic"], ["--matrix-lr", "0.1"], ["--seed", "1"]]
+    ("changed", "line"),
+    [
+        (["--depth", "3"], "--nanochat.depth 3 (was 2)"),
+        (["--preset", "classic"], "--nanochat.preset classic (was modern)"),
+        (["--matrix-lr", "0.1"], "--nanochat.optimizer.matrix-lr 0.1 (was 0.02)"),
+        (["--seed", "1"], "--seed 1 (was 0)"),
+        (["--batches", "8"], "--batches 8 (was 4)"),
+        (
+            ["--max-seq-len", "16", "--batch-size", "4"],
+            "--nanochat.seq-len 16 (was 32), --nanochat.batch-size 4 (was 2)",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_another_run_is_not_resumed(
-    books: Path, whole: Path, changed: list[str], capsys: pytest.CaptureFixture[str]
+    books: Path, whole: Path, changed: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*flags(books, whole / "c"), "--resume", *changed])
     said = capsys.readouterr().err
     assert ended.value.code == 2
+    assert said.startswith(f"base_train.py: {line}: the run in --checkpoints ")
     assert said.count("\n") == 1
-    assert "--checkpoints" in said
+
+
+def tiny(place: Path, *more: str) -> list[str]:
+    """GPT-2 of 8 channels, with the files of its run in `place`."""
+    text, model = place / "text.txt", place / "model"
+    if not model.exists():
+        text.write_text("the miner commits a round of gradients. " * 100)
+        transformers.utils.logging.disable_progress_bar()
+        none = {"bos_token_id": None, "eos_token_id": None}
+        shape = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=16, vocab_size=256, **none)
+        transformers.GPT2LMHeadModel(shape).save_pretrained(model)
+    return [
+        *("--task", "gpt2", "--gpt2.model", str(model), "--gpt2.text", str(text), "--gpt2.tokenizer", "byte"),
+        *("--gpt2.seq-len", "16", "--gpt2.batch-size", "2", "--gpt2.eval-sequences", "2", "--batches", "1"),
+        *("--checkpoints", str(place / "c"), "--cache", str(place / "cache"), "--device", "cpu", "--threads", "1"),
+        *("--eval-every", "0", "--rounds", "3", *more),
+    ]
+
+
+def test_a_text_that_changed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(tiny(tmp_path))
+    (tmp_path / "text.txt").write_text("the validator closes a round of weights. " * 100)
+    with pytest.raises(SystemExit):
+        main(tiny(tmp_path, "--resume"))
+    said = capsys.readouterr().err
+    assert f"--checkpoints {tmp_path / 'c'}: the text or the tokenizer has changed since the run was started" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("rate", ["1e38", "1e20"])
+def test_a_run_that_diverges_stops_and_keeps_its_good_checkpoints(
+    tmp_path: Path, rate: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(tiny(tmp_path, "--rounds", "2"))
+    [good] = (tmp_path / "c").glob("step_*")
+    before = {path.name: path.read_bytes() for path in good.iterdir()}
+    out = tmp_path / "out.safetensors"
+    changed = ["--optimizer.warmup", "0", "--rounds", "30", "--save-every", "1", "--save-keep", "1"]
+    worse = ["--checkpoints", str(tmp_path / "d"), "--optimizer.lr", rate]
+    with pytest.raises(SystemExit) as ended:
+        main(tiny(tmp_path, *changed, *worse, "--out", str(out)))
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert said.count("\n") == 1
+    assert re.match(r"base_train.py: after \d+ steps .*; lower the learning rate", said)
+    assert not out.exists()
+    for weights in (tmp_path / "d").glob("step_*/*.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(weights).values())
+    assert before == {path.name: path.read_bytes() for path in good.iterdir()}
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c").mkdir()
+    held = FileLock(tmp_path / "c" / "lock")
+    with pytest.raises(SystemExit) as ended:
+        main(tiny(tmp_path))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert f"another base_train.py (pid {os.getpid()}) is using it" in said
+    assert said.count("\n") == 1
+    assert not list((tmp_path / "c").glob("step_*"))
+    held.release()
+    main(tiny(tmp_path))
+    main(tiny(tmp_path, "--resume", "--rounds", "4"))  # it does not stay locked
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'\0\0\0\0{"round":1,"loss":5.4}\n',
+        b'{"round":1,"lo',
+        b'{"round":1,"lo\n{"round":1,"loss":5.4}\n',
+        b"[1]\n",
+        b"null\n",
+        b'"round"\n',
+        b'{"loss":5.4}\n',
+        b'{"round":"1","loss":5.4}\n',
+        b'{"round":true}\n',
+        b"\xff\xfe\n",
+        b"\0" * 4096,
+    ],
+)
+def test_damaged_figures_are_named_and_dropped(
+    tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log.jsonl"
+    if not (tmp_path / "c").exists():
+        main(tiny(tmp_path, "--rounds", "2", "--log", str(log)))
+    for path in (tmp_path / "c" / "metrics.jsonl", log):
+        path.write_bytes(path.read_bytes().splitlines(keepends=True)[0] + damage)
+    main(tiny(tmp_path, "--resume", "--log", str(log)))
+    said = capsys.readouterr().out
+    for path in (tmp_path / "c" / "metrics.jsonl", log):
+        assert f"{path}: line 2 is damaged, and dropped" in said
+        found = [json.loads(line)["round"] for line in path.read_text().splitlines()]
+        assert found in ([0, 2], [0, 1, 2])
+
+
+def test_what_base_train_saves_is_a_model_for_others_and_for_itself(tmp_path: Path) -> None:
+    main(tiny(tmp_path))
+    [step] = (tmp_path / "c").glob("step_*")
+    [said] = transformers.pipeline("text-generation", model=str(step))("the miner")
+    assert said["generated_text"].startswith("the miner")
+    main(tiny(tmp_path, "--gpt2.model", str(step), "--gpt2.tokenizer", "auto", "--checkpoints", str(tmp_path / "d")))
+    first, second = (json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in "cd")
+    assert second["loss"] < first["loss"]
 
 
 def test_a_checkpoint_cut_short_is_named(books: Path, whole: Path, tmp_path: Path) -> None:
@@ -144,6 +265,7 @@ def torchrun(ranks: int, *more: str) -> list[str]:
 COMBINED = """
 import sys
 import torch
+import transformers
 from safetensors.torch import save_file
 from pilot.training.gradient import compute
 from protocol import Range

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pilot.app.base_train_flags import BaselineConfig
+from pilot.interfaces import Diverged
 from pilot.simulation.virtual_time import run
-from pilot.training.gradient import compute
+from pilot.training.gradient import GradientResult, compute
 from pilot.training.learner import Learner
 from pilot.training.plain_loop import train
 from protocol import Range
@@ -40,6 +42,24 @@ def test_one_miner_is_bitwise_the_baseline(tmp_path: Path, task: GPT2) -> None:
     trained, seen = run(main())
     assert equal(trained, {name: p.detach() for name, p in learner.parameters.items()})
     assert seen == losses
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["loss", "gradient", "one value"])
+def test_plain_training_stops_before_a_step_that_is_not_finite(task: GPT2, where: str, value: float) -> None:
+    learner = Learner(task, CONFIG.optimizer_flags, CPU)
+    before = {name: p.detach().clone() for name, p in learner.parameters.items()}
+
+    def spoil(work: GradientResult) -> GradientResult:
+        if where == "loss":
+            return replace(work, loss=value)
+        gradient = work.gradient["transformer.wte.weight"]
+        (gradient if where == "gradient" else gradient[-1, -1:]).fill_(value)
+        return work
+
+    with pytest.raises(Diverged, match="loss is" if where == "loss" else r"gradient is no longer finite"):
+        list(train(learner, [((Range(0, 1),), settings(0))], spoil))
+    assert equal(before, {name: p.detach() for name, p in learner.parameters.items()})
 
 
 @pytest.mark.parametrize("miners", [2, 3, 5])

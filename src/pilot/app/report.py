@@ -43,6 +43,7 @@ def finish(
 ) -> None:
     """Show and save everything that a run reports at its end. `seconds` is the training time in this process."""
     from pilot.display.plots import loss_plot
+    from pilot.interfaces import Diverged
     from protocol import ProtocolError
 
     rounds = store.committed(0)
@@ -59,7 +60,7 @@ def finish(
                 config, task, device, rounds, console
             )
             summary["baseline_val_loss"] = lines["plain baseline"][-1][1]
-        except ProtocolError as error:  # no memory for a second model
+        except (ProtocolError, Diverged) as error:  # no memory for a second model, or NaN in it
             console.say(f"no baseline: {error}")
     totals = store.ledger.totals()
     metrics.summary({**summary, "weights": {t.hotkey: t.weight for t in totals}})

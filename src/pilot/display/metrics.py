@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pilot.common.files import replacing
 
@@ -18,6 +18,27 @@ logger = logging.getLogger(__name__)
 
 Row = Mapping[str, float | int | str]
 Mode = Literal["disabled", "offline", "online"]
+
+
+def rows_before(path: Path, round: int, say: Callable[[str], object]) -> list[dict[str, Any]]:
+    """Return the rows of a file of figures for rounds before this one; say which lines a crash has damaged."""
+    if not round or not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = []
+    damaged: list[int] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut short, or NULs of a block that was never written
+            row = None
+        if not isinstance(row, dict) or type(row.get("round")) is not int:
+            damaged.append(number)
+        elif row["round"] < round:
+            rows.append(row)
+    if damaged:
+        lines = f"line {damaged[0]} is" if len(damaged) == 1 else f"{len(damaged)} lines from line {damaged[0]} are"
+        say(f"{path}: {lines} damaged, and dropped")
+    return rows
 
 
 class Metrics:

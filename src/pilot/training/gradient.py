@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from pilot.interfaces import Diverged
 from pilot.training.ranges import indices, merge
 from protocol import Range
 from tasks import Batch, Task
@@ -61,3 +63,19 @@ def compute(
     for index in indices(ranges):
         accumulator.add(index)
     return accumulator.result() if accumulator.done else None
+
+
+def check_finite(what: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise Diverged if one of the tensors holds NaN or infinity."""
+    norms = {
+        name: torch.linalg.vector_norm(tensor.detach(), math.inf)  # as much work as a read: nothing is written
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    if not norms:
+        return
+    device = next(iter(norms.values())).device
+    finite = torch.stack([norm.to(device, torch.float32) for norm in norms.values()]).isfinite().tolist()
+    for name, good in zip(norms, finite, strict=True):
+        if not good:
+            raise Diverged(f"{what} is no longer finite ({name})")

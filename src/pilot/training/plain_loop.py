@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
-from pilot.training.gradient import GradientResult, compute
+from pilot.interfaces import Diverged
+from pilot.training.gradient import GradientResult, check_finite, compute
 from pilot.training.learner import Learner
 from protocol import Range
 from tasks import Batch
@@ -26,5 +28,8 @@ def train(
         work = compute(learner.task, learner.model, ranges, batch=batch)
         if work is not None:
             work = combine(work)
+            if not math.isfinite(work.loss):
+                raise Diverged(f"the loss is {work.loss}")
+            check_finite("the gradient", work.gradient)
             learner.step(work.gradient, settings)
         yield work
