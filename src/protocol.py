@@ -496,7 +496,7 @@ class Refusal(Message):
     fault: Fault | None = None
     missing: tuple[BlobRef, ...] = ()
     held: dict[Digest, Count] = {}  # bytes of a missing blob that are here: send it from there on
-    time_ns: Nanoseconds = 0  # the server's clock: a caller whose clock is wrong signs again with it
+    time_ns: Nanoseconds = 0  # the server's clock, for people: a caller signs by what a hello says, which is signed
 
 
 MESSAGES: dict[str, type[Message]] = {m.kind: m for m in (Hello, Announce, Order, Reply, Status, Stop, Receipt)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -306,6 +307,36 @@ def test_a_miner_that_keeps_refusing_for_the_time(tmp_path: Path) -> None:
 
     assert verdict(tmp_path, Echo(), wild(answer)) is Fault.SILENT
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("ahead_s", [3600, -3600, 3 * 3600, 10**6])
+@pytest.mark.parametrize("hello", ["honest", "another's", "hours off"])
+def test_a_time_that_is_not_the_miner_s_own(hello: str, ahead_s: int, tmp_path: Path) -> None:
+    """An unsigned refusal sets no clock, nor does a hello that another has signed, or that is out of bounds.
+
+    Else whoever is between the two would get requests that are good later on.
+    """
+    asked: list[int] = []
+
+    class Between(Axon):
+        async def _order(self, request: web.BaseRequest) -> web.StreamResponse:
+            asked.append(int(request.headers["X-Bittensor-Nonce"]))
+            told_ns = time.time_ns() + ahead_s * 10**9
+            return web.Response(status=401, text=Refusal(reason="stale", time_ns=told_ns).text())
+
+        def _signed_response(self, message: Message, status: int = 200) -> web.Response:
+            if not asked or hello == "honest":
+                return super()._signed_response(message, status)
+            told_ns = time.time_ns() + (ahead_s if hello == "another's" else 10**5) * 10**9
+            signer = MALLORY if hello == "another's" else MINER
+            return web.Response(
+                text=sign_message(signer, message.model_copy(update={"time_ns": told_ns})).model_dump_json()
+            )
+
+    limits = replace(Limits(), away_s=0.3)
+    assert verdict(tmp_path, Echo(), Between, limits=limits) is Fault.SILENT
+    assert max(abs(nonce - time.time_ns()) for nonce in asked) < 60 * 10**9
+    assert len(asked) == 2 if hello == "honest" else asked
 
 
 # --- blobs without an end ---------------------------------------------------------------------------------------------

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from pilot.common.limits import Limits
 from pilot.interfaces import Blobs, Faulted, MinerState, ReceivedReply, Refused
-from pilot.transport.auth import Keypair, sign_message, verify_message
+from pilot.transport.auth import Keypair, sign_message
 from pilot.transport.client.exchange import Exchange, Push, Room
 from pilot.transport.client.peer import Endpoint, Peer, open_session, parse_endpoint
 from pilot.transport.client.remote_miner import Lost, MinerChannel, RemoteMiner
 from pilot.transport.server.pull_queue import Pull, PullQueue
-from protocol import Fault, Hello, Hotkey, Message, Order, ProtocolError, Signed, new_nonce, one_line
+from protocol import Fault, Hello, Hotkey, Message, Order, ProtocolError, Signed, one_line
 
 __all__ = ["Dendrite", "Endpoint", "Peer", "parse_endpoint"]
 
@@ -315,30 +315,27 @@ class Dendrite:
 
     async def say_hello(self, peer: Peer) -> bool:
         """Says hello. True where it is as it should be, and so reachable; else its complaint says why not."""
-        nonce = new_nonce()
         try:
-            signed = Signed.parse(await peer.hello(nonce))
-            hello = verify_message(signed, Hello, signed.signer)
+            hello = await peer.hello()
         except Lost as lost:
             if lost.hint or peer.announced:
                 self._report(peer, f"{one_line(lost.hint or str(lost))}; not used")
             return False
         except (Refused, ProtocolError) as error:
-            self._report(peer, f"no valid hello ({one_line(str(error))}); not used")
+            self._report(peer, f"no valid hello: {one_line(str(error))}; not used")
             return False
-        if reason := self._reason_against(peer, nonce, signed.signer, hello):
+        if reason := self._reason_against(peer, hello):
             self._report(peer, reason)
             return False
         if peer.hotkey is None:
-            self._pins[str(peer.endpoint)] = signed.signer
+            self._pins[str(peer.endpoint)] = hello.hotkey
             self._save_pins(dict(self._pins))
-            peer.hotkey = signed.signer
+            peer.hotkey = hello.hotkey
         peer.codecs, peer.reachable, peer.problem = hello.codecs, True, ""
         return True
 
-    def _reason_against(self, peer: Peer, nonce: str, signer: Hotkey, hello: Hello) -> str | None:
-        if hello.nonce != nonce or hello.hotkey != signer:
-            return "its hello is not an answer to ours; not used"
+    def _reason_against(self, peer: Peer, hello: Hello) -> str | None:
+        signer = hello.hotkey
         if peer.hotkey not in (None, signer):
             return f"answers as {signer}, but is pinned to {peer.hotkey}; not used, until the pin is removed"
         other = self.find(signer)

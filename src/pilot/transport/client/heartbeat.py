@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 
 from pilot.interfaces import ANNOUNCE_S, MinerService, Refused
-from pilot.transport.auth import Keypair, sign_message, verify_message
+from pilot.transport.auth import Keypair, sign_message
 from pilot.transport.client.peer import Peer
 from pilot.transport.client.remote_miner import Lost, pause
-from protocol import Announce, Hello, ProtocolError, Refusal, Signed, new_nonce, one_line
+from protocol import Announce, ProtocolError, Refusal, new_nonce, one_line
 
 
 class Heartbeat:
@@ -102,11 +102,9 @@ class Heartbeat:
 
     async def _ask_for_proof(self) -> None:
         """Raises ProtocolError where another answers there, and as `Peer.hello` does."""
-        nonce = new_nonce()
-        signed = Signed.parse(await self._validator.hello(nonce))
-        hello = verify_message(signed, Hello, self._validator.hotkey or "")
-        if hello.nonce != nonce:
-            raise ProtocolError("its hello is not an answer to ours")
+        hello = await self._validator.hello()
+        if hello.hotkey != self._validator.hotkey:
+            raise ProtocolError(f"hello: signed by {hello.hotkey}, expected {self._validator.hotkey}")
         self._proven = True
 
     def _fail(self, text: str, why: str = "") -> None:

@@ -17,10 +17,12 @@ from yarl import URL
 from pilot.common.addresses import is_loopback
 from pilot.common.limits import Limits
 from pilot.interfaces import Refused
-from pilot.transport.auth import Keypair, is_hotkey, sign_request
+from pilot.transport.auth import Keypair, is_hotkey, sign_request, verify_message
 from pilot.transport.client.remote_miner import Lost, MinerChannel
 from pilot.transport.streaming import CHUNK, SMALL, MinimumRate, stream_body
-from protocol import BlobRef, Digest, Hotkey, ProtocolError, Refusal, Signed
+from protocol import BlobRef, Digest, Fault, Hello, Hotkey, ProtocolError, Refusal, Signed, new_nonce
+
+MOST_OFF_S = 7200  # between two clocks: beyond that, one of them is to be set right
 
 
 @dataclass(frozen=True)
@@ -123,18 +125,41 @@ class Peer(MinerChannel):
             raise Lost(f"{self.endpoint}: {str(error) or type(error).__name__}") from error
         self.up.add(left, time.monotonic() - began)
 
-    async def hello(self, nonce: str) -> bytes:
-        """The answer to an unsigned hello. Raises Lost, Refused, ProtocolError."""
-        began = time.monotonic()
+    async def hello(self) -> Hello:
+        """Return the answer to an unsigned hello with a new nonce, signed by the hotkey that it names.
+
+        Raises Lost, Refused, ProtocolError.
+        """
+        began, nonce = time.monotonic(), new_nonce()
         response = await self._send("GET", f"/v1/hello?nonce={nonce}", {}, b"", self._limits.message_s)
         try:
             if response.status != 200:
                 raise await self._refused(response)
-            answer = await self._whole(response, self._limits.body("hello"))
+            signed = Signed.parse(await self._whole(response, self._limits.body("hello")))
         finally:
             response.release()
         self.latency_s = time.monotonic() - began
-        return answer
+        hello = verify_message(signed, Hello, signed.signer)
+        if hello.nonce != nonce or hello.hotkey != signed.signer:
+            raise ProtocolError("its hello is not an answer to ours", Fault.FORGED)
+        return hello
+
+    async def _correct_clock(self) -> None:
+        """Sign by the peer's clock from now on, as its hello tells it. Raises Lost, Refused.
+
+        A refusal tells the time too, but is unsigned: with a time of its own, whoever is between us and the peer would
+        get requests that are good later on. Nor is what it does to a hello the peer's fault.
+        """
+        try:
+            hello = await self.hello()
+        except ProtocolError as error:
+            raise Lost(f"{self.endpoint}: {error}") from error
+        if hello.hotkey != self.hotkey:
+            raise Lost(f"{self.endpoint}: answers as {hello.hotkey}, not {self.hotkey}")
+        offset_ns = hello.time_ns - time.time_ns()
+        if abs(offset_ns) > MOST_OFF_S * 10**9:
+            raise Refused(401, f"its clock is {offset_ns / 1e9:+.0f} s from ours: set the one right that is wrong")
+        self._clock_offset_ns = offset_ns
 
     async def call(
         self,
@@ -182,9 +207,9 @@ class Peer(MinerChannel):
                 refused = await self._refused(response)
             finally:
                 response.release()
-            if response.status != 401 or last or not refused.time_ns:
+            if response.status != 401 or last:
                 raise refused
-            self._clock_offset_ns = refused.time_ns - time.time_ns()
+            await self._correct_clock()
 
     def _sign(self, method: str, target: str, body: bytes) -> dict[str, str]:
         if self.hotkey is None:
@@ -270,11 +295,10 @@ class Peer(MinerChannel):
 
 
 class RefusedAt(Refused):
-    """A refusal as received: `time_ns` is the refusing server's clock, 0 if it told none."""
+    """A refusal as received."""
 
     def __init__(self, status: int, refusal: Refusal) -> None:
         super().__init__(status, refusal.reason, refusal.fault, refusal.missing, refusal.held)
-        self.time_ns = refusal.time_ns
 
 
 def open_session(limits: Limits) -> aiohttp.ClientSession:
