@@ -188,6 +188,10 @@ class Store(Protocol):
     def unsettled(self) -> Sequence[Signed]: ...
     def note_late(self, round: int, reply: Signed, receipt: Signed) -> None: ...
 
+    def load_snapshot(self, load: Callable[[Mapping[str, str], Mapping[str, torch.Tensor]], object]) -> int | None:
+        """Pass the newest intact snapshot to `load`, and return how many rounds it holds; None if there is none."""
+        ...
+
 
 class BlobStore(Protocol):
     """Keep blobs by digest: the states and deltas that lead to the newest version (storage.blob_store)."""

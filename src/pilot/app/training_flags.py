@@ -176,6 +176,12 @@ class RoundConfig(TrainingConfig):
     aggregation: str = arg("median_norm_mean", ROUNDS, short=True, resume="fixed")
     """mean or median_norm_mean. The latter first clips each contribution to the median norm."""
 
+    norm_bound: float = arg(10.0, ROUNDS)
+    """Refuse contributions of a norm so many times that of the last rounds'. They are OUTLIER. 0: refuse none."""
+    rollback: int = arg(3, ROUNDS)
+    """Steps in a row that are undone if the model diverges by them. Their work is ordered again. After that the run
+    ends. 0: it ends at the first one."""
+
     def check_rounds(self) -> None:
         """Raise ValueError for unknown names and for values that no round can use."""
         from pilot.aggregation import AGGREGATORS
@@ -188,6 +194,10 @@ class RoundConfig(TrainingConfig):
             number, least = getattr(self, name), int(name == "batches")
             if not least <= number <= MOST:
                 raise ValueError(f"{option(name)} {number}: must be {least} or more, and {MOST:,} at most")
+        if not (self.norm_bound == 0 or 1 < self.norm_bound <= MOST):
+            raise ValueError(f"--norm-bound {self.norm_bound:g}: must be above 1, or 0 for none; 10 is usual")
+        if not 0 <= self.rollback <= MOST:
+            raise ValueError(f"--rollback {self.rollback}: must be 0 or more")
         if self.digest_every < 0:
             raise ValueError(f"--digest-every {self.digest_every}: must be 0 or more")
         if not 0 < self.quorum <= 1:
@@ -264,6 +274,8 @@ class RoundConfig(TrainingConfig):
             broadcast=self.broadcast,
             digest_every=self.digest_every,
             feedback=self.codec.feedback,
+            norm_bound=self.norm_bound,
+            rollback=self.rollback,
             diloco=self.diloco,
         )
 

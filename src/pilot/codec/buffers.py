@@ -41,11 +41,14 @@ def gradient(payload: Buffer, specs: Specs) -> Buffer:
     return view[: view.nbytes - size] if size else payload
 
 
+def check(payload: Buffer, specs: Specs) -> float:
+    """Return the norm of the buffers. Raises ProtocolError for another layout, and NONFINITE for NaN or infinity."""
+    return load_codec("fp32").check(memoryview(payload).cast("B")[-largest(specs) :], specs) if specs else 0.0
+
+
 def buffers(payload: Buffer, specs: Specs) -> Tensors:
-    """Return the buffers in fp32. Raises ProtocolError for another layout, and NONFINITE for NaN or infinity."""
+    """Return the buffers in fp32. Raises ProtocolError as `check` does."""
     if not specs:
         return {}
-    part = memoryview(payload).cast("B")[-largest(specs) :]
-    fp32 = load_codec("fp32")
-    fp32.check(part, specs)
-    return fp32.decode(part, specs)
+    check(payload, specs)
+    return load_codec("fp32").decode(memoryview(payload).cast("B")[-largest(specs) :], specs)

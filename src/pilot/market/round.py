@@ -3,7 +3,7 @@
     plan        takes ranges from the one cursor, and makes an order for each miner: durable before it is sent
     broadcast   sends the orders; a miner that lacks the version's state or the data says so and gets them
     collect     receives replies and payloads until all are in, the round is closed, or the deadline is over
-    verify      checks each reply as it arrives
+    verify      checks each reply as it arrives, and refuses those of a norm that is far beyond the usual one
     measure     computes what the ranker wants to know of the contributions, before the step
     aggregate   makes one gradient of the accepted contributions, in the order of the hotkeys
     step        runs the only optimizer, and makes the next version of the model
@@ -33,11 +33,12 @@ from pilot.aggregation import Aggregator
 from pilot.aggregation.buffers import merge_buffers
 from pilot.codec import Codec
 from pilot.common.units import fp32_megabytes
-from pilot.interfaces import Faulted, Network, RoundRecord, Store
+from pilot.interfaces import Diverged, Faulted, Network, RoundRecord, Store
 from pilot.market import receipts
 from pilot.market.dispatch import Assignment, Dispatcher, OpenRound
 from pilot.market.link_budget import LinkWatch
 from pilot.market.measures import load_measures, measure
+from pilot.market.norm_bound import NormBound
 from pilot.market.notifications import Notifier
 from pilot.market.receipts import AssignmentKey, Outcome, VerifiedReply
 from pilot.market.scheduling import (
@@ -55,7 +56,7 @@ from pilot.ranking import Evidence, Ranker
 from pilot.training.executor import Charge, TimedExecutor
 from pilot.training.learner import Learner
 from pilot.training.ranges import Cursor, subtract
-from protocol import Fault, Hotkey, Order, Range, Receipt, Signed
+from protocol import Digest, Fault, Hotkey, Order, Range, Receipt, Signed
 from tasks import Task
 from tasks.optimizer import Settings
 
@@ -121,6 +122,7 @@ class Market:
         self.executor = TimedExecutor(worker, network.now, charge)
         self.measures = load_measures(ranker)
         self.history = History()
+        self.bound = NormBound(policy)
         self.notifier = Notifier(network, store)
         self.codec_fallback = CodecFallback(network.known_codecs)
         specs = {name: p.shape for name, p in task.trainable(learner.model).items()}
@@ -134,6 +136,7 @@ class Market:
         self._megabytes = fp32_megabytes(p.shape for p in learner.parameters.values())
         self.round = 0  # the oldest that is not committed
         self.empty_rounds = 0
+        self.undone = 0  # steps in a row that were undone
         self.cursor = Cursor()
         self.before_step: asyncio.Future[object] | None = (
             None  # writes a snapshot from the parameters; the next step waits for it
@@ -152,13 +155,19 @@ class Market:
             opened.blobs.update(self.blobs)  # for miners at work for the next round
         began = self.network.now()
         accepted = {part: o.contribution for part, o in sorted(outcomes.items()) if isinstance(o, VerifiedReply)}
+        refused, norms = self.bound.judge(opened.round, accepted)
+        outcomes |= {part: Faulted(Fault.OUTLIER, why) for part, why in refused.items()}
+        accepted = {part: c for part, c in accepted.items() if part not in refused}
         step = self._plan_step(opened.round, accepted)
         measures = await self._measure(accepted)
-        await self._aggregate_and_step(accepted, step)
+        if undone := await self._aggregate_and_step(accepted, step):
+            outcomes |= {part: Faulted(Fault.VALIDATOR_FAILED, f"the step was undone: {undone}") for part in accepted}
+            accepted, measures, norms = {}, {}, self.bound.judge(opened.round, {})[1]
         ranking = await self._score(opened, outcomes, measures)
         self.dispatcher.pop()
         seconds = {"collect_s": began - opened.started, "learn_s": self.network.now() - began}
-        record = self._record(opened, outcomes, step, ranking, seconds)
+        record = self._record(opened, outcomes, step, ranking, {**seconds, **norms})
+        self.bound.observe(opened.round, norms)
         self.round = opened.round + 1
         self.empty_rounds = 0 if accepted else self.empty_rounds + 1
         if self.network.peers():  # without miners there is time to commit first
@@ -268,10 +277,12 @@ class Market:
         self.dispatcher.send(opened, orders, {})
 
     def _take(self, round: int, hotkeys: Sequence[Hotkey]) -> list[tuple[Hotkey, tuple[Range, ...]]]:
+        """Take each miner's share from the cursor. What a miner left undone goes to another one, if there is one."""
         limit, taken = self._limit, []
-        wanted = self.history.shares(sorted(hotkeys), self.policy, round)
+        wanted = self.history.shares(hotkeys, self.policy, round)
+        undone = self.history.left_undone() if self.cursor.returned and len(wanted) > 1 else {}
         for hotkey, count in shares(self.cursor, wanted, limit).items():
-            ranges, self.cursor = self.cursor.take(count, limit)
+            ranges, self.cursor = self.cursor.take(count, limit, undone.get(hotkey, ()))
             if ranges:
                 taken.append((hotkey, ranges))
         return taken
@@ -347,18 +358,44 @@ class Market:
         )
         return dict(zip(accepted, found, strict=True))
 
-    async def _aggregate_and_step(self, accepted: Mapping[AssignmentKey, Contribution], step: Step) -> None:
-        """Make the next version of the model. With no good reply the model stays, and so does its version."""
+    async def _aggregate_and_step(self, accepted: Mapping[AssignmentKey, Contribution], step: Step) -> str:
+        """Make the next version of the model. With no good reply the model stays, and so does its version.
+
+        A step by which the model diverges is undone, up to --rollback times in a row: then return why. Raises Diverged.
+        """
         if self.before_step is not None:
             await self.before_step
         self.learner.codec = step.codec_down
         if not accepted:
-            return
+            return ""
         size, contributions = self._megabytes, list(accepted.values())
         found = await self.executor.run("aggregate", size * len(accepted), self._aggregate, contributions)
-        await self.executor.run("step", size, self.learner.step, found.gradient, step.settings, found.buffers)
-        await self.executor.run("encode", size, self.learner.advance)
+        try:
+            await self.executor.run("step", size, self._step, found, step.settings)
+            await self.executor.run("encode", size, self.learner.advance)
+        except Diverged as why:
+            self.undone += 1
+            if self.undone > self.policy.rollback or not await self.executor.run("load", size, self._load_committed):
+                raise
+            logger.warning("%s: the step is undone, %d of --rollback %d", why, self.undone, self.policy.rollback)
+            return str(why)
+        self.undone = 0
         logger.debug("%d contributions make version %s, %s", len(accepted), self.learner.version[:12], step.settings)
+        return ""
+
+    def _step(self, found: Aggregate, settings: Settings) -> None:
+        self.learner.step(found.gradient, settings, found.buffers)
+        self.learner.check_step()
+
+    def _load_committed(self) -> bool:
+        """Load the state after the last committed round again, from a snapshot; False if there is none."""
+        since = self.store.load_snapshot(self.learner.load_state)
+        if since is None:
+            return False
+        for record in self.store.committed(since):
+            self._replay_round(record)
+        self.learner.mend()
+        return True
 
     def _aggregate(self, contributions: Sequence[Contribution]) -> Aggregate:
         buffers = self.task.buffers(self.learner.model)
@@ -393,7 +430,7 @@ class Market:
         outcomes: Mapping[AssignmentKey, Outcome],
         step: Step,
         ranking: Ranking,
-        seconds: Mapping[str, float],
+        figures: Mapping[str, float],
     ) -> RoundRecord:
         """Return undone work to the cursor, and make the round's record, with a receipt for each order."""
         orders = {part: sent.order for part, sent in sorted(opened.sent.items())}
@@ -407,7 +444,7 @@ class Market:
             scores = ranking.scores[e.hotkey]
             made.append(receipts.receipt(opened.round, order, name, e, why, outcome, scores, weight))
             self._warn_if_too_short(made[-1], outcome)
-        self.history.observe(made)
+        self.history.observe(made, {sent.signed.digest: sent.order for sent in opened.sent.values()})
         now, since = self.network.now(), self._closed_at
         passed_s = now - (opened.started if since is None else since)
         self._closed_at = now
@@ -426,7 +463,7 @@ class Market:
             receipts=tuple(self.network.sign(r) for r in made),
             weights=ranking.weights,
             ranker=ranking.state,
-            metrics={**row, **coverage.metrics(), **executor, **step.settings, **seconds, **codecs, **links},
+            metrics={**row, **coverage.metrics(), **executor, **step.settings, **figures, **codecs, **links},
         )
 
     def _warn_if_too_short(self, receipt: Receipt, outcome: Outcome) -> None:
@@ -468,7 +505,8 @@ class Market:
             self.cursor = Cursor.loads(head.cursor)
             self.ranker.load_state_dict(json.loads(head.ranker))
             for record in self.store.committed(max(0, self.round - HISTORY_ROUNDS)):
-                self.history.observe(Receipt.parse(s.body) for s in record.receipts)
+                self.history.observe([Receipt.parse(s.body) for s in record.receipts], self._orders_of(record))
+                self.bound.observe(record.round, record.metrics)
             self.notifier.add_undelivered(head.receipts)
             for signed in self.store.unsettled():
                 order = Order.parse(signed.body)
@@ -478,8 +516,7 @@ class Market:
     def _replay_round(self, record: RoundRecord) -> None:
         verdicts = [Receipt.parse(s.body) for s in record.receipts]
         accepted = [r.order for r in verdicts if r.verdict == "ACCEPTED"]  # in the order of summation
-        signed = [s for n in (record.round - 1, record.round) for s in self.store.orders(n)]
-        orders = {s.digest: Order.parse(s.body) for s in signed}
+        orders = self._orders_of(record)
         rounds = {orders[name].round for name in accepted if name in orders}
         received = {r.reply.order: r for n in rounds for r in self.store.received(n)}
         if missing := set(accepted) - received.keys():
@@ -489,13 +526,18 @@ class Market:
         if contributions:
             self.learner.codec = record.codec_down
             found = self._aggregate(contributions)
-            self.learner.step(found.gradient, record.settings, found.buffers)
+            self._step(found, record.settings)
             self.learner.advance()
         if self.learner.version != record.version:
             raise ValueError(
                 f"round {record.round} replays to version {self.learner.version[:12]}, the ledger says "
                 f"{record.version[:12]}: resume on the machine, --device and --threads that the run was started with"
             )
+
+    def _orders_of(self, record: RoundRecord) -> dict[Digest, Order]:
+        """Return the orders that a committed round may settle: its own, and those of the round before."""
+        signed = [s for n in (record.round - 1, record.round) for s in self.store.orders(n)]
+        return {s.digest: Order.parse(s.body) for s in signed}
 
     # --- once in a while ------------------------------------------------------------------------------------------
 

@@ -10,12 +10,12 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise, takewhile
 from statistics import median
 
 from pilot.training.diloco import DiLoCo
 from pilot.training.ranges import Cursor, merge, size, subtract
-from protocol import Hotkey, Range, Receipt, Update, one_line
+from protocol import Digest, Hotkey, Order, Range, Receipt, Update, one_line
 
 FIRST_SHARE = 1024  # micro-batches for a miner without history in a round with a time budget; what is undone returns
 MAX_SHARE = 1 << 16
@@ -48,6 +48,8 @@ class RoundPolicy:
     broadcast: str = "full"  # or "delta"
     digest_every: int = 0  # rounds between orders that carry the state's digest; 0: none
     feedback: float = 0.0  # decay of the miners' error feedback; 0: none
+    norm_bound: float = 10.0  # largest norm of a contribution, in those that are usual; 0: any (norm_bound.py)
+    rollback: int = 3  # steps in a row that may be undone because the model diverged
     diloco: DiLoCo | None = None  # None: every round is a gradient round
 
     def inner(self, round: int) -> bool:
@@ -59,15 +61,45 @@ class RoundPolicy:
 
 
 class History:
-    """The work of the last rounds, read from receipts alone."""
+    """The work of the last rounds, read from orders and receipts alone."""
 
     def __init__(self) -> None:
         # For each round, by miner: micro-batches done, seconds, and the round.
         self._rounds: deque[dict[Hotkey, tuple[int, float, int]]] = deque(maxlen=HISTORY_ROUNDS)
+        self._failed: deque[dict[Hotkey, bool]] = deque(maxlen=HISTORY_ROUNDS)  # whether nothing was accepted
+        self._undone: deque[dict[Hotkey, tuple[Range, ...]]] = deque(maxlen=HISTORY_ROUNDS)
 
-    def observe(self, receipts: Iterable[Receipt]) -> None:
-        """Add the receipts of a round."""
-        self._rounds.append({r.hotkey: (size(r.done), r.seconds, r.round) for r in receipts if r.verdict == "ACCEPTED"})
+    def observe(self, receipts: Iterable[Receipt], orders: Mapping[Digest, Order] | None = None) -> None:
+        """Add the receipts of a round, and the orders that they are for, by digest."""
+        done: dict[Hotkey, tuple[int, float, int]] = {}
+        failed: dict[Hotkey, bool] = {}
+        undone: dict[Hotkey, tuple[Range, ...]] = {}
+        for r in receipts:
+            accepted = r.verdict == "ACCEPTED"
+            if accepted:
+                done[r.hotkey] = size(r.done), r.seconds, r.round
+            failed[r.hotkey] = failed.get(r.hotkey, True) and not accepted
+            order = (orders or {}).get(r.order)
+            if order and (left := subtract(order.ranges, r.done)):
+                undone[r.hotkey] = merge([*undone.get(r.hotkey, ()), *left])
+        self._rounds.append(done)
+        self._failed.append(failed)
+        self._undone.append(undone)
+
+    def failures(self, hotkey: Hotkey) -> int:
+        """Return in how many of the miner's last rounds nothing of it was accepted, counted back from the newest."""
+        own = (failed[hotkey] for failed in reversed(self._failed) if hotkey in failed)
+        return sum(1 for _ in takewhile(bool, own))
+
+    def left_undone(self) -> dict[Hotkey, tuple[Range, ...]]:
+        """Return the indices that each miner was the last to be ordered without doing them."""
+        found: dict[Hotkey, tuple[Range, ...]] = {}
+        later: tuple[Range, ...] = ()  # what newer rounds left undone
+        for undone in reversed(self._undone):
+            for hotkey, ranges in undone.items():
+                found[hotkey] = merge([*found.get(hotkey, ()), *subtract(ranges, later)])
+            later = merge([*later, *subtract(chain.from_iterable(undone.values()), later)])
+        return found
 
     def shares(self, hotkeys: Iterable[Hotkey], policy: RoundPolicy, number: int = 0) -> dict[Hotkey, int]:
         """Return the micro-batches to order from each miner in round `number`.
@@ -75,8 +107,18 @@ class History:
         With a time budget that is twice the most that the miner did lately. Since a miner says itself what it did, its
         share is at most MAX_RATIO times the median share. A miner without history gets the median share. In a DiLoCo
         round no miner gets more than the round's inner steps.
+
+        The miners that failed least come first, so that they get what others left undone. Each failure in a row that a
+        miner has more than these halves its share.
         """
         inner = policy.diloco.tau * policy.batches if policy.diloco and policy.inner(number) else None
+        failures = {hotkey: self.failures(hotkey) for hotkey in sorted(hotkeys)}
+        wanted = self._shares(failures, policy, inner)
+        least, fewest = policy.batches if inner else 1, min(failures.values(), default=0)
+        ordered = sorted(failures, key=lambda hotkey: failures[hotkey])
+        return {h: max(least, wanted[h] >> (failures[h] - fewest)) for h in ordered}
+
+    def _shares(self, hotkeys: Iterable[Hotkey], policy: RoundPolicy, inner: int | None) -> dict[Hotkey, int]:
         if not policy.round_s:
             return dict.fromkeys(hotkeys, inner or policy.batches)
         known: dict[Hotkey, int] = {}

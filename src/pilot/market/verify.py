@@ -37,6 +37,7 @@ class Contribution:
     add: Callable[[Tensors, float], None]  # adds weight times the gradient; the payload is only read for it
     read: Callable[[int, int], torch.Tensor]  # coordinates [start, stop) of the flat gradient
     buffers: Callable[[], Tensors] = field(default=dict)  # the model's buffers after the work, such as a batch norm's
+    buffers_norm: float = 0.0
 
 
 def verify(
@@ -71,6 +72,6 @@ def verify(
         return buffers_codec.buffers(payload(), buffers)
 
     norm = codec.check(buffers_codec.gradient(payload(), buffers), specs)
-    read_buffers()
+    buffers_norm = buffers_codec.check(payload(), buffers)
     units = sum(map(count, indices(reply.done)))
-    return Contribution(order.hotkey, reply.done, units, norm, specs, add, read, read_buffers)
+    return Contribution(order.hotkey, reply.done, units, norm, specs, add, read, read_buffers, buffers_norm)

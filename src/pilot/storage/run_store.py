@@ -12,8 +12,9 @@ a ledger transaction refers to is durable before it, so a restart works from any
 
 from __future__ import annotations
 
+import logging
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ from protocol import PROTOCOL, Hotkey, Signed
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 
 class DiskFull(Exception):
@@ -168,6 +171,14 @@ class RunStore:
             path = self.snapshots.save(round, header, tensors)
         self.prune()
         return path
+
+    def load_snapshot(self, load: Callable[[Mapping[str, str], Mapping[str, torch.Tensor]], object]) -> int | None:
+        """Pass the newest intact snapshot to `load`, and return how many rounds it holds; None if there is none."""
+        snapshot = self.snapshots.newest(logger.warning)
+        if snapshot is None:
+            return None
+        load(snapshot.header, snapshot.tensors)
+        return snapshot.round
 
     def prune(self) -> None:
         """Delete the payloads that a restart from either of the two newest snapshots does not need."""

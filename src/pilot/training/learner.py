@@ -15,7 +15,8 @@ parameters.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +32,11 @@ from tasks import Task
 from tasks.optimizer import Settings, apply_settings
 
 Tensors = dict[str, torch.Tensor]
+
+MAX_GROWTH = 10.0  # of the norm of all parameters in one step
+_ADVICE = (
+    ": lower the learning rate (--optimizer.lr, --outer-lr), and go on with --resume from the last committed round"
+)
 
 
 class Learner:
@@ -71,6 +77,7 @@ class Learner:
         # A restart may continue from the version before the newest, whose blobs must then still be stored.
         self.history = VersionHistory(keep or MemoryBlobStore(), not full, first, self._encoded(first))
         self._proof: tuple[Version, Digest] | None = None
+        self._norm = self._norm_of(self.parameters.values())  # of the parameters when `check_step` last saw them
 
     # --- the model ------------------------------------------------------------------------------------------------
 
@@ -106,6 +113,25 @@ class Learner:
         for p in self.parameters.values():
             p.grad = None  # frees memory for the next gradient
 
+    def check_step(self) -> None:
+        """Raise Diverged if the last step left NaN or infinity, or parameters many times as large as before it.
+
+        An optimizer whose moments overflowed never moves a parameter again, so moments are checked too.
+        """
+        norm, before = self._norm_of(self.parameters.values()), self._norm
+        moments = [t for _, o in self._optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
+        if not math.isfinite(norm) or not math.isfinite(self._norm_of(moments)):
+            raise Diverged(f"the model is no longer finite{_ADVICE}")
+        if before and norm > MAX_GROWTH * before:
+            raise Diverged(f"one step took the norm of the model from {before:.4g} to {norm:.4g}{_ADVICE}")
+        self._norm = norm
+
+    @staticmethod
+    def _norm_of(tensors: Iterable[torch.Tensor]) -> float:
+        """Return the Euclidean norm; not finite if any value is not, or its square is beyond fp32."""
+        norms = [float(torch.linalg.vector_norm(t.detach(), dtype=torch.float32)) for t in tensors]
+        return math.sqrt(sum(norm * norm for norm in norms))
+
     @contextmanager
     def replica_model(self) -> Iterator[nn.Module]:
         """Give the model with the replica's values inside the block. Tensors are swapped, not copied."""
@@ -133,10 +159,7 @@ class Learner:
         try:
             codec.check(delta, {name: t.shape for name, t in self.replica.items()})
         except ProtocolError as error:  # as a version, it would make every miner fail
-            raise Diverged(
-                f"the model is no longer finite ({error}): lower the learning rate (--optimizer.lr, --outer-lr), and "
-                "go on with --resume from the last committed round"
-            ) from None
+            raise Diverged(f"the model is no longer finite ({error}){_ADVICE}") from None
         codec.add(delta, self.replica)
         self.history.extend(self.codec, delta)
         if self.history.wants_snapshot:
@@ -242,6 +265,7 @@ class Learner:
                 if of == kind:
                     p = self.parameters[name]
                     optimizer.state[p][moment] = tensors[key].to(p.device, copy=True)
+        self._norm = self._norm_of(self.parameters.values())
 
     @property
     def _optimizers(self) -> tuple[tuple[str, torch.optim.Optimizer], ...]:

@@ -17,26 +17,27 @@ class Cursor:
     next: int = 0
     returned: tuple[Range, ...] = ()
 
-    def take(self, count: int, limit: int | None = None) -> tuple[tuple[Range, ...], Cursor]:
+    def take(
+        self, count: int, limit: int | None = None, avoid: Iterable[Range] = ()
+    ) -> tuple[tuple[Range, ...], Cursor]:
         """Return `count` indices as ascending ranges, as many as an order may have, and the cursor after them.
 
-        It takes no index from `limit` on, so it may return fewer than `count`, or none.
+        It takes no index from `limit` on, and of the returned ones none of `avoid`, so it may return fewer than
+        `count`, or none.
         """
         taken: list[Range] = []
-        returned = list(self.returned)
-        while count and returned and len(taken) < MAX_RANGES - 1:
-            start, stop = returned[0]
+        for start, stop in subtract(self.returned, avoid):
             cut = min(stop, start + count, stop if limit is None else limit)
-            if cut <= start:
-                return merge(taken), Cursor(self.next, tuple(returned))
+            if cut <= start or len(taken) == MAX_RANGES - 1:
+                break
             taken.append(Range(start, cut))
             count -= cut - start
-            returned[:1] = [Range(cut, stop)] if cut < stop else []
+        returned = subtract(self.returned, taken)
         if limit is not None:
             count = max(0, min(count, limit - self.next))
         if count:
             taken.append(Range(self.next, self.next + count))
-        return merge(taken), Cursor(self.next + count, tuple(returned))
+        return merge(taken), Cursor(self.next + count, returned)
 
     def give_back(self, ranges: Iterable[Range]) -> Cursor:
         return Cursor(self.next, merge([*self.returned, *ranges]))
