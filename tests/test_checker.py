@@ -372,7 +372,13 @@ def a_weight_that_nobody_earned(writer: Writer) -> None:
 
 @breaks_later("weights")
 def a_miner_without_its_weight(writer: Writer) -> None:
-    sql(writer, f"DELETE FROM weights WHERE round = 1 AND hotkey = '{B}'")
+    """The newest round has the weights of all miners, though this one had no order in it."""
+    sql(writer, f"DELETE FROM weights WHERE round = 3 AND hotkey = '{B}'")
+
+
+@breaks_later("weights")
+def a_miner_without_its_weight_in_an_older_round(writer: Writer) -> None:
+    sql(writer, f"DELETE FROM weights WHERE round = 1 AND hotkey = '{A}'")
 
 
 @breaks("weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pilot.ranking.accepted_work import AcceptedWork
 from protocol import Fault
 from tests.checker_samples import V0, V1, V2, V3, VALIDATOR, A, B, Draft, Writer, carried, order, span
 from tests.test_checker import change, check, payload_of, sql
@@ -47,11 +49,15 @@ def test_a_correct_run_passes(tmp_path: Path) -> None:
 @breaks_later("carried")
 def settled_two_rounds_late(writer: Writer) -> None:
     with closing(sqlite3.connect(writer.folder / "ledger.sqlite")) as db:
-        [(weight,)] = db.execute("SELECT weight FROM weights WHERE round = 2 AND hotkey = ?", (B,)).fetchall()
+        [(state,)] = db.execute("SELECT ranker FROM rounds WHERE round = 2").fetchall()
+    ranker = AcceptedWork()
+    ranker.load_state_dict(json.loads(state))
+    weight = ranker.weights()[B]
     receipt = writer.receipt((0, B), {}, weight).model_copy(update={"round": 2})
     signed = writer.seal(receipt, VALIDATOR)
     said = f"body = '{signed.body}', signature = '{signed.signature}', weight = {weight!r}, scores = '{{}}'"
     sql(writer, f"UPDATE receipts SET settled = 2, {said} WHERE round = 0 AND hotkey = '{B}'")
+    sql(writer, f"INSERT INTO weights VALUES (2, '{B}', {weight!r})")
     (writer.miners[A < B] / "receipts.jsonl").write_text("")  # B's, which holds the other one
 
 

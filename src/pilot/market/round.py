@@ -52,7 +52,7 @@ from pilot.market.scheduling import (
     shares,
 )
 from pilot.market.verify import Contribution
-from pilot.ranking import Evidence, Ranker
+from pilot.ranking import Evidence, Ranker, Ranking, rank
 from pilot.training.executor import Charge, TimedExecutor
 from pilot.training.learner import Learner
 from pilot.training.ranges import Cursor, subtract
@@ -86,13 +86,11 @@ class Aggregate:
 
 
 @dataclass(frozen=True)
-class Ranking:
-    """The ranker's scores, weights and state after a round."""
+class Scored:
+    """A round's evidence, and what the ranker made of it."""
 
     evidence: Mapping[AssignmentKey, Evidence]
-    scores: Mapping[Hotkey, Mapping[str, float]]
-    weights: Mapping[Hotkey, float]
-    state: str  # JSON
+    ranking: Ranking
 
 
 class Market:
@@ -163,10 +161,10 @@ class Market:
         if undone := await self._aggregate_and_step(accepted, step):
             outcomes |= {part: Faulted(Fault.VALIDATOR_FAILED, f"the step was undone: {undone}") for part in accepted}
             accepted, measures, norms = {}, {}, self.bound.judge(opened.round, {})[1]
-        ranking = await self._score(opened, outcomes, measures)
+        scored = await self._score(opened, outcomes, measures)
         self.dispatcher.pop()
         seconds = {"collect_s": began - opened.started, "learn_s": self.network.now() - began}
-        record = self._record(opened, outcomes, step, ranking, {**seconds, **norms})
+        record = self._record(opened, outcomes, step, scored, {**seconds, **norms})
         self.bound.observe(opened.round, norms)
         self.round = opened.round + 1
         self.empty_rounds = 0 if accepted else self.empty_rounds + 1
@@ -411,32 +409,29 @@ class Market:
         opened: OpenRound,
         outcomes: Mapping[AssignmentKey, Outcome],
         measures: Mapping[AssignmentKey, Mapping[str, float]],
-    ) -> Ranking:
+    ) -> Scored:
         """Give the ranker the round's evidence: one entry a miner."""
         evidence = {
             part: receipts.evidence(self.task, sent.order, outcomes[part], measures.get(part, {}))
             for part, sent in sorted(opened.sent.items())
         }
 
-        def rank() -> Ranking:
-            scores = self.ranker.update(receipts.by_miner(evidence.values()))
-            return Ranking(evidence, scores, dict(self.ranker.weights()), json.dumps(self.ranker.state_dict()))
-
-        return await self.executor.run("score", len(evidence), rank)
+        joined = receipts.by_miner(evidence.values())
+        return Scored(evidence, await self.executor.run("score", len(evidence), rank, self.ranker, joined))
 
     def _record(
         self,
         opened: OpenRound,
         outcomes: Mapping[AssignmentKey, Outcome],
         step: Step,
-        ranking: Ranking,
+        scored: Scored,
         figures: Mapping[str, float],
     ) -> RoundRecord:
         """Return undone work to the cursor, and make the round's record, with a receipt for each order."""
-        orders = {part: sent.order for part, sent in sorted(opened.sent.items())}
+        ranking, orders = scored.ranking, {part: sent.order for part, sent in sorted(opened.sent.items())}
         made: list[Receipt] = []
         for part, order in orders.items():
-            outcome, e = outcomes[part], ranking.evidence[part]
+            outcome, e = outcomes[part], scored.evidence[part]
             done = outcome.contribution.done if isinstance(outcome, VerifiedReply) else ()
             self.cursor = self.cursor.give_back(subtract(order.ranges, done))
             name, weight = opened.sent[part].signed.digest, ranking.weights.get(e.hotkey, 0.0)

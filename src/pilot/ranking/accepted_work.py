@@ -9,9 +9,13 @@ from typing import Any
 from pilot.ranking import Evidence
 from protocol import Hotkey
 
+KEPT = 1024  # miners: strangers that bring new keys in each round must not make every record longer
+
 
 class AcceptedWork:
     """Score the accepted work, halved every `half_life` rounds: old work fades, and newcomers catch up.
+
+    The miners with the most work are remembered, KEPT of them.
 
     Not covered: whether accepted work was useful. A miner whose gradients pass the checks is paid by volume.
     """
@@ -25,7 +29,7 @@ class AcceptedWork:
         for e in evidence:
             self.work[e.hotkey] = self.work.get(e.hotkey, 0.0) + e.work
         done = sum(e.work for e in evidence)
-        return {
+        scores = {
             e.hotkey: {
                 "accepted_work": self.work[e.hotkey],
                 "share_of_round": e.work / done if done else 0.0,
@@ -33,6 +37,10 @@ class AcceptedWork:
             }
             for e in evidence
         }
+        if len(self.work) > KEPT:
+            most = sorted(self.work, key=lambda hotkey: (-self.work[hotkey], hotkey))[:KEPT]
+            self.work = {hotkey: self.work[hotkey] for hotkey in most}
+        return scores
 
     def weights(self) -> Mapping[Hotkey, float]:
         total = math.fsum(self.work.values())  # exact, so the same in any order: a restart sorts them

@@ -93,6 +93,12 @@ _ROUND = "round, version, settings, codec_up, codec_down, cursor, ranker, metric
 _INSERT_LATE = """
 INSERT INTO late (round, hotkey, done, seconds, reply, receipt) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING
 """
+# Once a round is not the newest, it keeps the weights of its own miners: a commit must not cost by all that ever came.
+_FORGET_WEIGHTS = """
+DELETE FROM weights WHERE round = ?1 AND hotkey NOT IN (
+    SELECT hotkey FROM receipts WHERE round BETWEEN ?1 - 1 AND ?1 AND settled = ?1
+)
+"""
 _UNSETTLED = """
 SELECT orders.signer, orders.body, orders.signature FROM orders LEFT JOIN receipts USING (round, hotkey)
 WHERE orders.round = ? AND settled IS NULL ORDER BY hotkey
@@ -212,6 +218,7 @@ class Ledger:
                 "INSERT INTO weights VALUES (?, ?, ?)",
                 [(record.round, hotkey, weight) for hotkey, weight in sorted(record.weights.items())],
             )
+            db.execute(_FORGET_WEIGHTS, (record.round - 1,))
             for order in (*_unsettled(db, record.round - 1), *_unsettled(db, record.round)):
                 what = Order.parse(order.body)
                 if what.round < record.round or what.inner_steps is None:

@@ -34,9 +34,7 @@ from tasks.optimizer import Settings, apply_settings
 Tensors = dict[str, torch.Tensor]
 
 MAX_GROWTH = 10.0  # of the norm of all parameters in one step
-_ADVICE = (
-    ": lower the learning rate (--optimizer.lr, --outer-lr), and go on with --resume from the last committed round"
-)
+ADVICE = "(--optimizer.lr, --outer-lr), and go on with --resume from the last committed round"
 
 
 class Learner:
@@ -121,9 +119,10 @@ class Learner:
         norm, before = self._norm_of(self.parameters.values()), self._norm
         moments = [t for _, o in self._optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
         if not math.isfinite(norm) or not math.isfinite(self._norm_of(moments)):
-            raise Diverged(f"the model is no longer finite{_ADVICE}")
+            raise Diverged(f"the model is no longer finite: lower the learning rate {ADVICE}")
         if before and norm > MAX_GROWTH * before:
-            raise Diverged(f"one step took the norm of the model from {before:.4g} to {norm:.4g}{_ADVICE}")
+            grown = f"one step took the norm of the model from {before:.4g} to {norm:.4g}"
+            raise Diverged(f"{grown}: lower the learning rate {ADVICE}")
         self._norm = norm
 
     @staticmethod
@@ -159,7 +158,7 @@ class Learner:
         try:
             codec.check(delta, {name: t.shape for name, t in self.replica.items()})
         except ProtocolError as error:  # as a version, it would make every miner fail
-            raise Diverged(f"the model is no longer finite ({error}){_ADVICE}") from None
+            raise Diverged(f"the model is no longer finite ({error}): lower the learning rate {ADVICE}") from None
         codec.add(delta, self.replica)
         self.history.extend(self.codec, delta)
         if self.history.wants_snapshot:
