@@ -230,6 +230,27 @@ def test_other_data_than_the_orders_is_refused(task: Task, tmp_path: Path) -> No
         assert error.value.fault is Fault.WRONG_DATA
 
 
+def test_what_an_order_needs_follows_from_its_numbers(task: Task) -> None:
+    """The parameters exactly, the rest at least what the tensors of a micro-batch take."""
+    model, spec = task.build_model(CPU, initial=False), task.spec()
+    need = type(task).need(spec, task.data_spec)
+    assert need.parameters == sum(p.numel() for p in task.trainable(model).values())
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        task.loss(model, task.batch(0))
+    assert sum(saved.values()) <= 4 * need.parameters + need.working
+    assert need.flops == pytest.approx(task.flops(model) * task.count(0), rel=1e-6)
+    twice = spec.model_copy(update={"parameters": {**spec.parameters, "batch_size": 2 * task.shape.batch_size}})
+    assert type(task).need(twice, task.data_spec).flops == pytest.approx(2 * need.flops)
+    with pytest.raises(ProtocolError):
+        type(task).need(spec.model_copy(update={"parameters": {"code": "import os"}}), task.data_spec)
+
+
 def test_an_order_without_blobs_is_refused(task: Task, tmp_path: Path) -> None:
     data = task.data_spec.model_copy(update={"blobs": {"else": BlobRef(kind="data", digest="b" * 64, bytes=1)}})
     with pytest.raises(ProtocolError):

@@ -476,7 +476,8 @@ def test_task_with_bad_parameters_is_refused(desk: MakeDesk, parameters: dict[st
         d = desk()
         good = d.task.spec().parameters
         spec = TaskSpec(name="gpt2", parameters=good | parameters if parameters else {})
-        malformed = await d.refusal(d.send(d.order(task=spec)))
+        malformed = refused(lambda: d.send(d.order(task=spec)))
+        assert not malformed.missing
         assert malformed.fault is Fault.MALFORMED
         assert malformed.reason.startswith("task gpt2: ")
         await d.reply(d.send(d.order()))

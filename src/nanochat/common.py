@@ -66,6 +66,9 @@ _OTHER_CHIP = frozenset({"laptop", "mobile", "max", "mig", "super", "ti", "d"}) 
 _BLOCK_WIDTHS = 34
 _STREAM_WIDTHS = 8
 _MIXED_BYTES = 24  # fp32 parts of a block where activations are smaller
+_HELD_SCORES = 1024  # keys up to which attention in bf16 on a CPU holds all scores (nanochat.attention)
+_SCORE_BYTES = 6  # of a score that is held, with its gradient
+_MASK_BYTES = 16  # of a pair of positions, while a window's mask is made
 _LOSS_BYTES = 96 << 20  # the loss holds a chunk of the logits at a time
 _TABLES_MADE = 3  # gradients of tables not yet added to the accumulated ones
 _FILES = {
@@ -122,6 +125,17 @@ def memory_need(
     return 4 * fixed + _LOSS_BYTES + batch * shape.sequence_len * shape.n_embd * widths
 
 
+def attention_need(shape: GPTConfig, batch: int, activation_bytes: int) -> int:
+    """Estimate the bytes that attention needs besides `memory_need`: masks of windows, and scores that are held whole.
+
+    These matter for many narrow heads, and for windows of a hundred thousand tokens.
+    """
+    longest = max((window for window in shape.windows() if window < shape.sequence_len), default=0)
+    masks = 2 * longest**2 * _MASK_BYTES
+    held = shape.sequence_len if activation_bytes < 4 and shape.sequence_len <= _HELD_SCORES else 0
+    return masks + batch * shape.sequence_len * shape.n_head * held * _SCORE_BYTES * (shape.n_layer + 2)
+
+
 def available_memory(device: torch.device | str, root: Path = Path("/")) -> int | None:
     """Return the bytes that this process can still allocate on the device; None if unknown.
 
@@ -139,6 +153,20 @@ def available_memory(device: torch.device | str, root: Path = Path("/")) -> int 
         return None
     found = [*_group_memory(root), *_machine_memory(root / "proc/meminfo")]
     return max(min(found), 0) if found else None
+
+
+def usable_memory(device: torch.device | str, root: Path = Path("/")) -> int | None:
+    """Return the bytes that this process has on the device, and can still allocate there; None if unknown."""
+    import torch
+
+    device = torch.device(device)
+    there = available_memory(device, root)
+    if there is None:
+        return None
+    if device.type == "cuda":
+        return there + torch.cuda.memory_allocated(device)
+    own = re.search(r"^RssAnon:\s+(\d+) kB$", _text(root / "proc/self/status"), re.MULTILINE)
+    return there + (int(own[1]) * 1024 if own else 0)
 
 
 def check_memory(

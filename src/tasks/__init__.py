@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -23,6 +24,22 @@ TASKS: dict[str, str] = {
 }
 
 OpenBlob = Callable[[str], Path]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What an order asks of a miner, at least roughly: follows from its numbers, before anything is allocated."""
+
+    parameters: int
+    """Values that travel, of 4 bytes each."""
+    working: int
+    """Bytes on the device for one micro-batch, besides parameters and their gradients: activations above all."""
+    data: int
+    """Bytes in the machine's memory for data, such as the order of an epoch."""
+    flops: float
+    """Floating-point operations of one micro-batch."""
+
+
 Batch = Any  # each task's own; only its `loss` reads one
 
 
@@ -77,6 +94,11 @@ class Task(Protocol):
 
         Raises ProtocolError, and Refused if a blob is not available.
         """
+        ...
+
+    @classmethod
+    def need(cls, spec: TaskSpec, data: DataSpec) -> Need:
+        """Return what an order needs, without allocating or reading anything, and in no time. Raises ProtocolError."""
         ...
 
     @classmethod

@@ -26,6 +26,7 @@ Dimension = Annotated[int, Field(ge=1, le=1 << 20)]
 Seed = Annotated[int, Field(ge=0, le=MAX_INDEX)]
 
 EPOCHS_KEPT = 2  # for rounds that span the end of an epoch
+ORDER_BYTES = 48  # a window: keys and permutation while an epoch's order is made, and those that are kept
 
 
 class Shape(Part):
@@ -154,6 +155,11 @@ def open_tokens(data: DataSpec, open_blob: OpenBlob, vocab_size: int) -> Tokens:
     if vocab_size < 256**tokens.train.itemsize and tokens.largest >= vocab_size:
         raise ProtocolError(f"the order's tokens do not fit in a vocabulary of {vocab_size}")
     return tokens
+
+
+def token_bytes(data: DataSpec) -> int:
+    """Return the size of an order's token file."""
+    return data.blobs["tokens"].bytes if "tokens" in data.blobs else 0
 
 
 def check_seed(seed: int) -> None:

@@ -13,8 +13,19 @@ from pydantic import Field, ValidationError
 
 from pilot.common.flags import arg
 from protocol import MAX_BLOB_BYTES, DataSpec, ProtocolError, TaskSpec
-from tasks import OpenBlob
-from tasks.base import BaseTask, Dimension, EpochOrders, Seed, Shape, check_seed, open_tokens, seeded
+from tasks import Need, OpenBlob
+from tasks.base import (
+    ORDER_BYTES,
+    BaseTask,
+    Dimension,
+    EpochOrders,
+    Seed,
+    Shape,
+    check_seed,
+    open_tokens,
+    seeded,
+    token_bytes,
+)
 from tasks.data.hub_tokenizer import named_tokenizer, own_tokenizer
 from tasks.data.text import TextConfig, make_tokens, prepare_tokens, silent
 from tasks.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -36,6 +47,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 GPT2_SIZES = (50257, 50304)  # of its vocabulary, as it is and padded for speed
+# Values that the backward pass keeps of a token: of a block, in its two widths, and of the logits (measured).
+BLOCK_WIDTHS, INNER_WIDTHS, LOGIT_COPIES = 16, 7, 5
 NO_SPECIAL: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}  # GPT-2's own ids are beyond 256 tokens
 
 
@@ -81,11 +94,18 @@ class GPT2Shape(Shape):
         """Raise ValueError if the parameters contradict each other."""
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
-        matrices = self.n_layer * (4 * self.n_embd + 2 * self.n_inner) + 2 * self.vocab_size + self.n_positions
-        if matrices * self.n_embd * 4 > MAX_BLOB_BYTES:
+        if self.parameters * 4 > MAX_BLOB_BYTES:
             raise ValueError("a model too large for its state to be sent")
         if self.seq_len > self.n_positions:
             raise ValueError(f"--gpt2.seq_len {self.seq_len}: the model has {self.n_positions} positions")
+
+    @property
+    def parameters(self) -> int:
+        """Return how many values the model has."""
+        width, inner = self.n_embd, self.n_inner
+        block = width * (4 * width + 2 * inner) + 9 * width + inner  # matrices, then biases and norms
+        tables = self.vocab_size * (1 if self.tie_word_embeddings else 2) + self.n_positions
+        return self.n_layer * block + tables * width + 2 * width
 
     def config(self) -> transformers.GPT2Config:
         import transformers
@@ -168,6 +188,23 @@ class GPT2(BaseTask[GPT2Shape]):
     @property
     def _vocabulary_blob(self) -> bytes | None:
         return self._tokenizer.vocabulary if self._tokenizer else None
+
+    @classmethod
+    def need(cls, spec: TaskSpec, data: DataSpec) -> Need:
+        shape = GPT2Shape.parse(spec)
+        width, inner, length = shape.n_embd, shape.n_inner, shape.seq_len
+        tokens = shape.batch_size * length
+        block = BLOCK_WIDTHS * width + INNER_WIDTHS * inner
+        values = shape.n_layer * block + 8 * width + LOGIT_COPIES * shape.vocab_size
+        if shape.reorder_and_upcast_attn:  # the eager kernel holds whole matrices of scores
+            values += (2 * shape.n_layer + 4) * shape.n_head * length
+        matrices = shape.parameters - shape.n_positions * width
+        return Need(
+            parameters=shape.parameters,
+            working=4 * tokens * values,
+            data=token_bytes(data) // length * ORDER_BYTES + 16 * tokens,
+            flops=tokens * (6.0 * matrices + 12.0 * shape.n_layer * width * length),
+        )
 
     # --- the model ----------------------------------------------------------------------------------------------------
 

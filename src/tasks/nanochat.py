@@ -11,14 +11,25 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, ValidationError
 
-from nanochat.common import base_dir, check_memory
+from nanochat.common import attention_need, base_dir, check_memory, memory_need
 from nanochat.config import GPTConfig, MuonAdamWConfig, Preset
 from nanochat.schedules import settings
 from nanochat.shards import list_shards
 from pilot.common.flags import arg
 from protocol import MAX_BLOB_BYTES, DataSpec, ProtocolError, TaskSpec
-from tasks import OpenBlob
-from tasks.base import BaseTask, Dimension, EpochOrders, Seed, Shape, check_seed, open_tokens, seeded
+from tasks import Need, OpenBlob
+from tasks.base import (
+    ORDER_BYTES,
+    BaseTask,
+    Dimension,
+    EpochOrders,
+    Seed,
+    Shape,
+    check_seed,
+    open_tokens,
+    seeded,
+    token_bytes,
+)
 from tasks.data.text import TextConfig, make_tokens, prepare_tokens, silent
 from tasks.data.tokenizer import RustTokenizer, load_file
 from tasks.data.tokens import Tokens
@@ -225,6 +236,19 @@ class Nanochat(BaseTask[NanochatShape]):
     @property
     def _vocabulary_blob(self) -> bytes | None:
         return self._tokenizer.vocabulary if self._tokenizer else None
+
+    @classmethod
+    def need(cls, spec: TaskSpec, data: DataSpec) -> Need:
+        shape = NanochatShape.parse(spec)
+        config, batch, size = shape.config(), shape.batch_size, BYTES[shape.dtype]
+        values, tokens = config.parameter_counts()["total"], batch * shape.sequence_len
+        both = memory_need(config, batch, optimizer=False, activation_bytes=size)  # with parameters and gradients
+        return Need(
+            parameters=values,
+            working=both - 8 * values + attention_need(config, batch, size),
+            data=token_bytes(data) // (shape.sequence_len + 1) * ORDER_BYTES + token_bytes(data) + 16 * tokens,
+            flops=float(tokens * config.flops_per_token()),
+        )
 
     # --- the model ----------------------------------------------------------------------------------------------------
 

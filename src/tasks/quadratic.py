@@ -28,8 +28,18 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from protocol import CONTEXT, DataSpec, ProtocolError, TaskSpec
-from tasks import OpenBlob
-from tasks.base import BaseTask, Dimension, EpochOrders, Seed, Shape, check_seed, open_tokens
+from tasks import Need, OpenBlob
+from tasks.base import (
+    ORDER_BYTES,
+    BaseTask,
+    Dimension,
+    EpochOrders,
+    Seed,
+    Shape,
+    check_seed,
+    open_tokens,
+    token_bytes,
+)
 from tasks.data.tokens import Tokens, write
 
 if TYPE_CHECKING:
@@ -158,6 +168,18 @@ class Quadratic(BaseTask[QuadraticShape]):
             return cls(shape, data, tokens)
         except ValueError as error:
             raise ProtocolError(str(error)) from None
+
+    @classmethod
+    def need(cls, spec: TaskSpec, data: DataSpec) -> Need:
+        shape = QuadraticShape.parse(spec)
+        d, samples = shape.dimension, token_bytes(data) // shape.dimension
+        batch = min(shape.batch_size, samples) * d
+        return Need(
+            parameters=d,
+            working=4 * 12 * d,
+            data=4 * batch + samples * (16 * d + ORDER_BYTES),  # noise in fp32, its squares in fp64
+            flops=6.0 * batch,
+        )
 
     # --- the model ----------------------------------------------------------------------------------------------------
 

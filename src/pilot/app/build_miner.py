@@ -92,6 +92,7 @@ async def build_miner(config: MinerConfig, program: str, console: MinerConsole, 
             console.say,
             compiled=config.compile,
             sources={name: FolderSource(folder) for name, folder in config.source_folders().items()},
+            limits=config.limits,
         )
         stack.callback(worker.close)
         console.say(f"tasks {', '.join(config.tasks)} on {device}")

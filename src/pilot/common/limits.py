@@ -32,6 +32,13 @@ class Limits:
     reserve_bytes: int = 256 * MB
     """Bytes left free on the disk for the ledger: no payload is taken that would leave less."""
 
+    memory: float = 0.8
+    """Memory that the work on an order may take at a miner, up to 1 as a share of what is free, above 1 in bytes."""
+    batch_s: float = 600.0
+    """Seconds that a micro-batch of an order may take at a miner, as computed from its numbers."""
+    deadline_s: float = 21_600.0
+    """Seconds after which an order is over for a miner, whatever its deadline says."""
+
     connections: int = 256
     """Open connections in all. When they are used up, the oldest that never sent a valid signature is closed."""
     connections_per_address: int = 64

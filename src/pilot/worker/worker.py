@@ -20,16 +20,19 @@ from typing import Literal, TypeVar
 import torch
 from typing_extensions import Buffer
 
+from nanochat.common import usable_memory
 from pilot.codec import bits, known_codecs, load_codec
+from pilot.common.limits import Limits
 from pilot.common.units import fp32_megabytes
 from pilot.interfaces import BlobSource, BlobWriter, MinerStore, Refused
 from pilot.training.executor import Charge
 from pilot.training.gradient import GradientAccumulator
 from pilot.training.inner_loop import AccumulatorFactory
-from pilot.worker.blob_inbox import BlobInbox, BufferWriter
+from pilot.worker.blob_inbox import IN_MEMORY, BlobInbox, BufferWriter
 from pilot.worker.containment import Contained, ContainedExecutor, contain, private_cause
 from pilot.worker.error_feedback import ErrorFeedback
 from pilot.worker.job import Job
+from pilot.worker.needs import NeedChecker
 from pilot.worker.replica import Replica
 from protocol import (
     MAX_SERVED_BYTES,
@@ -72,18 +75,20 @@ class Worker:
         compiled: bool = False,
         charge: Charge | None = None,
         sources: Mapping[str, BlobSource] | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """`sources` are what orders may name as a blob's source; the validator sends blobs of all others.
 
         `charge` is for simulations: it lets the virtual time pass that a phase takes (`pilot.training.executor`).
         """
         self.hotkey, self.tasks, self.cache, self.say, self.clock = hotkey, tasks, cache, say, clock
-        self.sources = dict(sources or {})
+        self.sources, self.limits = dict(sources or {}), limits or Limits()
         self.codecs = known_codecs()
         self.feedback = ErrorFeedback(cache.residuals, cache.receipts, say)
         self.replica = Replica(device, open_blob, compiled, lambda codec: codec in self.codecs)
         self.inbox = BlobInbox(self.replica.blobs, cache.store)
         self.accumulators = AccumulatorFactory()
+        self.needs = NeedChecker(device, self.limits, usable_memory)
         self.leaving = False
         self.jobs: dict[Digest, Job] = {}  # the last orders that were accepted
         self.offered_at: dict[Digest, float] = {}  # when each of the last orders was first offered
@@ -181,7 +186,10 @@ class Worker:
         Raises Refused: BUSY, an order that contradicts itself, or `missing` blobs.
         """
         try:
-            contain(self._accept, caller, order, order_digest)
+            try:
+                contain(self._accept, caller, order, order_digest)
+            except ProtocolError as error:
+                raise Refused(409, str(error), error.fault) from error.__cause__
         except Refused as refused:
             if not refused.missing and self.refusals.get(caller) != refused.reason:
                 self.refusals[caller] = refused.reason
@@ -207,6 +215,7 @@ class Worker:
             _add_bounded(self.offered_at, order_digest, self.clock())
 
         needed = self._needed(order)
+        self.needs.check(order, sum(ref.bytes for ref in needed if ref.kind in IN_MEMORY))
         fetches = [ref for ref in needed if self._has_source(ref)]
         self.inbox.require([ref for ref in needed if ref not in fetches])
 
