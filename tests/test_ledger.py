@@ -51,8 +51,22 @@ def test_what_is_committed_comes_back_equal_after_reopening(path: Path, ledger: 
     again.close()
 
 
+def test_the_newest_round_is_known_without_a_read(path: Path, ledger: Ledger) -> None:
+    for round in range(3):
+        ledger.open_round(round, orders(round))
+        ledger.commit(record(round))
+        assert ledger.newest == (round, record(round).version)
+    with pytest.raises(RuntimeError):
+        ledger.commit(record(7))
+    assert ledger.newest == (2, record(2).version)
+    again = Ledger(path)
+    assert again.newest == ledger.newest
+    again.close()
+
+
 def test_empty_ledger(ledger: Ledger) -> None:
     assert ledger.head() is None
+    assert ledger.newest is None
     assert ledger.meta() == {}
     assert ledger.committed(0) == []
     assert ledger.orders(0) == ()

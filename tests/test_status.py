@@ -10,19 +10,27 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from records_samples import orders, record
 
+from pilot.app.build_validator import health_of as validator_health
 from pilot.app.local_miners import ask_status
+from pilot.common.limits import Limits
 from pilot.storage.miner_store import FileMinerStore
+from pilot.storage.run_store import RunStore
 from pilot.transport.auth import Guard
+from pilot.transport.server.admission import Admission
 from pilot.transport.server.axon import Axon
+from pilot.transport.server.gateway import Gateway
+from pilot.transport.server.health import HealthServer
 from pilot.worker.worker import Worker
 from protocol import Health, Hotkey
 from tasks.data.tokens import Tokens
-from tests.echo import MINER, Echo, open_guard, serving
+from tests.echo import MINER, VALIDATOR, Echo, open_guard, serving
 from tests.processes import RUN, Miner, Process, eventually, quadratic_flags, start_miner, start_validator
 from tests.test_transport import free_port
 
@@ -153,6 +161,56 @@ def test_a_miner_whose_work_has_failed_is_not_healthy(tmp_path: Path) -> None:
     assert status == 503
     assert Health.model_validate_json(text).healthy is False
     assert "secret" not in text
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("gateway", [False, True])
+def test_a_validator_answers_from_memory(gateway: bool, method: str, tmp_path: Path) -> None:
+    """Whoever asks, and however often, waits for no commit and causes no read."""
+    store = RunStore.create(tmp_path / "demo", {"task": "gpt2"}, 2)
+    asked = partial(validator_health, "demo", VALIDATOR.ss58_address, store)
+    assert asked().state == "starting"
+    for round in range(3):
+        store.open_round(round, orders(round))
+        store.commit(record(round))
+
+    async def main() -> tuple[int, str]:
+        server: HealthServer | Gateway = HealthServer(asked, "127.0.0.1", 0, Limits())
+        if gateway:
+            admission = Admission("everyone", print, time.monotonic)
+            server = Gateway(VALIDATOR, "gpt2", admission, asked, "127.0.0.1", 0)
+        port = await server.start()
+        try:
+            with store.ledger._lock:  # as during a commit
+                return await asyncio.to_thread(ask, port, method)
+        finally:
+            await server.close()
+
+    status, text = asyncio.run(main())
+    store.close()
+    assert status == 200
+    if method == "GET":
+        health = Health.model_validate_json(text)
+        assert (health.round, health.version, health.state) == (2, record(2).version, "training")
+    else:
+        assert text == ""
+
+
+@pytest.mark.parametrize("path", ["/v1/status", f"/v1/hello?nonce={'0' * 32}"])
+def test_head_is_a_get_without_its_body(path: str) -> None:
+    async def main() -> tuple[bytes, bytes]:
+        async with serving(Axon(Echo(), MINER, open_guard(), "127.0.0.1", 0)) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            answers = []
+            for method in ("HEAD", "GET"):  # over one connection: a body would be taken for the next answer
+                writer.write(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                answers.append(await reader.readuntil(b"\r\n\r\n"))
+            writer.close()
+            return answers[0], answers[1]
+
+    got_head, got = asyncio.run(main())
+    assert got_head.startswith(b"HTTP/1.1 200 ")
+    assert [line.split(b":")[0] for line in got_head.splitlines()] == [line.split(b":")[0] for line in got.splitlines()]
 
 
 def test_asking_pins_nobody() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,6 +155,21 @@ async def _start_network(
     return network
 
 
+def health_of(run: str, hotkey: Hotkey, store: RunStore) -> Health:
+    """Return what anyone may know of the validator. It is asked by strangers, so it reads nothing from the disk."""
+    newest = store.ledger.newest
+    return Health(
+        role="validator",
+        hotkey=hotkey,
+        healthy=True,
+        state="training" if newest else "starting",
+        run=run,
+        round=newest[0] if newest else None,
+        version=newest[1] if newest else None,
+        time_ns=time.time_ns(),
+    )
+
+
 async def _start_server(
     config: ValidatorConfig,
     folder: Path,
@@ -171,19 +187,7 @@ async def _start_server(
     if serve.port is None:
         return None
 
-    def health() -> Health:
-        head = store.head()
-        return Health(
-            role="validator",
-            hotkey=keypair.ss58_address,
-            healthy=True,
-            state="training" if head else "starting",
-            run=folder.name,
-            round=head.round if head else None,
-            version=head.version if head else None,
-            time_ns=time.time_ns(),
-        )
-
+    health = partial(health_of, folder.name, keypair.ss58_address, store)
     server: HealthServer | Gateway
     tls = server_context(serve.tls_cert, serve.tls_key, "serve") if serve.tls_cert and serve.tls_key else None
     common = (health, serve.ip, serve.port, config.limits, tls)

@@ -26,7 +26,7 @@ from typing import Any
 
 from pilot.interfaces import RoundRecord
 from pilot.storage.schema import RELEASES, TABLES, VERSION
-from protocol import Digest, Fault, Hotkey, Order, Range, Receipt, Reply, Signed
+from protocol import Digest, Fault, Hotkey, Order, Range, Receipt, Reply, Signed, Version
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         """Open the ledger, or make an empty one. Raises ValueError for another schema or a file of another kind."""
+        self.newest: tuple[int, Version] | None = None  # the last committed round and its version, without a read
         self._lock = threading.Lock()
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
@@ -139,6 +140,7 @@ class Ledger:
                 for statement in TABLES.split(";\n"):  # each ends a line
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {VERSION}")
+        self.newest = _newest(self._connection)
 
     def close(self) -> None:
         with self._lock:
@@ -379,6 +381,7 @@ class Ledger:
                 if self._connection.in_transaction:  # SQLite may have rolled back itself: disk full
                     self._connection.execute("ROLLBACK")
                 raise
+            self.newest = _newest(self._connection)
 
     def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         with self._lock:
@@ -389,6 +392,13 @@ def _next(db: sqlite3.Connection) -> int:
     """The round to commit next: rounds are 0, 1, …, without a gap."""
     (next_round,) = db.execute("SELECT coalesce(max(round) + 1, 0) FROM rounds").fetchone()
     return int(next_round)
+
+
+def _newest(db: sqlite3.Connection) -> tuple[int, Version] | None:
+    found: tuple[int, Version] | None = db.execute(
+        "SELECT round, version FROM rounds ORDER BY round DESC LIMIT 1"
+    ).fetchone()
+    return found
 
 
 def _check_open(db: sqlite3.Connection, round: int) -> None:
