@@ -135,7 +135,8 @@ class Run:
 
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> None:
     config = parse(sys.argv[1:] if argv is None else argv, program)
-    ranks = Ranks.of_environment()
+    with cli.mistakes(program):
+        ranks = Ranks.of_environment()
     try:
         with ranks:
             train(config, ranks, program)
@@ -157,7 +158,7 @@ def train(config: BaselineConfig, ranks: Ranks, program: str) -> None:
             device = cli.pick_device(ranks.device(config.device))
             cli.set_threads(config.threads)
             cli.reuse_memory()
-            ranks.start(device)
+            ranks.start(device, print)
             say = print if ranks.first else _silent
             with ranks.first_before_others():
                 task = prepare(config, device, say)
@@ -245,6 +246,7 @@ def loop(
 def check(config: BaselineConfig) -> None:
     """Raise ValueError for mistakes that can be found before anything is read."""
     from nanochat.checkpoint_manager import steps
+    from pilot.display.metrics import allowed_mode
 
     for flag, least in (("rounds", 1), ("batches", 1), ("eval_every", 0), ("save_every", 0), ("save_keep", 1)):
         if getattr(config, flag) < least:
@@ -252,7 +254,7 @@ def check(config: BaselineConfig) -> None:
     for name, path in (("out", config.out), ("log", config.log)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise ValueError(f"--{name} {path}: must be a file in a folder that is there")
-    if config.wandb.mode != "disabled" and folder_of(config) is None:
+    if allowed_mode(config.wandb.mode) != "disabled" and folder_of(config) is None:
         raise ValueError(f"--wandb.mode {config.wandb.mode}: needs --checkpoints, a folder for W&B's files")
     ratio = config.target_param_data_ratio
     if not 0 <= ratio < math.inf:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shlex
 import time
 from pathlib import Path
 
 import pytest
-from bittensor import http_auth
+from bittensor import Wallet, http_auth
 from bittensor.sp_core import CRYPTO_SR25519, ss58_encode, verify
 
 from pilot.interfaces import Refused
@@ -286,3 +288,50 @@ def test_a_broken_key_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--wallet\.hotkey h1: ") as caught:
         load_keypair("cold", "h1", str(tmp_path), create=True, say=print)
     assert "\n" not in str(caught.value)
+
+
+def key_file(folder: Path, content: dict[str, object] | str) -> None:
+    """Write it as the hotkey `cold/h1`."""
+    path = folder / "cold" / "hotkeys" / "h1"
+    path.parent.mkdir(parents=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+@pytest.mark.parametrize("content", ["$NACL and what follows", "$ANSIBLE_VAULT;1.1;AES256", "gAAAAAB and what follows"])
+def test_an_encrypted_hotkey_without_a_terminal_is_refused(
+    tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key_file(tmp_path, content)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(ValueError, match=r"^--wallet\.hotkey h1: .* is encrypted, and there is no terminal") as caught:
+        load_keypair("cold", "h1", str(tmp_path), create=True, say=print)
+    assert "\n" not in str(caught.value)
+    assert "BT_WALLET_PASSWORD" in str(caught.value)
+
+
+@pytest.mark.slow  # the key is derived from the password with much memory
+def test_the_environment_gives_the_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wallet = Wallet(name="cold", hotkey="h1", path=str(tmp_path))
+    wallet.create_new_hotkey(use_password=True, hotkey_password="a-test-only-password", suppress=True)
+    monkeypatch.setenv("BT_WALLET_PASSWORD", "a-test-only-password")
+    key = load_keypair("cold", "h1", str(tmp_path), create=True, say=print)
+    assert key.ss58_address == wallet.hotkeypub.ss58_address
+    monkeypatch.setenv("BT_WALLET_PASSWORD", "another")
+    with pytest.raises(ValueError, match=r"^--wallet\.hotkey h1: ") as caught:
+        load_keypair("cold", "h1", str(tmp_path), create=True, say=print)
+    assert "another" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fields", [("ss58Address",), ("publicKey", "ss58Address", "cryptoType", "accountId")])
+def test_a_hotkey_without_its_secret_is_refused_at_the_start(tmp_path: Path, fields: tuple[str, ...]) -> None:
+    load_keypair("other", "h1", str(tmp_path), create=True, say=lambda _: None)
+    whole = json.loads((tmp_path / "other" / "hotkeys" / "h1").read_text())
+    key_file(tmp_path, {name: whole[name] for name in fields})
+    with pytest.raises(ValueError, match=r"^--wallet\.hotkey h1: .* holds only the public key, which cannot sign"):
+        load_keypair("cold", "h1", str(tmp_path), create=True, say=print)
+
+
+def test_a_hotkey_of_another_kind_is_refused_at_the_start(tmp_path: Path) -> None:
+    key_file(tmp_path, {"secretSeed": "0x" + "11" * 32, "cryptoType": 0})
+    with pytest.raises(ValueError, match=r"^--wallet\.hotkey h1: .* is not an sr25519 key"):
+        load_keypair("cold", "h1", str(tmp_path), create=True, say=print)

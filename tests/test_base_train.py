@@ -6,9 +6,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import transformers
 from safetensors.torch import load_file
 
 from pilot.common.files import FileLock
+from pilot.training.distributed import RankLost, Ranks
 from tests.processes import PATIENCE_S, SRC, Process, eventually
 from tests.test_nanochat_task import write_books
 
@@ -275,7 +278,7 @@ from tests.test_nanochat_task import make_task
 ranks = Ranks.of_environment()
 torch.set_num_threads(1)
 with ranks:
-    ranks.start(torch.device("cpu"))
+    ranks.start(torch.device("cpu"), print)
     task = make_task(__import__("pathlib").Path(sys.argv[1]) / str(ranks.rank))
     model = task.build_model("cpu", initial=True)
     batches = 6 if ranks.world == 1 else 2 + 2 * ranks.rank  # ranks that did not do the same amount of work
@@ -285,6 +288,68 @@ with ranks:
         tensors = {**work.gradient, "count": torch.tensor(work.count), "loss": torch.tensor(work.loss)}
         save_file(tensors, sys.argv[2])
 """
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"RANK": "1"}, "RANK=1 in the environment: must be below WORLD_SIZE, which is 1"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 in the environment: must be below WORLD_SIZE, which is 2"),
+        ({"RANK": "x"}, "RANK=x in the environment: must be a number from 0"),
+        ({"RANK": "-1"}, "RANK=-1 in the environment: must be a number from 0"),
+        ({"RANK": "1.0"}, "RANK=1.0 in the environment: must be a number from 0"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment: must be a number from 0"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 in the environment: must be below WORLD_SIZE, which is 0"),
+        ({"LOCAL_RANK": "gpu0"}, "LOCAL_RANK=gpu0 in the environment: must be a number from 0"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment: needs RANK too"),
+        ({"WORLD_SIZE": "2", "RANK": ""}, "WORLD_SIZE=2 in the environment: needs RANK too"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 in the environment: needs MASTER_ADDR too"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "http"},
+            "MASTER_PORT=http in the environment: must be 1 to 65535",
+        ),
+    ],
+    ids=str,
+)
+def test_an_environment_of_no_torchrun_is_refused_in_a_line(
+    tmp_path: Path,
+    environment: dict[str, str],
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        main(["--task", "gpt2", "--checkpoints", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.startswith(f"base_train.py: {line}; start all ranks with torchrun, or unset it")
+    assert said.count("\n") == 1
+
+
+def test_an_empty_rank_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    assert Ranks.of_environment() == Ranks()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_partner_that_never_comes_is_waited_for_aloud_and_not_for_ever(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, str(value))
+    said: list[str] = []
+    with pytest.raises(
+        RankLost, match=f"rank {rank} of 2: the other ranks have not all come to 127.0.0.1:{port}"
+    ) as lost:
+        Ranks.of_environment().start(torch.device("cpu"), said.append, timedelta(seconds=2))
+    assert said == [f"rank {rank} of 2: waiting up to 2 s for the other ranks at 127.0.0.1:{port}"]
+    assert "\n" not in str(lost.value)
 
 
 @pytest.mark.slow

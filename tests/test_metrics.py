@@ -16,7 +16,7 @@ import pytest
 
 from pilot.app.report import miner_rows, own_time
 from pilot.display.console import Console
-from pilot.display.metrics import Metrics
+from pilot.display.metrics import Metrics, Mode, allowed_mode
 from pilot.display.plots import loss_plot
 from pilot.storage.ledger import Total
 
@@ -82,6 +82,35 @@ def run_python(script: str, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": SOURCE}
     command = [sys.executable, "-c", script, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment", "expected"),
+    [
+        ("online", "offline", "offline"),
+        ("online", "dryrun", "offline"),
+        ("online", "Disabled", "disabled"),
+        ("offline", "disabled", "disabled"),
+        ("offline", "online", "offline"),
+        ("disabled", "online", "disabled"),
+        ("online", "", "online"),
+        ("online", "shared", "online"),
+    ],
+)
+def test_the_stricter_of_flag_and_environment_holds_for_wandb(
+    flag: Mode, environment: str, expected: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", environment)
+    assert allowed_mode(flag) == expected
+
+
+def test_wandb_that_the_environment_forbids_is_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    Metrics(tmp_path, "online", "pilot", "demo").close()
+    assert "W&B is disabled instead of online, as WANDB_MODE in the environment says" in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 def test_wandb_is_imported_only_when_it_is_on(tmp_path: Path) -> None:

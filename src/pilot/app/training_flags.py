@@ -63,9 +63,10 @@ class WandbConfig:
     """Weights & Biases."""
 
     mode: Literal["disabled", "offline", "online"] = arg("disabled", short=True)
-    """Weights & Biases: off, files in the run folder, or online. Online needs `wandb login` first."""
+    """Weights & Biases: off, files in the run folder, or online. Online needs `wandb login` first. A stricter
+    WANDB_MODE in the environment holds."""
     project: str = "pilot"
-    """Project that the run appears in."""
+    """Project that the run appears in. pilot: WANDB_PROJECT of the environment, if that is set."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 Row = Mapping[str, float | int | str]
 Mode = Literal["disabled", "offline", "online"]
+MODES: tuple[Mode, ...] = ("disabled", "offline", "online")
+DEFAULT_PROJECT = "pilot"
 
 
 def rows_before(path: Path, round: int, say: Callable[[str], object]) -> list[dict[str, Any]]:
@@ -41,6 +44,13 @@ def rows_before(path: Path, round: int, say: Callable[[str], object]) -> list[di
     return rows
 
 
+def allowed_mode(mode: Mode) -> Mode:
+    """Return the mode that the flags ask for, or a stricter one that WANDB_MODE asks for."""
+    asked = os.environ.get("WANDB_MODE", "").strip().lower()
+    limit = "offline" if asked == "dryrun" else asked
+    return min(mode, limit, key=MODES.index) if limit in MODES else mode
+
+
 class Metrics:
     """Writes `metrics.jsonl` and `summary.json` into a run's folder, with null for NaN and infinity."""
 
@@ -48,7 +58,12 @@ class Metrics:
         """Start W&B with `mode`, `project` and `name`. Raises ValueError if that fails."""
         self._folder = folder
         self._path = folder / "metrics.jsonl"
-        self._wandb = None if mode == "disabled" else _Wandb(folder, mode, project, name)
+        allowed = allowed_mode(mode)
+        if allowed != mode:
+            logger.warning("W&B is %s instead of %s, as WANDB_MODE in the environment says", allowed, mode)
+        if project == DEFAULT_PROJECT:
+            project = os.environ.get("WANDB_PROJECT", "").strip() or project
+        self._wandb = None if allowed == "disabled" else _Wandb(folder, allowed, project, name)
 
     def log(self, row: Row) -> None:
         """Append a round. `row["round"]` is the step in W&B."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
 
 VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-
-
+REMEDY = "start all ranks with torchrun, or unset it to train in one process"
+JOIN = timedelta(minutes=10)  # for all ranks to be started
+SILENCE_S = 5.0  # until a rank says that it waits for others
 PATIENCE = timedelta(days=1)  # while the first rank reads the data: a rank that dies is noticed by its connections
 OF_PEERS = re.compile("gloo|nccl|connection|socket|peer", re.IGNORECASE)
 
@@ -46,8 +48,20 @@ class Ranks:
 
     @classmethod
     def of_environment(cls) -> Ranks:
-        """As torchrun set it."""
-        rank, world, local = (int(os.environ.get(name, default)) for name, default in VARIABLES)
+        """Read what torchrun has set; what is empty counts as not set. Raises ValueError for what cannot be."""
+        given = {name: os.environ.get(name, "").strip() or default for name, default in VARIABLES}
+        for name, text in given.items():
+            if not re.fullmatch(r"[0-9]{1,6}", text):
+                raise ValueError(f"{name}={text} in the environment: must be a number from 0; {REMEDY}")
+        rank, world, local = map(int, given.values())
+        if rank >= world:
+            raise ValueError(f"RANK={rank} in the environment: must be below WORLD_SIZE, which is {world}; {REMEDY}")
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if world > 1 and not os.environ.get(name, "").strip():
+                raise ValueError(f"WORLD_SIZE={world} in the environment: needs {name} too; {REMEDY}")
+        port = os.environ.get("MASTER_PORT", "").strip()
+        if world > 1 and not (re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 1 << 16):
+            raise ValueError(f"MASTER_PORT={port} in the environment: must be 1 to 65535; {REMEDY}")
         return cls(rank, world, local)
 
     @property
@@ -64,16 +78,37 @@ class Ranks:
             return f"cuda:{self.local}"
         return name
 
-    def start(self, device: torch.device) -> None:
-        if self.world > 1:
-            import torch.distributed as dist
+    def start(self, device: torch.device, say: Callable[[str], object], join: timedelta = JOIN) -> None:
+        """Meet the other ranks. Raises RankLost if they have not all come within `join`."""
+        if self.world == 1:
+            return
+        import torch.distributed as dist
 
-            if device.type == "cuda":
-                import torch
+        if device.type == "cuda":
+            import torch
 
-                torch.cuda.set_device(device)
-            with self.watched():
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            torch.cuda.set_device(device)
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        limit = f"{join.total_seconds():g} s"
+        line = f"rank {self.rank} of {self.world}: waiting up to {limit} for the other ranks at {where}"
+        waits = threading.Timer(min(SILENCE_S, join.total_seconds() / 2), say, [line])
+        waits.daemon = True
+        waits.start()
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=join))  # type: ignore[attr-defined]
+        except dist.DistError as error:
+            reason = f"the other ranks have not all come to {where} within {limit}"
+            raise RankLost(f"rank {self.rank} of {self.world}: {reason} ({str(error).splitlines()[0]})") from error
+        finally:
+            waits.cancel()
+        with self.watched():
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=self.rank,
+                world_size=self.world,
+                timeout=PATIENCE,
+            )
 
     @contextmanager
     def stops(self) -> Iterator[None]:
