@@ -65,6 +65,7 @@ class Fault(StrEnum):
     SILENT = "SILENT"  # the miner never answered, or went away
     LEAVING = "LEAVING"  # the miner said that it is shutting down
     BUSY = "BUSY"  # the miner works for another validator, or has too many requests under way
+    REFUSED = "REFUSED"  # the miner refused the order, for a reason of its own
     LATE = "LATE"  # the miner took the order; no whole reply by the deadline, or before the round was closed
     MALFORMED = "MALFORMED"  # bytes that are not what the protocol, the digest or the codec says
     STALE = "STALE"  # not the version that the order names
@@ -75,6 +76,11 @@ class Fault(StrEnum):
     DUPLICATE = "DUPLICATE"  # for rankers and audits: a copy of another miner's contribution
     UNVERIFIED = "UNVERIFIED"  # for audits: the work was checked, and could not be reproduced
     VALIDATOR_FAILED = "VALIDATOR_FAILED"  # the validator could not take the work; not the miner's fault
+
+
+# What a miner may say of itself by refusing an order. Everything else that it names counts as REFUSED: the other faults
+# are found by the validator.
+REFUSAL_FAULTS = frozenset({Fault.LEAVING, Fault.BUSY, Fault.LATE, Fault.NONFINITE})
 
 
 def one_line(text: str) -> str:
@@ -488,7 +494,7 @@ class Health(Part):
 
 
 class Refusal(Message):
-    """The body of an error response. Unsigned: it is advice, and nothing is scored by it but the peer that sent it."""
+    """The body of an error response. It decides something only if a header signs it for the request that it answers."""
 
     kind: ClassVar[str] = "refusal"
 

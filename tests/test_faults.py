@@ -124,7 +124,7 @@ LIES: dict[str, tuple[Fault, dict[str, object]]] = {
     "another dtype": (Fault.MALFORMED, {"payload": as_bf16}),
     "a payload cut short": (Fault.MALFORMED, {"payload": lambda data: bytes(data)[:-4]}),
     "an empty payload": (Fault.MALFORMED, {"payload": lambda data: b""}),
-    "a wrong digest": (Fault.MALFORMED, {"reply": changed(payload_digest="0" * 64)}),
+    "a wrong digest": (Fault.SILENT, {"reply": changed(payload_digest="0" * 64)}),
     "an older version's gradient": (Fault.STALE, {"reply": changed(version="1" * 64)}),
     "ranges not ordered": (Fault.WRONG_DATA, {"reply": changed(done=(Range(100, 102),))}),
     "more than was ordered": (Fault.WRONG_DATA, {"reply": changed(done=(Range(0, 50),))}),
@@ -134,7 +134,9 @@ LIES: dict[str, tuple[Fault, dict[str, object]]] = {
     "another codec": (Fault.MALFORMED, {"reply": changed(codec="bf16")}),
     "another's hotkey": (Fault.MALFORMED, {"reply": changed(hotkey=HONEST)}),
     "busy": (Fault.BUSY, {"order": refuse(Fault.BUSY)}),
-    "wrong data": (Fault.WRONG_DATA, {"order": refuse(Fault.WRONG_DATA)}),
+    "no work": (Fault.REFUSED, {"order": refuse(Fault.WRONG_DATA)}),
+    "a fault of the validator": (Fault.REFUSED, {"order": refuse(Fault.VALIDATOR_FAILED)}),
+    "a verdict of its own": (Fault.REFUSED, {"order": refuse(Fault.UNVERIFIED)}),
 }
 
 

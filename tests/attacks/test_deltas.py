@@ -346,7 +346,7 @@ def test_a_miner_that_wants_its_state_again_and_again(tmp_path: Path, asks: bool
             assert await network.wait_for_peer(60)
             with pytest.raises(Faulted) as caught:
                 await network.exchange(order, network.sign(order), blobs_of(order), tmp_path / "payload")
-            assert caught.value.fault is Fault.SILENT
+            assert caught.value.fault is Fault.REFUSED
             assert "asks for a whole state" in caught.value.reason
             assert miner.answers == 3
             [link] = network.miner_states()

@@ -117,7 +117,7 @@ def test_who_names_codecs_that_it_does_not_know_refuses_and_the_round_goes_on(tm
         for round in range(2):
             found = receipts(p.store, round)
             assert found[HONEST].verdict == "ACCEPTED"
-            assert found[LIAR].verdict == Fault.MALFORMED
+            assert found[LIAR].verdict == Fault.REFUSED
             assert found[LIAR].reason == "refused with 400: codec ternary-rc: this miner knows fp32"
         await p.market.close()
 

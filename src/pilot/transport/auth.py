@@ -41,12 +41,16 @@ __all__ = [
     "WrongReceiver",
     "is_hotkey",
     "open_reply",
+    "refusal_holds",
     "sign_message",
+    "sign_refusal",
     "sign_request",
     "verify_message",
 ]
 
 M = TypeVar("M", bound=Message)
+
+REFUSAL_SIGNATURE = "X-Pilot-Signature"  # the header of a refusal that its sender has signed
 
 # Headers of a signed request: their names, and all that their values may be. The library would also take numbers and
 # hex of any length, and other schemes than that of hotkeys.
@@ -98,11 +102,37 @@ def _signature_holds(signed: Signed) -> bool:
     return bool(verify(message, bytes.fromhex(signed.signature), signed.signer, CRYPTO_SR25519))
 
 
+def sign_refusal(keypair: Keypair, request: Mapping[str, str], status: int, body: str) -> dict[str, str]:
+    """Return the header that signs an error response to the request with the headers `request`, and to no other."""
+    return {REFUSAL_SIGNATURE: bytes(keypair.sign(_refusal_bytes(request, status, body))).hex()}
+
+
+def refusal_holds(
+    headers: Mapping[str, str], signer: Hotkey, request: Mapping[str, str], status: int, body: str
+) -> bool:
+    """Return whether `signer` has signed an error response to the request with the headers `request`."""
+    try:
+        signature = bytes.fromhex(headers.get(REFUSAL_SIGNATURE, ""))
+        return bool(verify(_refusal_bytes(request, status, body), signature, signer, CRYPTO_SR25519))
+    except ValueError:
+        return False
+
+
+def _refusal_bytes(request: Mapping[str, str], status: int, body: str) -> bytes:
+    """A request's signature covers a nonce: it names the request. A changed caller is another request's refusal."""
+    caller, signature = (request.get(name, "") for name in (http_auth.HEADER_HOTKEY, http_auth.HEADER_SIGNATURE))
+    return signing_bytes("refusal", f"{status} {caller} {signature} {body}")
+
+
 def open_reply(signed: Signed, order: Order, order_digest: Digest) -> Reply:
-    """The reply to exactly this order, by the miner that it was given to. Raises ProtocolError."""
+    """The reply to exactly this order, by the miner that it was given to.
+
+    Raises ProtocolError: FORGED where this miner has not signed it as a reply to this order.
+    """
     reply = verify_message(signed, Reply, order.hotkey)
+    if reply.order != order_digest:  # an older reply, which anyone may have kept
+        raise ProtocolError(f"reply: order is {reply.order}, asked was {order_digest}", Fault.FORGED)
     for field, said, asked in (
-        ("order", reply.order, order_digest),
         ("run", reply.run, order.run),
         ("round", reply.round, order.round),
         ("hotkey", reply.hotkey, order.hotkey),

@@ -21,7 +21,7 @@ from pilot.interfaces import Blobs, Faulted, MinerState, ReceivedReply, Refused
 from pilot.transport.auth import Keypair, sign_message
 from pilot.transport.client.exchange import Exchange, Push, Room
 from pilot.transport.client.peer import Endpoint, Peer, open_session, parse_endpoint
-from pilot.transport.client.remote_miner import Lost, MinerChannel, RemoteMiner
+from pilot.transport.client.remote_miner import Lost, MinerChannel, RemoteMiner, Unproven
 from pilot.transport.server.pull_queue import Pull, PullQueue
 from protocol import Fault, Hello, Hotkey, Message, Order, ProtocolError, Signed, one_line
 
@@ -317,12 +317,12 @@ class Dendrite:
         """Says hello. True where it is as it should be, and so reachable; else its complaint says why not."""
         try:
             hello = await peer.hello()
+        except (Refused, Unproven, ProtocolError) as error:
+            self._report(peer, f"no valid hello: {one_line(str(error))}; not used")
+            return False
         except Lost as lost:
             if lost.hint or peer.announced:
                 self._report(peer, f"{one_line(lost.hint or str(lost))}; not used")
-            return False
-        except (Refused, ProtocolError) as error:
-            self._report(peer, f"no valid hello: {one_line(str(error))}; not used")
             return False
         if reason := self._reason_against(peer, hello):
             self._report(peer, reason)

@@ -3,6 +3,9 @@
 Every step can be repeated. What was sent or fetched is not sent or fetched again: a blob goes on from where the miner
 says that it holds it, a payload from where the file ends, and both are verified as a whole. `Push` calls the miner;
 where the miner calls, it is `mailbox.Pull`.
+
+A verdict rests on what the miner has signed. Whatever comes unsigned or damaged, a relay may have changed: it is asked
+for again, and SILENT is all that becomes of it.
 """
 
 from __future__ import annotations
@@ -24,16 +27,27 @@ from pilot.common.limits import Limits
 from pilot.interfaces import Blobs, Faulted, ReceivedReply, Refused
 from pilot.transport.auth import open_reply, verify_message
 from pilot.transport.client.download import Download
-from pilot.transport.client.remote_miner import Lost, MinerChannel, Progress, RemoteMiner, pause
+from pilot.transport.client.remote_miner import Lost, MinerChannel, Progress, RemoteMiner, Unproven, open_answer, pause
 from pilot.transport.streaming import CHUNK, wait_for_threads
-from protocol import MAX_BLOB_BYTES, BlobRef, Digest, Fault, Order, ProtocolError, Reply, Signed, Status
+from protocol import (
+    MAX_BLOB_BYTES,
+    REFUSAL_FAULTS,
+    BlobRef,
+    Digest,
+    Fault,
+    Order,
+    ProtocolError,
+    Reply,
+    Signed,
+    Status,
+)
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 HEALED = 2  # times that a miner may find, for one order, that what it has does not lead to the order's version
-RESENT = 8  # times its size that a blob is sent at most: who lacks it then has no use for it
+RESENT = 8  # times its size that a blob is sent at most, and times that a payload is fetched
 
 Room = Callable[[Path, int], None]  # raises Faulted where a file of so many bytes may not be written
 
@@ -129,17 +143,21 @@ class Exchange(ABC):
         """Until all `size` bytes of the payload are held. Raises as `_await_reply` does."""
 
     async def _fetch(self, download: Download, reply: Reply) -> None:
-        """The payload into the file; anything but the signed length and digest is MALFORMED."""
+        """The payload into the file, whose length and digest are signed; again if it is damaged. Raises Faulted."""
         size, most = reply.payload_bytes, min(self.largest or MAX_BLOB_BYTES, self.limits.payload_bytes)
         if size > most:
             raise ProtocolError(f"payload: {size} bytes, at most {most}")
         download.expect(reply.payload_digest, size)
-        await self._bring(download, size)
-        if not download.finish() and download.found:
-            download.restart()
+        began, damaged = _now(), 0
+        while True:
             await self._bring(download, size)
-        if not download.finish():
-            raise ProtocolError("payload: not the bytes that the reply's digest names")
+            if download.finish():
+                return
+            damaged += not download.found
+            if damaged >= RESENT and _now() - began >= self.limits.away_s:
+                raise Faulted(Fault.SILENT, f"payload: came {damaged} times, never as the reply's digest names it")
+            download.restart()
+            await asyncio.sleep(pause(damaged, jitter=self.jitter))
 
     def _blob(self, ref_digest: Digest, size: int, kind: str, offset: int) -> memoryview:
         """What is left of a blob, to be sent. Raises Faulted for one that the order does not name, or too often."""
@@ -185,8 +203,7 @@ class Push(Exchange):
         if newest.kind == "delta" and newest.digest in self.blobs and self._has_all_but_newest():
             with contextlib.suppress(Lost, Refused):
                 await self._put(newest.ref, 0)
-        taken: set[BlobRef] = set()
-        while not await self._persist(partial(self._offer_once, taken)):
+        while not await self._persist(self._offer_once):
             pass
         self.peer.version = self.order.version
 
@@ -194,7 +211,7 @@ class Push(Exchange):
         before = self.order.update.versions[-2]
         return before is not None and self.peer.version == before
 
-    async def _offer_once(self, taken: set[BlobRef]) -> bool:
+    async def _offer_once(self) -> bool:
         """True where the order is accepted; else the miner has got some of what it lacks."""
         try:
             text = await self.peer.post_order(self.signed)
@@ -207,27 +224,22 @@ class Push(Exchange):
             missing, held = refused.missing, refused.held
         self.peer.version = None
         for ref in missing:
-            if ref in taken:
-                raise Faulted(Fault.MALFORMED, f"asks again for the {ref.kind} that it has taken")
-            if await self._push(ref, held.get(ref.digest, 0)):
-                taken.add(ref)
+            await self._push(ref, held.get(ref.digest, 0))
         return False
 
-    async def _push(self, ref: BlobRef, offset: int) -> bool:
-        """The rest of a blob. False where the miner says that it holds another part of it."""
+    async def _push(self, ref: BlobRef, offset: int) -> None:
+        """The rest of a blob. A miner that holds another part of it, or got it damaged, says so with the order."""
         if offset == ref.bytes:  # it is about to find out that it has all of it
             self._blob(ref.digest, ref.bytes, ref.kind, offset)
             self.sent[ref.digest] += CHUNK
-            await asyncio.sleep(pause(0, jitter=self.jitter))
-            return False
-        try:
-            await self._put(ref, offset)
-        except Refused as refused:
-            if not refused.missing:
-                raise faulted(refused) from None
-            await asyncio.sleep(pause(0, jitter=self.jitter))
-            return False
-        return True
+        else:
+            try:
+                await self._put(ref, offset)
+                return
+            except Refused as refused:
+                if not refused.missing:
+                    raise faulted(refused) from None
+        await asyncio.sleep(pause(self.sent[ref.digest] // (ref.bytes + CHUNK), most=0.25, jitter=self.jitter))
 
     async def _put(self, ref: BlobRef, offset: int) -> None:
         """Send a blob from `offset` on. Raises Lost, Refused, Faulted."""
@@ -250,19 +262,23 @@ class Push(Exchange):
 
     def _check_status(self, text: bytes) -> Status:
         self.bytes_up += len(text)
-        return verify_message(Signed.parse(text), Status, self.order.hotkey)
+        return open_answer(text, lambda signed: verify_message(signed, Status, self.order.hotkey))
 
     # --- back ---------------------------------------------------------------------------------------------------------
 
     async def _await_reply(self) -> tuple[Signed, Reply]:
-        while True:
-            status, body = await self._persist(partial(self.peer.poll_reply, self.signed))
-            if status == 200:
-                self.bytes_up += len(body)
-                signed = Signed.parse(body)
-                return signed, open_reply(signed, self.order, self.signed.digest)
-            self.progress.batches_done = self._check_status(body).batches_done
+        while (found := await self._persist(self._poll_once)) is None:
             await asyncio.sleep(0.05)  # still working; a miner that answers at once must not keep us busy
+        return found
+
+    async def _poll_once(self) -> tuple[Signed, Reply] | None:
+        """Return the reply; None while the miner works."""
+        status, body = await self.peer.poll_reply(self.signed)
+        if status == 200:
+            self.bytes_up += len(body)
+            return open_answer(body, lambda signed: (signed, open_reply(signed, self.order, self.signed.digest)))
+        self.progress.batches_done = self._check_status(body).batches_done
+        return None
 
     async def _bring(self, download: Download, size: int) -> None:
         await self._persist(partial(self._fetch_rest, download, size))
@@ -298,7 +314,9 @@ class Push(Exchange):
             try:
                 return await step()
             except Lost as lost:
-                if self._moved - moved >= quota:
+                if isinstance(lost, Unproven):
+                    moved = self._moved  # what came was of no use
+                elif self._moved - moved >= quota:
                     attempt, lost_since, moved = 0, float("inf"), self._moved
                 lost_since = min(lost_since, _now())
                 away = _now() - lost_since >= self.limits.away_s
@@ -320,4 +338,7 @@ def _now() -> float:
 
 
 def faulted(refused: Refused) -> Faulted:
-    return Faulted(refused.fault or Fault.SILENT, f"refused with {refused.status}: {refused.reason}")
+    """Return what becomes of an order that the miner refuses. It may choose among REFUSAL_FAULTS only."""
+    chosen = refused.fault
+    fault = chosen if chosen is not None and chosen in REFUSAL_FAULTS else Fault.REFUSED
+    return Faulted(fault, f"refused with {refused.status}: {refused.reason}")

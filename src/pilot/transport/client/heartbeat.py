@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pilot.interfaces import ANNOUNCE_S, MinerService, Refused
 from pilot.transport.auth import Keypair, sign_message
 from pilot.transport.client.peer import Peer
-from pilot.transport.client.remote_miner import Lost, pause
+from pilot.transport.client.remote_miner import Lost, Unproven, pause
 from protocol import Announce, ProtocolError, Refusal, new_nonce, one_line
 
 
@@ -86,6 +86,8 @@ class Heartbeat:
             self._tell(
                 f"the validator: {Refusal.parse(text).reason}" if status == 202 else "announced to the validator"
             )
+        except Unproven as refused:
+            self._fail(f"not taken by the validator: {refused}")
         except Lost as lost:
             self._proven = False
             self._fail(

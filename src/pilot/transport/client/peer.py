@@ -17,8 +17,8 @@ from yarl import URL
 from pilot.common.addresses import is_loopback
 from pilot.common.limits import Limits
 from pilot.interfaces import Refused
-from pilot.transport.auth import Keypair, is_hotkey, sign_request, verify_message
-from pilot.transport.client.remote_miner import Lost, MinerChannel
+from pilot.transport.auth import Keypair, is_hotkey, refusal_holds, sign_request, verify_message
+from pilot.transport.client.remote_miner import Lost, MinerChannel, Unproven
 from pilot.transport.streaming import CHUNK, SMALL, MinimumRate, stream_body
 from protocol import BlobRef, Digest, Fault, Hello, Hotkey, ProtocolError, Refusal, Signed, new_nonce
 
@@ -63,7 +63,7 @@ def parse_endpoint(text: str, tls: bool = False, flag: str = "axons", whose: str
 
 
 class Peer(MinerChannel):
-    """Requests to one peer. Connection failures become Lost, error statuses Refused.
+    """Requests to one peer. Connection failures become Lost, error responses that the peer has signed Refused.
 
     For its validator it is a miner; a miner calls its validator by one too.
     """
@@ -117,7 +117,7 @@ class Peer(MinerChannel):
         try:
             async with self.open("GET", f"/v1/payload?order={order}&offset={offset}") as response:
                 if response.content_length != left:
-                    raise ProtocolError(f"payload: {response.content_length} bytes, {left} of those signed are left")
+                    raise Lost(f"payload: {response.content_length} bytes, {left} of those signed are left")
                 await stream_body(response.content, write, self._limits)
         except TimeoutError:
             raise Lost(f"{self.endpoint}: fewer than {self._limits.min_rate:g} bytes a second") from None
@@ -134,7 +134,7 @@ class Peer(MinerChannel):
         response = await self._send("GET", f"/v1/hello?nonce={nonce}", {}, b"", self._limits.message_s)
         try:
             if response.status != 200:
-                raise await self._refused(response)
+                raise await self._refused(response, None)
             signed = Signed.parse(await self._whole(response, self._limits.body("hello")))
         finally:
             response.release()
@@ -145,7 +145,7 @@ class Peer(MinerChannel):
         return hello
 
     async def _correct_clock(self) -> None:
-        """Sign by the peer's clock from now on, as its hello tells it. Raises Lost, Refused.
+        """Sign by the peer's clock from now on, as its hello tells it. Raises Lost, and Refused for hello.
 
         A refusal tells the time too, but is unsigned: with a time of its own, whoever is between us and the peer would
         get requests that are good later on. Nor is what it does to a hello the peer's fault.
@@ -158,7 +158,7 @@ class Peer(MinerChannel):
             raise Lost(f"{self.endpoint}: answers as {hello.hotkey}, not {self.hotkey}")
         offset_ns = hello.time_ns - time.time_ns()
         if abs(offset_ns) > MOST_OFF_S * 10**9:
-            raise Refused(401, f"its clock is {offset_ns / 1e9:+.0f} s from ours: set the one right that is wrong")
+            raise Unproven(f"its clock is {offset_ns / 1e9:+.0f} s from ours: set the one right that is wrong")
         self._clock_offset_ns = offset_ns
 
     async def call(
@@ -175,7 +175,7 @@ class Peer(MinerChannel):
         """A signed request with a message's body, or with a blob streamed from its buffer: (200 or 202, the answer).
 
         `answer` is its kind, and bounds its length; the peer may keep us waiting for `wait_s`. `passed` counts the
-        blob's bytes. Raises Lost, Refused, ProtocolError.
+        blob's bytes. Raises Lost, Refused.
         """
         began = time.monotonic()
         async with self.open(method, target, body=body, blob=blob, wait_s=wait_s, passed=passed) as response:
@@ -204,11 +204,12 @@ class Peer(MinerChannel):
                 if response.status in (200, 202):
                     yield response
                     return
-                refused = await self._refused(response)
+                raise await self._refused(response, headers)
+            except Unproven:
+                if response.status != 401 or last:
+                    raise
             finally:
                 response.release()
-            if response.status != 401 or last:
-                raise refused
             await self._correct_clock()
 
     def _sign(self, method: str, target: str, body: bytes) -> dict[str, str]:
@@ -261,7 +262,7 @@ class Peer(MinerChannel):
         pace.restart(answer_s)
 
     async def _whole(self, response: aiohttp.ClientResponse, largest: int) -> bytes:
-        """Read an answer's body. Raises Lost, ProtocolError."""
+        """Read an answer's body. Raises Lost."""
         body = bytearray()
         try:
             async with asyncio.timeout(self._limits.message_s):
@@ -269,19 +270,29 @@ class Peer(MinerChannel):
                     body += piece
                     self.bytes_up += len(piece)
                     if len(body) > largest:
-                        raise ProtocolError(f"an answer of more than {largest} bytes")
+                        raise Unproven(f"{self.endpoint}: an answer of more than {largest} bytes")
         except TimeoutError:
             raise Lost(f"{self.endpoint}: its answer did not end in {self._limits.message_s:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise self._lost(error) from error
         return bytes(body)
 
-    async def _refused(self, response: aiohttp.ClientResponse) -> RefusedAt:
-        """Read an error response. Raises Lost for errors that may pass in a moment: slowness and failures inside."""
-        body = await self._whole(response, self._limits.body("refusal"))
-        if response.status in (408, 429) or (response.status >= 500 and response.status != 507):  # 507: a full disk
-            raise Lost(f"{self.endpoint}: HTTP {response.status}")
-        return RefusedAt(response.status, Refusal.parse(body))
+    async def _refused(self, response: aiohttp.ClientResponse, request: dict[str, str] | None) -> RefusedAt:
+        """Read an error response to a request with these signed headers, or to hello.
+
+        Raises Lost for what may pass in a moment: slowness, failures inside, and what the peer has not signed.
+        """
+        status, body = response.status, await self._whole(response, self._limits.body("refusal"))
+        if status in (408, 429) or (status >= 500 and status != 507):  # 507: a full disk
+            raise Lost(f"{self.endpoint}: HTTP {status}")
+        try:
+            text = body.decode()
+            refusal = Refusal.parse(text)
+        except ValueError as error:  # a ProtocolError is one
+            raise Unproven(f"{self.endpoint}: HTTP {status} without a reason: {error}") from None
+        if request and not refusal_holds(response.headers, self.hotkey or "", request, status, text):
+            raise Unproven(f"refused with {status}, unsigned: {refusal.reason}")
+        return RefusedAt(status, refusal)
 
     def _lost(self, error: Exception) -> Lost:
         hint, cause = "", error.__cause__

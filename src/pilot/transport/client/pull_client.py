@@ -39,7 +39,6 @@ from protocol import (
 )
 
 ORDERS = 4  # whose way goes on side by side, at most: one computing, one going up, and those that nobody wants any more
-ATTEMPTS = 3  # to get a blob that has its digest
 NOTHING = "0" * 64
 
 M = TypeVar("M", Order, Stop, Receipt)
@@ -93,9 +92,9 @@ class PullClient:
             target = f"/v1/next?{self._process}&taken={taken}&wait={max(1, round(wait_s))}"
             try:
                 status, text = await self._validator.call("GET", target, Order.kind, wait_s=wait_s)
-                attempt = 0
                 if status == 200:
                     taken = await self._take(Signed.parse(text), group)
+                attempt = 0
             except Lost:
                 await asyncio.sleep(pause(attempt))
                 attempt += 1
@@ -107,7 +106,8 @@ class PullClient:
                 attempt += 1
             except ProtocolError as error:
                 self._report(f"what it sends is no message of ours: {error}")
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(pause(attempt))
+                attempt += 1
 
     async def _take(self, signed: Signed, group: asyncio.TaskGroup) -> Digest:
         """Returns what the validator is told to have been taken."""
@@ -178,7 +178,7 @@ class PullClient:
 
     async def _accept(self, order: Order, digest: Digest) -> None:
         """With the blobs that are missing."""
-        attempts = 0
+        damaged = 0
         while True:
             try:
                 self._service.accept_order(self._hotkey, order, digest)
@@ -198,10 +198,10 @@ class PullClient:
                     if not refused.missing:
                         raise
                     await asyncio.sleep(pause(0))
-                except ProtocolError as error:
-                    attempts += 1
-                    if attempts == ATTEMPTS:
-                        raise Refused(400, str(error), error.fault) from None
+                except ProtocolError as error:  # the validator says when it has sent it too often
+                    logger.debug("%s", error)
+                    await asyncio.sleep(pause(damaged))
+                    damaged += 1
 
     async def _fetch(self, order: Digest, ref: BlobRef, held: dict[Digest, int]) -> None:
         """The rest of a blob; `held` says where it begins, and is kept up to date. Raises Lost, ProtocolError."""
@@ -214,7 +214,7 @@ class PullClient:
         try:
             async with self._validator.open("GET", target) as response:
                 if response.content_length != ref.bytes - offset:
-                    raise ProtocolError(f"{ref.kind}: {response.content_length} bytes, {ref.bytes - offset} are left")
+                    raise Lost(f"{ref.kind}: {response.content_length} bytes, {ref.bytes - offset} are left")
                 await stream_body(response.content, writer.write, self._limits)
             if writer.held == ref.bytes:
                 await to_the_end(writer.commit)

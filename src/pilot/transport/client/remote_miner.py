@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
 from pilot.interfaces import MinerState, Refused
 from pilot.transport.auth import open_reply
-from protocol import BlobRef, Digest, Hotkey, Order, ProtocolError, Signed, Version
+from protocol import BlobRef, Digest, Fault, Hotkey, Order, ProtocolError, Signed, Version
 
 
 class Lost(Exception):
@@ -25,6 +26,30 @@ class Lost(Exception):
     def __init__(self, reason: str, hint: str = "") -> None:
         super().__init__(reason)
         self.hint = hint
+
+
+class Unproven(Lost):
+    """An answer that the peer has not signed as one to the request: a relay may have made or damaged it."""
+
+
+A = TypeVar("A")
+
+
+def open_answer(text: bytes, verified: Callable[[Signed], A]) -> A:
+    """Return what `verified` makes of a signed answer.
+
+    Raises Unproven for one that is not signed so, and ProtocolError for one that is signed and wrong.
+    """
+    try:
+        signed = Signed.parse(text)
+    except ProtocolError as error:
+        raise Unproven(f"an answer that is damaged or not its own: {error}") from None
+    try:
+        return verified(signed)
+    except ProtocolError as error:
+        if error.fault is Fault.FORGED:
+            raise Unproven(f"an answer that is damaged or not its own: {error}") from None
+        raise
 
 
 def pause(attempt: int, most: float = 1.0, jitter: random.Random | None = None) -> float:
@@ -164,9 +189,7 @@ class MinerChannel(RemoteMiner):
             try:
                 status, body = await self.poll_reply(signed)
                 if status == 200:
-                    envelope = Signed.parse(body)
-                    open_reply(envelope, order, signed.digest)
-                    return envelope
+                    return open_answer(body, lambda reply: (reply, open_reply(reply, order, signed.digest)))[0]
                 attempt = 0
             except Lost:
                 attempt += 1

@@ -20,7 +20,7 @@ from pilot.transport.auth import Guard, Keypair
 from pilot.transport.server.base import Server, Transfers, check_length, hex_digits, query, whole_number
 from pilot.transport.server.health import health_response
 from pilot.transport.streaming import to_the_end
-from protocol import BlobRef, Fault, Hotkey, Order, Receipt, Signed, Stop
+from protocol import BlobRef, Fault, Hotkey, Order, ProtocolError, Receipt, Signed, Stop
 
 M = TypeVar("M", Order, Stop, Receipt)
 
@@ -120,10 +120,13 @@ class Axon(Server):
         async with self._blobs.take_over(ref.digest):
             writer = self._service.open_blob(caller, ref, offset)
             try:
-                await self._receive_body(request, writer.write)
-            finally:
-                if writer.held == ref.bytes:  # also where the sender has gone: what is whole nobody sends again
-                    await to_the_end(writer.commit)
+                try:
+                    await self._receive_body(request, writer.write)
+                finally:
+                    if writer.held == ref.bytes:  # also where the sender has gone: what is whole nobody sends again
+                        await to_the_end(writer.commit)
+            except ProtocolError as error:  # damaged on the way: a body is not signed
+                raise Refused(409, str(error), missing=[ref], held={ref.digest: writer.held}) from None
         return self._signed_response(self._service.status())
 
 

@@ -22,7 +22,7 @@ from aiohttp import web
 from pilot.common.files import NO_SPACE
 from pilot.common.limits import Limits
 from pilot.interfaces import Refused
-from pilot.transport.auth import Keypair, Verifier, sign_message, verify_message
+from pilot.transport.auth import Keypair, Verifier, sign_message, sign_refusal, verify_message
 from pilot.transport.server.health import READING
 from pilot.transport.server.listener import Listener
 from pilot.transport.streaming import CHUNK, MinimumRate, stream_body
@@ -30,6 +30,7 @@ from protocol import Digest, Fault, Hotkey, Message, Signed
 
 CALLER = web.RequestKey("caller", str)  # the hotkey that signed the request
 OPEN = ("/v1/hello", "/v1/status")  # paths that need no signature
+PROVEN = web.RequestKey("proven", bool)  # a refusal is signed: it rests on nothing that may be damaged on the way
 
 M = TypeVar("M", bound=Message)
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -69,7 +70,13 @@ class Server:
         self._limits = limits or Limits()
         self._verifier = Verifier(keypair.ss58_address, clock_ns)
         told_ns = self._verifier.clock_ns
-        self._listener = Listener(self._answer, host, port, self._limits, flag=flag, tls=tls, clock_ns=told_ns)
+        self._listener = Listener(
+            *(self._answer, host, port, self._limits),
+            flag=flag,
+            tls=tls,
+            clock_ns=told_ns,
+            sign=self._sign_refusal,
+        )
         self._requests: Counter[Hotkey] = Counter()  # signed ones under way
 
     @property
@@ -122,8 +129,9 @@ class Server:
 
     def _caller(self, request: web.BaseRequest, body: bytes) -> Hotkey:
         """Raises AuthError, and Refused: 403 by its policy, 429."""
-        self._policy.check(self._verifier.claimed(request.headers))  # before a signature costs anything
+        self._check_claim(request)  # before a signature costs anything
         caller = self._verifier.verify(request.headers, request.method, request.raw_path, body)
+        request[PROVEN] = True
         self._policy.admit(caller)
         if self._is_known(caller):
             self._listener.mark_known(request)
@@ -133,13 +141,20 @@ class Server:
         request[CALLER] = caller
         return caller
 
+    def _check_claim(self, request: web.BaseRequest) -> None:
+        """Raises MalformedAuth, and Refused 403, which rests on the claimed hotkey: that is part of what it answers."""
+        claimed = self._verifier.claimed(request.headers)
+        request[PROVEN] = True
+        self._policy.check(claimed)
+        request[PROVEN] = False
+
     def _is_known(self, caller: Hotkey) -> bool:
         """Whether its connections are kept when there are too many."""
         return True
 
     async def _signed_body(self, request: web.BaseRequest, kind: str) -> tuple[Hotkey, bytes]:
         """The caller, and the message's body that its signature covers."""
-        self._policy.check(self._verifier.claimed(request.headers))  # before its body costs anything
+        self._check_claim(request)  # before its body costs anything
         body = await read_body(request, self._limits.body(kind), self._limits.message_s)
         return self._caller(request, body), body
 
@@ -152,6 +167,9 @@ class Server:
     def _signed_response(self, message: Message, status: int = 200) -> web.Response:
         text = sign_message(self._keypair, message).model_dump_json()
         return web.Response(text=text, status=status, content_type="application/json")
+
+    def _sign_refusal(self, request: web.BaseRequest, status: int, body: str) -> dict[str, str]:
+        return sign_refusal(self._keypair, request.headers, status, body) if request.get(PROVEN) else {}
 
     # --- bulk ---------------------------------------------------------------------------------------------------------
 
@@ -214,7 +232,8 @@ class Transfers:
 
 
 def check_length(request: web.BaseRequest, left: int, whats: str) -> None:
-    """Raises Refused where the body is not announced to be the bytes that are left."""
+    """Raises Refused where the body is not announced to be the bytes that are left. The length is not signed."""
+    request[PROVEN] = request.content_length == left
     if request.content_length is None:
         raise Refused(411, f"a {whats} needs a Content-Length", Fault.MALFORMED)
     if request.content_length != left:

@@ -91,7 +91,10 @@ class RateLimiter:
 
 
 class Listener:
-    """Serves `answer` on host:port. A handler marks known callers with `mark_known`; `refused` counts by status."""
+    """Serves `answer` on host:port. A handler marks known callers with `mark_known`; `refused` counts by status.
+
+    `sign` returns the headers that sign a refusal: of a request, the status and the body.
+    """
 
     def __init__(
         self,
@@ -103,8 +106,9 @@ class Listener:
         flag: str,
         tls: ssl.SSLContext | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
+        sign: Callable[[web.BaseRequest, int, str], dict[str, str]] = lambda request, status, text: {},
     ) -> None:
-        self._answer, self._host, self._port, self._limits = answer, host, port, limits
+        self._answer, self._host, self._port, self._limits, self._sign = answer, host, port, limits, sign
         self._flag, self._tls, self._clock_ns = flag, tls, clock_ns
         per_s = limits.strangers_per_s
         self._accept_rate = RateLimiter(ACCEPTS * per_s, limits.connections_per_address)
@@ -277,9 +281,12 @@ class Listener:
         if not refused.missing:  # saying what is missing is the way of every order
             self.refused[refused.status] += 1
             logger.debug("%s refused with %d: %s", request.remote, refused.status, refusal.reason)
-        response = web.Response(text=refusal.text(), status=refused.status, content_type="application/json")
         if KNOWN not in request:
             await self.pace_attempt(request)
+        text = refusal.text()
+        headers = self._sign(request, refused.status, text)
+        response = web.Response(text=text, status=refused.status, headers=headers, content_type="application/json")
+        if KNOWN not in request:
             response.force_close()
         return response
 

@@ -285,7 +285,7 @@ class Pull(Exchange):
         self.news.set()
 
     def take_refusal(self, reason: str, fault: Fault | None) -> None:
-        self._fail(Faulted(fault or Fault.SILENT, f"refused: {reason}"))
+        self._fail(faulted(Refused(409, reason, fault)))
 
     def take_reply(self, signed: Signed) -> None:
         """Raises ProtocolError, which is then its part's outcome too; Refused for a second one that differs."""
@@ -354,10 +354,8 @@ class Pull(Exchange):
             self.peer.up.add(held - offset, time.monotonic() - began)
         if held < size:
             raise Refused(409, f"{held} bytes are held", held={digest: held})
-        if not whole and download.found:
-            raise Refused(409, "what was held before was another payload", held={digest: 0})
-        if not whole:
-            raise Refused(400, "not the bytes that the reply's digest names", Fault.MALFORMED)
+        if not whole:  # damaged on the way, or what was held before was another payload
+            raise Refused(409, "not the bytes that the reply's digest names", held={digest: 0})
 
     def _write(self, download: Download, chunk: bytes) -> None:
         download.write(chunk)
