@@ -177,7 +177,7 @@ ADDRESS = VALIDATOR.ss58_address
         (HOTKEY, "0x" + "00" * 32),
         (HOTKEY, ""),
         (NONCE, "9" * 4_000),
-        (NONCE, f" {time.time_ns()}"),
+        (NONCE, " 1700000000000000000"),
         (NONCE, "1_000"),
         (NONCE, "-1"),
         (NONCE, "\u0661\u0662"),
