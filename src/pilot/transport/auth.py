@@ -37,6 +37,7 @@ __all__ = [
     "Guard",
     "Keypair",
     "StaleRequest",
+    "UsedNonces",
     "Verifier",
     "WrongReceiver",
     "is_hotkey",
@@ -62,6 +63,7 @@ HEADERS = {
     http_auth.HEADER_SIGNATURE: "(0x)?[0-9a-fA-F]{128}",
     http_auth.HEADER_RECEIVER: HOTKEY_PATTERN,
 }
+FRESH_S = 10  # that a request is good for
 REQUIRED = HEADERS.keys() - {http_auth.HEADER_CRYPTO, http_auth.HEADER_RECEIVER}  # a missing receiver is another error
 
 
@@ -184,12 +186,33 @@ def signature_headers(headers: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+class UsedNonces:
+    """Remembers nonces for as long as they are fresh, by the clock that says so. The library's store has another clock:
+    a step between the two would make a nonce fresh that is forgotten.
+    """
+
+    def __init__(self, clock_ns: Callable[[], int]) -> None:
+        """`clock_ns` never goes back, and no nonce is ahead of it."""
+        self._clock_ns = clock_ns
+        self._used: dict[tuple[Hotkey, int], int] = {}  # to when it was used, oldest first
+
+    def check_and_store(self, hotkey_ss58: Hotkey, nonce_ns: int) -> bool:
+        """Return whether the nonce is new, and remember it."""
+        now_ns, key = self._clock_ns(), (hotkey_ss58, nonce_ns)
+        while self._used and now_ns - next(iter(self._used.values())) > FRESH_S * 10**9:
+            del self._used[next(iter(self._used))]
+        if key in self._used:
+            return False
+        self._used[key] = now_ns
+        return True
+
+
 class Verifier:
     """Checks requests to one hotkey, each nonce once.
 
     The memory of nonces dies with the process, so those older than it are stale; and none may come from the future,
-    because one that this process has taken would then be new to the next. It also forgets a nonce after a minute, so
-    its clock never goes back, nor slower than the monotonic one, whatever the machine's does.
+    because one that this process has taken would then be new to the next. The clock never goes back, nor slower than
+    the monotonic one, whatever the machine's does: what was stale stays so.
     """
 
     def __init__(
@@ -202,7 +225,7 @@ class Verifier:
         self._wall_ns, self._monotonic_ns = clock_ns, monotonic_ns
         self._ahead_ns = clock_ns() - monotonic_ns()  # of the monotonic clock; it only grows
         self._started_ns = self.clock_ns()
-        self._seen = http_auth.InMemoryNonceStore()
+        self._used = UsedNonces(self.clock_ns)
 
     def clock_ns(self) -> int:
         """The time by which nonces are judged: the machine's, unless that was set back."""
@@ -226,8 +249,9 @@ class Verifier:
             method=method,
             path=path_qs,
             self_hotkey_ss58=self._hotkey,
+            max_age=FRESH_S,
             allowed_skew=0.0,
-            nonce_store=self._seen,
+            nonce_store=self._used,
             now_ns=self.clock_ns(),
         )
         if caller.nonce_ns < self._started_ns:
