@@ -17,7 +17,7 @@ from pilot.codec import load_codec
 from pilot.market.measures import MEASURES, cosine_to_mean, load_measures, measure
 from pilot.market.receipts import by_miner
 from pilot.market.verify import Contribution
-from pilot.ranking import Evidence
+from pilot.ranking import BadRanker, Evidence
 from pilot.ranking.accepted_work import AcceptedWork
 from pilot.simulation.virtual_time import run
 from protocol import Range
@@ -170,6 +170,13 @@ def test_a_measure_that_is_not_finite_is_an_error_that_names_it() -> None:
     given = [contribution("fp32", {"a": torch.ones(2, 2)}, 1)]
     with pytest.raises(ValueError, match="measure bad of 5A: nan is not a finite number"):
         measure({"bad": lambda parameters, contributions: [math.nan]}, {}, given)
+
+
+@pytest.mark.parametrize("values", [None, 1.0, [], [1.0, 2.0], ["x"], [None], {"5A": 1.0}])
+def test_a_measure_of_another_shape_is_an_error_that_names_it(values: Any) -> None:
+    given = [contribution("fp32", {"a": torch.ones(2, 2)}, 1)]
+    with pytest.raises(BadRanker, match=r"measure bad: this .* is not a number for each of 1 contributions"):
+        measure({"bad": lambda parameters, contributions: values}, {}, given)
 
 
 def test_an_unknown_measure_is_refused_in_one_line() -> None:

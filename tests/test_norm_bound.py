@@ -12,15 +12,18 @@ import pytest
 import torch
 
 from pilot.app.validator_flags import ValidatorConfig
+from pilot.codec import buffers as buffers_codec
 from pilot.interfaces import Diverged
 from pilot.market.norm_bound import NormBound
 from pilot.market.verify import Contribution
 from pilot.simulation.virtual_time import run
 from pilot.training.diloco import DiLoCo
 from pilot.training.learner import Learner
-from protocol import Fault
+from pilot.worker.job import Job
+from protocol import Fault, ProtocolError
 from tasks.gpt2 import GPT2
 from tasks.optimizer import AdamWConfig
+from tests.test_buffers import Normed, make_task, policy
 from tests.tiny import (
     CPU,
     MINERS,
@@ -206,6 +209,58 @@ def test_the_model_is_as_if_the_liar_had_not_been_there(
     expected, _, _ = run(then(tmp_path / "honest"))
     assert set(verdicts) == {"ACCEPTED"}
     assert loss == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.parametrize("mode", ["gradient", "diloco"])
+@pytest.mark.parametrize("huge_at", [0, 3])
+def test_huge_buffers_cost_their_sender_and_not_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, huge_at: int
+) -> None:
+    batch_norm, sent = make_task(Normed, tmp_path, monkeypatch), iter(range(1000))
+
+    def append(payload, buffers):  # type: ignore[no-untyped-def]
+        scale = 1e18 if next(sent) == 2 * huge_at + 1 else 1.0
+        return buffers_codec.append(payload, {name: b.float() * scale for name, b in buffers.items()})
+
+    monkeypatch.setattr("pilot.worker.job.append", append)
+
+    async def main() -> None:
+        place = make_place(tmp_path, batch_norm, **policy(mode))
+        await play(place.market, 5)
+        verdicts = [sorted(str(r.verdict) for r in receipts(place.store, n).values()) for n in range(5)]
+        assert verdicts == [["ACCEPTED", "OUTLIER" if n == huge_at else "ACCEPTED"] for n in range(5)]
+        refused = [r for r in receipts(place.store, huge_at).values() if r.verdict == Fault.OUTLIER]
+        assert refused[0].reason.startswith("norm of the buffers")
+        own = batch_norm.buffers(place.market.learner.model)
+        assert all(float(b.abs().max()) < 100 for b in own.values())
+
+    run(main())
+
+
+def test_what_a_miner_claims_of_itself_buys_nothing(tmp_path: Path, task: GPT2) -> None:
+    """A reply has no count of tokens; its loss, its seconds and the norm of its work change no weight."""
+
+    async def main() -> None:
+        place = make_place(tmp_path, task)
+        worker = place.workers[B]
+        work = worker._work
+
+        async def boast(job: Job) -> None:
+            await work(job)
+            assert job.reply is not None
+            job.reply = job.reply.model_copy(update={"loss": -1e18, "seconds": 1e7})
+
+        worker._work = boast  # type: ignore[method-assign]
+        await play(place.market, 3)
+        assert place.store.head().weights == {A: 0.5, B: 0.5}
+        assert {r.work for r in receipts(place.store, 2).values()} == {2 * task.count(0)}
+        reply = place.store.received(2)[0].reply
+        for claim in ("count", "tokens", "work", "weight"):
+            assert claim not in type(reply).model_fields
+            with pytest.raises(ProtocolError):
+                type(reply).parse(reply.model_dump_json()[:-1] + f', "{claim}": {10**18}}}')
+
+    run(main())
 
 
 # --- steps that are undone --------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pilot.aggregation import blocks
 from pilot.common.registry import load
 from pilot.market.verify import Contribution
-from pilot.ranking import Ranker
+from pilot.ranking import BadRanker, Ranker
 
 if TYPE_CHECKING:
     import torch
@@ -41,13 +41,23 @@ def load_measures(ranker: Ranker) -> dict[str, Measure]:
 def measure(
     measures: Mapping[str, Measure], parameters: Mapping[str, torch.Tensor], contributions: Sequence[Contribution]
 ) -> list[dict[str, float]]:
-    """Return each contribution's values by the measures' names. Raises ValueError for NaN or infinity."""
+    """Return each contribution's values by the measures' names. Raises BadRanker unless they are finite numbers."""
     found: list[dict[str, float]] = [{} for _ in contributions]
     for name, function in measures.items():
-        for contribution, own, value in zip(contributions, found, function(parameters, contributions), strict=True):
-            if not math.isfinite(value):
-                raise ValueError(f"measure {name} of {contribution.hotkey}: {value} is not a finite number")
-            own[name] = float(value)
+        values = function(parameters, contributions)
+        try:
+            numbers = [float(value) for value in values]
+        except (TypeError, ValueError):
+            numbers = []
+        if len(numbers) != len(contributions):
+            kind = type(values).__name__
+            raise BadRanker(
+                f"measure {name}: this {kind} is not a number for each of {len(contributions)} contributions"
+            )
+        for contribution, own, number in zip(contributions, found, numbers, strict=True):
+            if not math.isfinite(number):
+                raise BadRanker(f"measure {name} of {contribution.hotkey}: {number} is not a finite number")
+            own[name] = number
     return found
 
 

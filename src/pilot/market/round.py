@@ -83,6 +83,7 @@ class Aggregate:
 
     gradient: Mapping[str, torch.Tensor]
     buffers: Mapping[str, torch.Tensor]
+    largest: float  # norm of a contribution
 
 
 @dataclass(frozen=True)
@@ -383,7 +384,7 @@ class Market:
 
     def _step(self, found: Aggregate, settings: Settings) -> None:
         self.learner.step(found.gradient, settings, found.buffers)
-        self.learner.check_step()
+        self.learner.check_step(found.largest)
 
     def _load_committed(self) -> bool:
         """Load the state after the last committed round again, from a snapshot; False if there is none."""
@@ -400,7 +401,7 @@ class Market:
         merged: Mapping[str, torch.Tensor] = {}
         if buffers:
             merged = merge_buffers([c.count for c in contributions], [c.buffers() for c in contributions], buffers)
-        return Aggregate(self.aggregate(contributions), merged)
+        return Aggregate(self.aggregate(contributions), merged, max(c.norm for c in contributions))
 
     # --- score ----------------------------------------------------------------------------------------------------
 

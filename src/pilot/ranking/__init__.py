@@ -18,8 +18,8 @@ TOLERANCE = 1e-6  # of the weights' sum
 SHOWN = 40  # characters of a wrong value
 
 
-class BadRanker(Exception):
-    """Report what a user's ranker returned and may not. The text tells the user in one line what to change."""
+class BadRanker(ValueError):
+    """Report what a user's ranker or measure returned and may not. The text says in one line what to change."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from tasks.optimizer import Settings, apply_settings
 Tensors = dict[str, torch.Tensor]
 
 MAX_GROWTH = 10.0  # of the norm of all parameters in one step
+SAFE_NORM = 1e15  # of a gradient: fp32 holds the sums of the squares of such
 ADVICE = "(--optimizer.lr, --outer-lr), and go on with --resume from the last committed round"
 
 
@@ -111,13 +112,15 @@ class Learner:
         for p in self.parameters.values():
             p.grad = None  # frees memory for the next gradient
 
-    def check_step(self) -> None:
+    def check_step(self, largest: float = math.inf) -> None:
         """Raise Diverged if the last step left NaN or infinity, or parameters many times as large as before it.
 
-        An optimizer whose moments overflowed never moves a parameter again, so moments are checked too.
+        An optimizer whose moments overflowed never moves a parameter again. They are checked unless `largest`, the norm
+        of the largest gradient in the step, is too small for that.
         """
         norm, before = self._norm_of(self.parameters.values()), self._norm
-        moments = [t for _, o in self._optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
+        states = [s for _, o in self._optimizers for s in o.state.values()] if largest > SAFE_NORM else []
+        moments = [t for state in states for t in state.values() if torch.is_tensor(t)]
         if not math.isfinite(norm) or not math.isfinite(self._norm_of(moments)):
             raise Diverged(f"the model is no longer finite: lower the learning rate {ADVICE}")
         if before and norm > MAX_GROWTH * before:
