@@ -296,26 +296,40 @@ def test_a_diverging_step_is_undone_to_the_last_bit(
     run(again())
 
 
-def test_a_step_is_undone_with_its_moments(tmp_path: Path, task: GPT2) -> None:
-    """In the midst of a run, between two snapshots: parameters, moments and versions are those before the step."""
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("broadcast", ["full", "delta"])
+@pytest.mark.parametrize("snapshot_at", [0, 3])
+def test_a_step_is_undone_with_its_moments(
+    tmp_path: Path, task: GPT2, overlap: int, broadcast: str, snapshot_at: int
+) -> None:
+    """In the midst of a run, parameters, moments, replica and version are those before the step; the miners go on."""
 
     async def main() -> None:
-        place = make_place(tmp_path, task, norm_bound=0.0, optimizer=AdamWConfig(lr=1e-3, clip=0.0))
+        how = {"overlap": overlap, "broadcast": broadcast, "digest_every": 1, "patience": 9}
+        place = make_place(tmp_path, task, norm_bound=0.0, optimizer=AdamWConfig(lr=1e-3, clip=0.0), **how)
         market, learner = place.market, place.market.learner
-        market.save_snapshot(place.store.save_snapshot)
-        await play(market, 3)
-        before = {name: t.clone() for name, t in learner.state()[1].items()}
-        version = learner.version
-        lies(place, B, 1e30, [0])
-        await play(market, 4)
-        assert learner.version == version == place.store.head().version
-        after = learner.state()[1]
-        assert before.keys() == after.keys()
-        assert all(torch.equal(t, after[name]) for name, t in before.items())
-        assert {r.verdict for r in receipts(place.store, 3).values()} == {Fault.VALIDATOR_FAILED}
-        await play(market, 6)
-        assert {r.verdict for r in receipts(place.store, 5).values()} == {"ACCEPTED"}
-        assert learner.version != version
+        lies(place, B, 1e30, [3])
+        await market.open_rounds(8)
+        while market.in_flight:
+            if market.round == snapshot_at:
+                market.save_snapshot(place.store.save_snapshot)
+            if market.round == 3:
+                before = {name: t.clone() for name, t in learner.state()[1].items()}
+                version = learner.version
+            await market.run_round(8)
+            if market.round == 4:
+                assert learner.version == version == place.store.head().version
+                after = learner.state()[1]
+                assert before.keys() == after.keys()
+                assert all(torch.equal(t, after[name]) for name, t in before.items())
+        await market.finish()
+        verdicts = [{r.verdict for r in receipts(place.store, n).values()} for n in range(8)]
+        assert verdicts == [{Fault.VALIDATOR_FAILED if n == 3 else "ACCEPTED"} for n in range(8)]
+        await market.close()
+        place.store.close()
+        again = make_place(tmp_path, task, norm_bound=0.0, optimizer=AdamWConfig(lr=1e-3, clip=0.0), **how)
+        await again.market.replay(0)
+        assert equal(parameters(again.market), parameters(market))
 
     run(main())
 
