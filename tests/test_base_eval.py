@@ -294,3 +294,20 @@ def test_damaged_tasks_and_text_are_named_before_anything_is_evaluated(
     line = mistake(base_eval.main, both, capfd)
     assert f"--data {text}: " in line
     assert "footer" in line
+
+
+@pytest.mark.parametrize(
+    ("names", "held_out"),
+    [
+        (["s0.jsonl", "s1.jsonl", "z_LICENSE.txt", "._s2.jsonl"], ["s1.jsonl"]),
+        (
+            ["train-0.jsonl", "train-1.jsonl", "val-0.jsonl", "val-1.jsonl", "test.jsonl"],
+            ["val-0.jsonl", "val-1.jsonl"],
+        ),
+    ],
+)
+def test_the_text_is_what_training_left_out(tmp_path: Path, names: list[str], held_out: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).write_text('{"text": "words"}\n')
+    _, files = base_eval.held_out(base_eval.BaseEvalConfig(data=tmp_path))
+    assert [file.name for file in files] == held_out

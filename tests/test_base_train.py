@@ -452,13 +452,13 @@ def test_a_mistake_is_one_line(
 
 def test_a_damaged_file_of_a_folder_is_named_or_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     books = write_books(tmp_path / "books")
-    (books / "aa.parquet").write_bytes(b"PAR1 and nothing else")
+    (books / "aa.jsonl").write_bytes(b"{")
     with pytest.raises(SystemExit) as ended:
         main([*flags(books, tmp_path / "c"), "--num-iterations", "1"])
     assert ended.value.code == 2
-    assert "aa.parquet" in capsys.readouterr().err
+    assert "aa.jsonl" in capsys.readouterr().err
     main([*flags(books, tmp_path / "c"), "--num-iterations", "1", "--nanochat.bad-shards", "skip"])
-    assert "aa.parquet" in capsys.readouterr().out
+    assert "skipped 1 bad rows or files: aa.jsonl" in capsys.readouterr().out
 
 
 def test_the_length_by_the_ratio_of_tokens_to_parameters(books: Path, tmp_path: Path) -> None:

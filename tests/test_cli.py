@@ -207,6 +207,14 @@ def test_flags_override_the_values_of_a_file(tmp_path: Path) -> None:
         ('{"resume": true}', "resume cannot be set in a file; give --resume as a flag"),
         ('{"gpt2": 3}', "unknown field gpt2"),
         ('{"gpt2": {}, "rounds": {"x": 1}}', "unknown field rounds.x"),
+        ('{"rounds": 1, "rounds": 2}', "rounds is given twice; remove one"),
+        ('{"gpt2": {"seq_len": 1}, "gpt2.seq-len": 2}', "gpt2.seq_len is given twice; remove one"),
+        ('{"rounds": ' + "9" * 5000 + "}", "not JSON"),
+        ("[" * 99_999 + "]" * 99_999, "nested too deeply; give flags like"),
+        ('{"a":' * 99_999 + "1" + "}" * 99_999, "nested too deeply; give flags like"),
+        ('{"a":' * 800 + "1" + "}" * 800, "(nested too deeply; give flags like|unknown field a.a.a)"),
+        ('{"rounds": ' + "[" * 200 + "]" * 200 + "}", r"rounds is \[{80}…: input should be a valid integer"),
+        ('{"task": "\\ud800"}', "task is"),
     ],
 )
 def test_mistakes_in_a_file_of_flags(text: str, said: str, tmp_path: Path, capfd: Capture) -> None:
@@ -214,8 +222,10 @@ def test_mistakes_in_a_file_of_flags(text: str, said: str, tmp_path: Path, capfd
     assert re.match(f"validator.py: .*{said}", line), line
 
 
-def test_a_file_of_flags_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
-    assert cli.parse(ValidatorConfig, "validator.py", write_config(tmp_path, '\ufeff{"rounds": 1}')).rounds == 1
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_file_of_flags_may_begin_with_a_byte_order_mark(tmp_path: Path, codec: str) -> None:
+    (tmp_path / "flags.json").write_bytes('{"rounds": 1}'.encode(codec))
+    assert cli.parse(ValidatorConfig, "validator.py", ["--config", str(tmp_path / "flags.json")]).rounds == 1
 
 
 def test_a_missing_file_of_flags(tmp_path: Path, capfd: Capture) -> None:

@@ -93,7 +93,8 @@ def test_a_bad_shard_is_named(tmp_path: Path, spoil: Callable[[Path], Any], matc
 
 
 def test_the_shards_of_a_folder_are_sorted(tmp_path: Path) -> None:
-    for name in ("shard_00010.parquet", "shard_00002.parquet", "notes.txt", "shard_00003.parquet.part"):
+    others = ("notes.txt", "shard_00003.parquet.part", "._shard_00002.parquet")
+    for name in ("shard_00010.parquet", "shard_00002.parquet", *others):
         (tmp_path / name).touch()
     assert [path.name for path in list_shards(tmp_path)] == ["shard_00002.parquet", "shard_00010.parquet"]
     assert list_shards(tmp_path / "nonesuch") == []

@@ -35,6 +35,7 @@ def names(files: list) -> list[str]:
         (["a.jsonl", "README_en.txt"], ["a.jsonl"], "about the data"),
         (["a.jsonl", "notes.txt"], ["a.jsonl"], "not .jsonl"),
         (["a.parquet", "metadata.jsonl"], ["a.parquet"], "not .parquet"),
+        (["a.jsonl", "b.jsonl", *(f"c{i}.txt" for i in range(9))], ["a.jsonl", "b.jsonl"], "not .jsonl"),
         (["a.parquet", "._a.parquet"], ["a.parquet"], "hidden"),
         (["a.parquet", "__MACOSX/a.parquet"], ["a.parquet"], "hidden"),
         (["a.txt", ".ipynb_checkpoints/a-checkpoint.txt"], ["a.txt"], "hidden"),
@@ -58,6 +59,12 @@ def test_what_is_taken_and_what_is_left(tmp_path: Path, held: list[str], taken: 
     assert reason in line.partition("; left out: ")[2]
     left = {name for told in found.left.values() for name in told}
     assert len(left) >= (reason != "nothing")
+
+
+def test_the_kind_with_most_text_is_taken(tmp_path: Path) -> None:
+    root = folder(tmp_path / "set", "metadata.jsonl", "b.parquet")
+    (root / "book.txt").write_text("words " * 9000)
+    assert names(select(root).files) == ["book.txt"]
 
 
 @pytest.mark.parametrize(

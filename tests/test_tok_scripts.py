@@ -21,6 +21,7 @@ from tasks.data.compression import (
     CODE,
     KINDS,
     LANGUAGES,
+    LONGEST_WORD,
     NUMBERS,
     PROSE,
     SAMPLE,
@@ -121,6 +122,55 @@ def test_a_plain_text_file_has_no_cap(tmp_path: Path) -> None:
     split = Reading(separator="<|endoftext|>")
     assert list(read_texts(data_files(str(tmp_path)).train, split, findings, doc_cap=3)) == ["wor", "wor"]
     assert findings.capped == 2
+
+
+def test_a_word_that_is_none_is_cut(tmp_path: Path) -> None:
+    """Training on the whole of it would take hours."""
+    run = "abcdefgh" * (PIECE // 4)
+    (tmp_path / "a.txt").write_text(run)
+    texts = texts_of(tmp_path)
+    assert "".join(texts) == run
+    assert max(map(len, texts)) == LONGEST_WORD
+
+
+@built
+def test_a_large_text_file_is_trained_on_whole_and_long_rows_are_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PILOT_DATA", "")
+    rows = ["".join(f"{word}{number} " for word in PROSE_TEXT.split()) for number in range(40)]
+    (tmp_path / "a.txt").write_text("".join(rows))
+    write_rows(tmp_path / "b.jsonl", rows)
+    told = {}
+    for name in ("a.txt", "b.jsonl"):
+        flags = f"--data {tmp_path / name} --doc-cap 50 --vocab-size 4000 --out {tmp_path / 't.json'}"
+        tok_train.main(flags.split())
+        told[name] = capsys.readouterr().out
+    assert f"trained on {sum(map(len, rows)):,} characters" in told["a.txt"]
+    assert "the text has no more to merge" in told["a.txt"]
+    assert "of 40 longer documents only the first 50 characters; --doc-cap 0 takes all" in told["b.jsonl"]
+    assert "what was taken of the text has no more to merge" in told["b.jsonl"]
+
+
+@built
+def test_what_is_taken_of_a_folder_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PILOT_DATA", "")
+    folder, out = tmp_path / "set", tmp_path / "t.json"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", [PROSE_TEXT, "not\ud800so", *[PROSE_TEXT] * 9])
+    write_rows(folder / "val.jsonl", ["the held-out text", "<|bos|>"])
+    (folder / "LICENSE.txt").write_text("some terms")
+    tok_train.main(f"--data {folder} --vocab-size 300 --out {out}".split())
+    told = capsys.readouterr().out
+    assert "text: train.jsonl for training; left out: LICENSE.txt (about the data); val.jsonl (another split)" in told
+    assert "text: damaged characters, of which the undecodable and NULs are replaced: 1 in train.jsonl" in told
+    tok_eval.main(f"--data {folder} --tokenizer {out}".split())
+    told = capsys.readouterr().out
+    assert "text: val.jsonl for the check; left out: LICENSE.txt (about the data); train.jsonl (another split)" in told
+    assert "text: <|bos|> stands 1 times in it" in told
+    assert "all 2 texts come back as they were" in told
 
 
 def write_rows(path: Path, rows: list[str]) -> None:

@@ -6,7 +6,6 @@ A user's mistake ends the program with exit code 2 and one line that names flag,
 from __future__ import annotations
 
 import atexit
-import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 C = TypeVar("C")
+
+SHOWN = 80  # characters of a mistaken name or value
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
@@ -83,33 +84,61 @@ def file_flags(cls: type[object], argv: Sequence[str]) -> list[str]:
     path = flag_value(argv, "--config")
     if path is None:
         return []
-    from pydantic import TypeAdapter, ValidationError
-    from pydantic_core import from_json
-
     try:
-        values = from_json(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
+        return _flags_in(cls, path)
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}; name a JSON file of flags") from None
+    except RecursionError:
+        raise ValueError(
+            f'--config {path}: nested too deeply; give flags like {{"optimizer": {{"lr": 0.1}}}}'
+        ) from None
+
+
+def _flags_in(cls: type[object], path: str) -> list[str]:
+    from pydantic import TypeAdapter, ValidationError
+
+    twice: list[str] = []
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice.extend(name for name in names if names.count(name) > 1)
+        return dict(pairs)
+
+    try:
+        values = json.loads(Path(path).read_bytes(), object_pairs_hook=distinct, parse_constant=_no_number)
     except ValueError as error:
         raise ValueError(f"--config {path}: not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f'--config {path}: must be a JSON object of flags, like {{"rounds": 100}}')
+    if twice:
+        raise ValueError(f"--config {path}: {_short(twice[0])} is given twice; remove one")
     known = flags_of(cls)
-    flags: list[str] = []
+    flags: dict[str, list[str]] = {}
     for name, value in _dotted(values, ""):
         name = name.replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-            raise ValueError(f"--config {path}: unknown field {name}; the nearest known one is {near}")
+            near = difflib.get_close_matches(name[:SHOWN], known, 1, 0.0)[0]
+            raise ValueError(f"--config {path}: unknown field {_short(name)}; the nearest known one is {near}")
         if name in ("config", "resume"):
             raise ValueError(f"--config {path}: {name} cannot be set in a file; give {option(name)} as a flag")
+        if name in flags:
+            raise ValueError(f"--config {path}: {name} is given twice; remove one")
+        text = json.dumps(value)
         try:
-            TypeAdapter(known[name].type).validate_json(json.dumps(value), strict=True)
+            TypeAdapter(known[name].type).validate_json(text, strict=True)
         except ValidationError as error:
             expected = " or ".join(dict.fromkeys(detail["msg"].lower() for detail in error.errors()))
-            raise ValueError(f"--config {path}: {name} is {json.dumps(value)}: {expected}") from None
-        flags += as_flags(name, value)
-    return flags
+            raise ValueError(f"--config {path}: {name} is {_short(text)}: {expected}") from None
+        flags[name] = as_flags(name, value)
+    return [flag for each in flags.values() for flag in each]
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
 
 
 def _dotted(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PROSE, CODE, LANGUAGES, NUMBERS = KINDS = ("prose", "code", "other languages", "numbers, whitespace")
 LOOK = 2000  # characters that decide a text's kind
+LONGEST_WORD = 1 << 14  # characters; longer ones are cut
 SHORT = 20  # characters; texts with fewer are skipped
 SAMPLE = 1 << 20  # characters of each kind to compare
 TEXTS = 10_000  # at most this many texts are examined, about a second's work
@@ -77,10 +78,19 @@ def read_texts(
     left = max_chars or sys.maxsize
     for document in local_documents(files, reading, findings, 4 * max_chars) if files else standard_library():
         for text in _texts(document, doc_cap, findings):
-            yield text[:left]
+            yield from _without_long_runs(text[:left])
             left -= len(text)
             if left <= 0:
                 return
+
+
+def _without_long_runs(text: str) -> Iterator[str]:
+    """Yield the text, in parts if a word of it is too long to be a word: training takes quadratic time for those."""
+    if len(text) <= LONGEST_WORD or max(map(len, text.split()), default=0) <= LONGEST_WORD:
+        yield text
+        return
+    for at in range(0, len(text), LONGEST_WORD):
+        yield text[at : at + LONGEST_WORD]
 
 
 def _texts(document: Document, cap: int, findings: Findings) -> Iterator[str]:

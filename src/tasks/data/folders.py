@@ -13,7 +13,8 @@ from nanochat.shards import HIDDEN
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = (".txt", ".jsonl", ".parquet", *(f"{kind}{c}" for kind in (".txt", ".jsonl") for c in COMPRESSED))
-PRIORITY = (".parquet", ".jsonl", ".txt")  # of several kinds in a folder, the first is taken
+PRIORITY = (".parquet", ".jsonl", ".txt")  # of equally much
+EXPANSION = 4  # bytes of text in a byte that is compressed, about
 PACKED = (*COMPRESSED, ".zip", ".tar", ".tgz", ".7z", ".rar")
 ACCOMPANYING = {"readme", "license", "licence", "licenses", "copying", "notice", "changelog", "contributing", "authors"}
 ACCOMPANYING |= {"citation", "requirements"}
@@ -157,7 +158,7 @@ def _link_reason(folder: Path, root: Path, linked: set[Path]) -> str | None:
 
 
 def _one_kind(files: list[TextFile], left: dict[str, list[str]]) -> list[TextFile]:
-    """Return the files of the first kind of PRIORITY that the folder holds."""
+    """Return the files of the kind of which the folder holds most text."""
     kept: list[TextFile] = []
     for file in files:
         name = file.name.lower()
@@ -168,7 +169,11 @@ def _one_kind(files: list[TextFile], left: dict[str, list[str]]) -> list[TextFil
             left.setdefault("about the data", []).append(file.name)
         else:
             kept.append(file)
-    kind = next((kind for kind in PRIORITY if any(file.suffix == kind for file in kept)), None)
+    text_bytes = dict.fromkeys(PRIORITY, -1)
+    for file in kept:
+        packed = file.suffix == ".parquet" or file.name != plain_name(file.name)
+        text_bytes[file.suffix] += file.path.stat().st_size * (EXPANSION if packed else 1) + 1
+    kind = max(PRIORITY, key=lambda kind: text_bytes[kind])
     names = {file.name for file in kept}
     taken = []
     for file in kept:
