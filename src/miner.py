@@ -86,6 +86,7 @@ async def parent_gone(pid: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a miner with these flags, by default the command line's."""
+    cli.keep_files_private()
     config = cli.parse(MinerConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
     with cli.mistakes(PROGRAM):
         config.check()

@@ -127,6 +127,7 @@ def stopping_on_signals(market: Market, console: Console) -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a validator with these flags, by default the command line's."""
     argv = sys.argv[1:] if argv is None else argv
+    cli.keep_files_private()
     with cli.mistakes(PROGRAM):
         config = cli.parse(ValidatorConfig, PROGRAM, argv, run_folder.resume_flags(argv))
         config.check()

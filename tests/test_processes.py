@@ -167,6 +167,10 @@ def test_a_run_with_local_miners(own_miners: Process) -> None:
     assert own_miners.wait() == 0, own_miners.said()
     assert not own_miners.survivors()
     said = own_miners.said()
+    private = own_miners.log.parent / "runs"
+    made = [private, *private.rglob("*")]  # the ledger with its WAL, the spool, the local miners' wallets and caches
+    assert [path for path in made if path.stat().st_mode & 0o077] == []
+    assert {"ledger.sqlite", "spool", "M1", "hotkeys"} <= {path.name for path in made}
     for shown in ("val loss before", "baseline val loss", "tokens per s", "bytes down", "accepted rounds", "weight"):
         assert shown in said
     run = own_miners.log.parent / "runs" / RUN

@@ -258,6 +258,11 @@ def check_port(flag: str, port: int) -> None:
         raise ValueError(f"--{flag} {port}: must be 0 to 65535")
 
 
+def keep_files_private() -> None:
+    """Let nobody but this user read what the process and its children create: there are keys and receipts among it."""
+    os.umask(0o077)
+
+
 def set_threads(threads: int) -> None:
     """Set torch's CPU threads. For 0, do not even import torch."""
     if threads < 0:

@@ -32,10 +32,10 @@ def sync_file(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> Path:
-    """Create `folder` and its missing parents durably, and return it."""
+    """Create `folder` and its missing parents durably, for this user alone, and return it."""
     if not folder.is_dir():
         make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         sync_file(folder.parent)
     return folder
 
@@ -116,7 +116,7 @@ class FileLock:
 
     def __init__(self, path: Path) -> None:
         """Take the lock. Raises BlockingIOError, whose text is the holder's pid, if another process holds it."""
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
