@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pilot.app import cli
 from pilot.common.files import replacing
+from pilot.common.flags import arg
+from pilot.common.paths import naming
 from tasks.data.reading import Reading
 
 if TYPE_CHECKING:
@@ -114,7 +117,7 @@ class BaseEvalConfig(Reading):
     threads: int = 0
     """CPU threads of torch. 0: torch's own choice."""
 
-    json: Path | None = None
+    json: Path | None = arg(None, path="write")
     """File for the results, as JSON."""
 
     config: Path | None = None
@@ -151,14 +154,14 @@ class Wired:
     prompts: tuple[list[list[int]], Sampling] | None
 
 
+@cli.program(PROGRAM, BaseEvalConfig)
 def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(BaseEvalConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
     with cli.mistakes(PROGRAM):
         wired = wire(config)
     results = evaluate(config, wired)
     if config.json is not None:
-        with cli.mistakes(PROGRAM):
-            write(config.json, results)
+        write(config.json, results)
 
 
 def evaluate(config: BaseEvalConfig, wired: Wired) -> dict[str, Any]:
@@ -256,8 +259,6 @@ def wire(config: BaseEvalConfig) -> Wired:
 
     if config.checkpoint is None:
         raise ValueError("--checkpoint: name the folder of a checkpoint; base_train.py makes them")
-    if config.json is not None and (config.json.is_dir() or not config.json.absolute().parent.is_dir()):
-        raise ValueError(f"--json {config.json}: must be a file in a folder that is there")
     device = cli.pick_device(config.device)
     cli.set_threads(config.threads)
     cli.reuse_memory()
@@ -394,11 +395,8 @@ def encode_prompts(config: BaseEvalConfig, tokenizer: Tokenizer, reach: int) -> 
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    try:
-        with replacing(path) as file:
-            file.write((json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
-    except OSError as error:
-        raise ValueError(f"--json {path}: cannot write it ({error.strerror or error})") from None
+    with naming("--json", path), replacing(Path(os.path.realpath(path))) as file:
+        file.write(json.dumps(results, indent=2, ensure_ascii=False).encode(errors="replace") + b"\n")
     print(f"results in {path}")
 
 

@@ -25,7 +25,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -33,6 +33,7 @@ from pilot.app import cli
 from pilot.app.base_train_flags import BaselineConfig
 from pilot.common.files import FileLock, replacing
 from pilot.common.flags import option
+from pilot.common.paths import check_path, check_room, naming
 from pilot.interfaces import Diverged
 from pilot.training.distributed import RankLost, Ranks
 
@@ -133,6 +134,7 @@ class Run:
         return self.steps_done == self.rounds or (every > 0 and self.steps_done % every == 0)
 
 
+@cli.program(PROGRAM, BaselineConfig)
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> None:
     config = parse(sys.argv[1:] if argv is None else argv, program)
     with cli.mistakes(program):
@@ -142,10 +144,6 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> None:
             train(config, ranks, program)
     except RankLost as lost:
         cli.fail(program, f"{lost}; --resume goes on from the newest checkpoint, where there is one", code=1)
-    except OSError as error:  # an unwritable folder or a full disk
-        cli.fail(
-            program, f"{error.filename or 'a file'}: {error.strerror or error}; a checkpoint is whole or not there", 1
-        )
 
 
 def train(config: BaselineConfig, ranks: Ranks, program: str) -> None:
@@ -168,7 +166,8 @@ def train(config: BaselineConfig, ranks: Ranks, program: str) -> None:
             console = stack.enter_context(Console(run.rounds, debug=False)) if ranks.first else None
             figures = config.log if ranks.first and config.log else Path(os.devnull)
             earlier = rows_before(figures, run.steps_done, say)
-            log = stack.enter_context(open(figures, "w"))
+            check_room_for(run)
+            log = stack.enter_context(open_log(figures))
             log.writelines(f"{json.dumps(row)}\n" for row in earlier)
             metrics = stack.enter_context(closing(open_metrics(run, stack))) if ranks.first and run.folder else None
         batch = run.loader(ranks, stack)
@@ -184,10 +183,10 @@ def train(config: BaselineConfig, ranks: Ranks, program: str) -> None:
             ended = f"stopped after step {run.steps_done}; {resumable(run)}"
             cli.fail(program, ended if ranks.first else "stopped", interrupts.CODE)
     if ranks.first and config.out is not None:
-        from safetensors.torch import save_file
+        from nanochat.checkpoint_manager import write_tensors
 
-        with replacing(config.out) as file:
-            save_file({name: p.detach().cpu() for name, p in run.learner.parameters.items()}, file.name)
+        with naming("--out", config.out), replacing(Path(os.path.realpath(config.out))) as file:
+            write_tensors(file, run.learner.parameters)
         print(f"parameters in {config.out}")
 
 
@@ -230,7 +229,8 @@ def loop(
             console.round(row)
         if metrics:
             metrics.log(row)
-        print(json.dumps(row), file=log, flush=True)
+        with naming("--log", log.name):
+            print(json.dumps(row), file=log, flush=True)
         if ranks.stopping or run.due(run.config.save_every):
             check_finite("the model", run.learner.state()[1])  # all ranks have the same
             if ranks.first and run.folder:
@@ -251,9 +251,6 @@ def check(config: BaselineConfig) -> None:
     for flag, least in (("rounds", 1), ("batches", 1), ("eval_every", 0), ("save_every", 0), ("save_keep", 1)):
         if getattr(config, flag) < least:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(config, flag)}: must be {least} or more")
-    for name, path in (("out", config.out), ("log", config.log)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ValueError(f"--{name} {path}: must be a file in a folder that is there")
     if allowed_mode(config.wandb.mode) != "disabled" and folder_of(config) is None:
         raise ValueError(f"--wandb.mode {config.wandb.mode}: needs --checkpoints, a folder for W&B's files")
     ratio = config.target_param_data_ratio
@@ -265,18 +262,29 @@ def check(config: BaselineConfig) -> None:
         cli.check_compiler()
     config.check_task()
     folder = folder_of(config)
+    if folder:
+        check_path("--checkpoints", folder, "folder")  # the folder of nanochat's by default, too
     if folder and not config.resume and (done := steps(folder)):
         raise ValueError(
             f"--checkpoints {folder}: holds a run up to step {done[-1]}; go on with --resume, or name another"
         )
 
 
+def check_room_for(run: Run) -> None:
+    """Raise ValueError if the files of the end do not fit on their disks, as far as that is known now."""
+    if run.config.out is not None:
+        check_room("--out", run.config.out, sum(p.nbytes for p in run.learner.parameters.values()))
+    if run.folder is not None:
+        check_room("--checkpoints", run.folder, sum(tensor.nbytes for tensor in run.learner.state()[1].values()))
+
+
 def prepare(config: BaselineConfig, device: torch.device, say: Any) -> Task:
     from tasks import load_task
 
-    return load_task(config.task).prepare(
-        getattr(config, config.task), seed=config.seed, cache=config.cache.expanduser(), device=device, progress=say
-    )
+    with naming("--cache", config.cache):
+        return load_task(config.task).prepare(
+            getattr(config, config.task), seed=config.seed, cache=config.cache, device=device, progress=say
+        )
 
 
 def wire(config: BaselineConfig, task: Task, device: torch.device, ranks: Ranks) -> Run:
@@ -337,6 +345,17 @@ def folder_of(config: BaselineConfig) -> Path | None:
     return base_dir() / "base_checkpoints" / (config.run or f"d{getattr(config, config.task).depth}")
 
 
+@contextmanager
+def open_log(path: Path) -> Iterator[TextIO]:
+    with naming("--log", path):
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed below, where a full disk is seen again
+    try:
+        yield file
+    finally:
+        with naming("--log", path):
+            file.close()
+
+
 def open_metrics(run: Run, stack: ExitStack) -> Metrics:
     from pilot.display.metrics import Metrics, rows_before
 
@@ -376,9 +395,10 @@ def save(run: Run) -> None:
         part, _, name = key.partition("/")
         tensors["optimizer" if part == "optimizer" else "model"][name] = tensor
     meta |= {"run": identity(run), "flags": cli.flatten(run.config)}
-    checkpoint_manager.save(
-        run.folder, run.steps_done, tensors=tensors, meta=meta, files=files, keep=run.config.save_keep
-    )
+    with naming("--checkpoints", run.folder):
+        checkpoint_manager.save(
+            run.folder, run.steps_done, tensors=tensors, meta=meta, files=files, keep=run.config.save_keep
+        )
 
 
 def resumable(run: Run) -> str:

@@ -32,6 +32,7 @@ from pilot.simulation.chaos.check import check_and_print, local_caches
 from pilot.simulation.chaos.run import ChaosConfig, run
 
 
+@cli.program(PROGRAM, ChaosConfig)
 def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(ChaosConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
     with cli.mistakes(PROGRAM):

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from pilot.app import cli
 from pilot.common.files import temporary_folder
+from pilot.common.paths import naming
 from pilot.common.units import fp32_megabytes
 from pilot.simulation.flags import STATE_MB, SimulateConfig
 
@@ -47,6 +48,7 @@ PATIENCE = 1 << 30  # rounds without a good reply, after which a market gives up
 MEMORY = Path("/dev/shm")  # keeps files in memory: on a disk the thousands of fsync calls take most of the time
 
 
+@cli.program(PROGRAM, SimulateConfig)
 def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(SimulateConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
     with cli.mistakes(PROGRAM):
@@ -56,8 +58,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             write(config, config.out, intervals)
             return
         cli.set_threads(config.threads)
-    with folder_of(config) as folder:
-        simulate(config, folder, intervals)
+    from pilot.storage.run_store import DiskFull
+
+    try:
+        with folder_of(config) as folder:
+            simulate(config, folder, intervals)
+    except DiskFull:
+        where = f"--keep {config.keep}" if config.keep else f"{MEMORY}, which holds the run without --keep"
+        cli.fail(PROGRAM, f"{where}: the disk is full; free some space, or --keep the run on another disk", code=1)
 
 
 def trace_of(config: SimulateConfig) -> tuple[Interval, ...]:
@@ -98,7 +106,7 @@ def simulate(config: SimulateConfig, folder: Path, intervals: Sequence[Interval]
     from pilot.simulation.virtual_time import run
     from tasks import load_task
 
-    with cli.mistakes(PROGRAM):
+    with cli.mistakes(PROGRAM), naming("--cache", config.cache):
         device, cache = cli.pick_device(config.device), config.cache.expanduser()
         task = load_task(config.task).prepare(
             getattr(config, config.task), seed=config.seed, cache=cache, device=device, progress=print
@@ -109,7 +117,8 @@ def simulate(config: SimulateConfig, folder: Path, intervals: Sequence[Interval]
     began = time.perf_counter()
     states = run(play(config, folder, task, device, intervals))
     real_s = time.perf_counter() - began
-    plot(config.plot, states, task.unit, f"{config.task}: {config.trace or config.make}")
+    with naming("--plot", config.plot):
+        plot(config.plot, states, task.unit, f"{config.task}: {config.trace or config.make}")
     summary = {**totals(states, task.unit), "real_seconds": round(real_s, 2)}
     print("\n".join(f"{name.replace('_', ' '):36} {value}" for name, value in summary.items()))
     print(f"plot in {config.plot}" + (f", run in {config.keep}" if config.keep else ""))

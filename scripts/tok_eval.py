@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pilot.app import cli
+from pilot.common.flags import arg
 from tasks.data.compression import check_text_limits
 from tasks.data.reading import Findings, Reading
 
@@ -41,7 +42,7 @@ class TokEvalConfig(Reading):
     tokenizer: Path = Path("tokenizer.json")
     """File that tok_train wrote."""
 
-    data: str = "stdlib"
+    data: str = arg("stdlib", path="read")
     """stdlib (Python's own sources), or a .txt, .jsonl or .parquet file, or a folder of them."""
 
     max_chars: int = 100_000_000
@@ -71,6 +72,7 @@ class Totals:
     broken: list[int] = field(default_factory=list)  # the numbers, from 1, of the texts that did not decode exactly
 
 
+@cli.program(PROGRAM, TokEvalConfig)
 def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(TokEvalConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
     from tasks.data.compression import Samples, comparison, data_files, encode_with, read_texts

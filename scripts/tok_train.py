@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.tokenizer import SPECIAL_TOKENS
 from pilot.app import cli
+from pilot.common.flags import arg
 from tasks.data.compression import check_text_limits
 from tasks.data.reading import Findings, Reading
 from tasks.data.tokenizer import MAX_VOCABULARY
@@ -43,7 +44,7 @@ LONGEST = 10  # tokens shown
 class TokTrainConfig(Reading):
     """Train a byte-pair vocabulary on a text, and say how it compares with GPT-2's."""
 
-    data: str = "stdlib"
+    data: str = arg("stdlib", path="read")
     """stdlib (Python's own sources), or a .txt, .jsonl or .parquet file, or a folder of them."""
 
     max_chars: int = 2_000_000_000
@@ -62,7 +63,7 @@ class TokTrainConfig(Reading):
     special: tuple[str, ...] = SPECIAL_TOKENS
     """Special tokens, which get the last ids, in this order."""
 
-    out: Path = Path("tokenizer.json")
+    out: Path = arg(Path("tokenizer.json"), path="write")
     """File for the tokenizer."""
 
     gpt2_vocabulary: Path | None = None
@@ -82,14 +83,13 @@ class TokTrainConfig(Reading):
                 raise ValueError(f"--special {token!r}: must not be empty, nor given twice")
 
 
+@cli.program(PROGRAM, TokTrainConfig)
 def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(TokTrainConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
     from tasks.data.compression import data_files, gpt2_encode, tokenizer_class
 
     with cli.mistakes(PROGRAM):
         tokenizer = tokenizer_class()()
-        if config.out.is_dir() or not config.out.absolute().parent.is_dir():
-            raise ValueError(f"--out {config.out}: must be a file in a folder that is there")
         gpt2 = gpt2_encode(config.gpt2_vocabulary)
         files = data_files(config.data)
         try:

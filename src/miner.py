@@ -84,6 +84,7 @@ async def parent_gone(pid: int) -> None:
         await asyncio.sleep(0.5)
 
 
+@cli.program(PROGRAM, MinerConfig)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a miner with these flags, by default the command line's."""
     cli.keep_files_private()

@@ -124,6 +124,7 @@ def stopping_on_signals(market: Market, console: Console) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+@cli.program(PROGRAM, ValidatorConfig)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a validator with these flags, by default the command line's."""
     argv = sys.argv[1:] if argv is None else argv
@@ -139,11 +140,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from pilot.interfaces import Diverged
     from pilot.ranking import BadRanker
-    from pilot.storage.run_store import DiskFull
 
     try:
         asyncio.run(run(config))
-    except (DiskFull, Diverged) as end:
+    except Diverged as end:
         cli.fail(PROGRAM, str(end), code=1)
     except BadRanker as mistake:
         cli.fail(PROGRAM, str(mistake), code=2)

@@ -427,7 +427,7 @@ def test_a_download_that_was_stopped_goes_on(server: Server, tmp_path: Path, num
         (["-n", "1", "--wait-s", "nan"], "--wait-s nan: must lie between 0 and 60"),
         (["-n", "1", "--nonesuch"], "unrecognized arguments: --nonesuch"),
         (["-n", "1", "--checksums", "nonesuch.txt"], "--checksums nonesuch.txt: No such file or directory"),
-        (["-n", "1", "--folder", "FILE"], "--folder FILE: is a file"),
+        (["-n", "1", "--folder", "FILE"], "--folder FILE: is no folder"),
         (["-n", "1", "--checksums", "FILE"], "--checksums FILE: line 1 is not a sha256 and a name"),
     ],
 )

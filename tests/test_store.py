@@ -297,7 +297,7 @@ def fill_up(folder: Path) -> None:
     store = RunStore.create(folder / "demo", META, 2)
     (folder / "old run").write_bytes(bytes(1 << 20))
     acknowledged: list[int] = []
-    with pytest.raises(DiskFull, match=r"demo: the disk is full; .* free some space, then --resume"):
+    with pytest.raises(DiskFull, match=r"--runs .*: demo: the disk is full; .* free some space, then --resume"):
         play_on(store, acknowledged)
     with pytest.raises(OSError, match="No space left"), open(folder / "rest", "wb", buffering=0) as filler:
         fill(filler)

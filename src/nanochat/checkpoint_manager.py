@@ -125,7 +125,7 @@ def save(
         digests: dict[str, dict[str, int | str]] = {}
         for part, named in tensors.items():
             with _writing(temporary, part + _SUFFIX, digests) as file:
-                _write_tensors(file, named)
+                write_tensors(file, named)
         for name, content in (files or {}).items():
             with _writing(temporary, name, digests) as file:
                 file.write(content)
@@ -179,7 +179,7 @@ def _writing(folder: Path, name: str, digests: dict[str, dict[str, int | str]]) 
     digests[name] = writer.summary()
 
 
-def _write_tensors(file: _Writer, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_tensors(file: _Writer | BinaryIO, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a safetensors file, one tensor in memory at a time; safetensors' own writer copies all of them."""
     import torch
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat.config import GPTConfig
+from pilot.common.paths import expanded
 from pilot.common.units import format_bytes
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ _UNLIMITED = 1 << 60  # a cgroup without a limit reports a number above this, or
 def base_dir() -> Path:
     """Return the folder for data, tokenizer and checkpoints: $NANOCHAT_BASE_DIR or ~/.cache/nanochat."""
     chosen = os.environ.get("NANOCHAT_BASE_DIR")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "nanochat"
+    return Path(expanded("NANOCHAT_BASE_DIR", chosen or "~/.cache/nanochat"))
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------
@@ -246,6 +247,6 @@ def _group_memory(root: Path) -> list[int]:
 def _text(path: Path) -> str:
     """Read a file of the kernel; "" if it does not exist."""
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return ""

@@ -25,6 +25,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from nanochat.shards import ShardError, check_shard, data_dir, list_shards, read_shard
+from pilot.common.paths import check_path, expanded
+from pilot.common.streams import keep_streams
 
 if TYPE_CHECKING:
     import aiohttp
@@ -71,8 +73,6 @@ class Wanted:
             raise ValueError(f"--attempts {self.attempts}: must be 1 or more")
         if not 0 <= self.wait_s <= 60:
             raise ValueError(f"--wait-s {self.wait_s}: must lie between 0 and 60")
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"--folder {self.folder}: is a file")
 
     @property
     def names(self) -> list[str]:
@@ -157,7 +157,9 @@ async def _checksums(session: aiohttp.ClientSession, wanted: Wanted, patience: P
     given = wanted.checksums
     if given is not None and not given.startswith(("http://", "https://")):
         try:
-            return _parse_sums(given, Path(given).read_text(errors="replace"))
+            return _parse_sums(
+                given, Path(expanded("--checksums", given)).read_text(encoding="utf-8", errors="replace")
+            )
         except OSError as error:
             raise ValueError(f"--checksums {given}: {error.strerror}") from None
     text = await _get_text(session, given or f"{wanted.base_url.rstrip('/')}/{SUMS}", patience)
@@ -261,6 +263,7 @@ class Display:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    keep_streams()
     try:
         wanted = _parse(argv)
         with Display(len(wanted.names)) as display:
@@ -293,14 +296,15 @@ def _parse(argv: Sequence[str] | None) -> Wanted:
     add = parser.add_argument
     add("-n", "--num-files", dest="shards", type=int, required=True, help="the first so many; -1: all")
     add("-w", "--num-workers", dest="workers", type=int, default=4, help="downloads at a time (default 4)")
-    add("--folder", type=Path, default=None, help="where they go (default base_data in NANOCHAT_BASE_DIR)")
+    add("--folder", default=None, help="where they go (default base_data in NANOCHAT_BASE_DIR)")
     add("--base-url", default=BASE_URL, help="where they come from: the address without the file's name")
     add("--checksums", default=None, help=f"file or address of lines as sha256sum's (default {SUMS} there, if any)")
     add("--last", type=int, default=LAST, help=f"number of the last shard (default {LAST})")
     add("--attempts", type=int, default=5, help="of a shard without a new byte (default 5)")
     add("--wait-s", type=float, default=1.0, help="seconds before the second; doubled for each (default 1)")
     values = vars(parser.parse_args(argv))
-    values["folder"] = (values["folder"] or data_dir()).expanduser()
+    values["folder"] = data_dir() if values["folder"] is None else Path(expanded("--folder", values["folder"]))
+    check_path("--folder", values["folder"], "folder")
     return Wanted(**values)
 
 

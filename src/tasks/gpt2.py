@@ -58,11 +58,11 @@ class GPT2Config(TextConfig):
 
     flag: ClassVar[str] = "gpt2"
 
-    model: str = arg("nano", short=True)
+    model: str = arg("nano", short=True, path="read")
     """nano (0.8M), small (124M), medium, large or xl (1.6B). These are parameters. Or a GPT-2 on the hub, or a folder
     with one."""
 
-    tokenizer: str = "auto"
+    tokenizer: str = arg("auto", path="read")
     """byte (256 tokens), gpt2 (byte-pair encoding, 50257 tokens), a file that tok_train wrote, or a model's folder or
     tokenizer.json. auto: byte for nano, the model's own for a folder or the hub, gpt2 for the other sizes."""
 

@@ -27,7 +27,7 @@ class BaselineConfig(TrainingConfig):
     """Tokens for each parameter of nanochat's matrices and head, instead of --rounds. 0: use --rounds."""
     compile: bool = arg(False, TRAINING, short=True)
     """Compile the model with torch.compile: faster after a first step that takes a minute longer."""
-    checkpoints: Path | None = arg(None, RUN, short=True, resume="command")
+    checkpoints: Path | None = arg(None, RUN, short=True, resume="command", path="folder")
     """Folder for checkpoints and metrics.jsonl. None: base_checkpoints/RUN in NANOCHAT_BASE_DIR for --task nanochat,
     written at the end; other tasks write none."""
     save_every: int = arg(0, RUN, short=True)
@@ -36,9 +36,9 @@ class BaselineConfig(TrainingConfig):
     """Checkpoints to keep, the newest."""
     resume: bool = arg(False, RUN, short=True, resume="command")
     """Continue exactly from the newest checkpoint."""
-    out: Path | None = arg(None, RUN, short=True, resume="command")
+    out: Path | None = arg(None, RUN, short=True, resume="command", path="write")
     """Safetensors file for the final parameters."""
-    log: Path | None = arg(None, SHOW, short=True, resume="command")
+    log: Path | None = arg(None, SHOW, short=True, resume="command", path="log")
     """File for the figures of each step, one JSON object a line."""
     config: Path | None = arg(None, RUN, short=True, resume="command")
     """JSON file of flags. Flags on the command line override it."""

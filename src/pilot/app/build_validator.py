@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pilot.app import cli, run_folder
 from pilot.app.validator_flags import ValidatorConfig
 from pilot.common.addresses import is_loopback
+from pilot.common.paths import naming
 from protocol import Health, Hotkey
 
 if TYPE_CHECKING:
@@ -86,13 +87,14 @@ async def build_validator(config: ValidatorConfig, program: str, stack: AsyncExi
         local = stack.enter_context(  # miners import their libraries while we prepare the task
             LocalMiners(config.local, folder / "miners", config.task, config.device, config.threads)
         )
-        task = load_task(config.task).prepare(
-            getattr(config, config.task),
-            seed=config.seed,
-            cache=config.cache.expanduser(),
-            device=device,
-            progress=console.say,
-        )
+        with naming("--cache", config.cache):
+            task = load_task(config.task).prepare(
+                getattr(config, config.task),
+                seed=config.seed,
+                cache=config.cache.expanduser(),
+                device=device,
+                progress=console.say,
+            )
         metrics = stack.enter_context(closing(Metrics(folder, config.wandb.mode, config.wandb.project, folder.name)))
         tensors = stack.enter_context(ThreadPoolExecutor(1, "tensors"))
         connections = AsyncExitStack()

@@ -1,6 +1,7 @@
 """Parse flags into dataclasses, report mistakes in one line, and prepare the process: device, threads, memory.
 
-A user's mistake ends the program with exit code 2 and one line that names flag, value and fix. Any other error raises.
+A user's mistake ends the program with exit code 2 and one line that names flag, value and fix. So does what the machine
+refuses, such as a full disk, with exit code 1 once the program is at work. Any other error raises.
 """
 
 from __future__ import annotations
@@ -10,22 +11,28 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import functools
 import gc
+import getpass
 import io
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from pilot.app.path_flags import paths_given, refuse_empty, usable
 from pilot.common.flags import flags_of, option
+from pilot.common.paths import PathError, blamed, check_path, expanded
+from pilot.common.streams import keep_streams, lost_output
 
 if TYPE_CHECKING:
     import torch
 
 C = TypeVar("C")
+Main = Callable[..., None]
 
 SHOWN = 80  # characters of a mistaken name or value
 
@@ -36,6 +43,30 @@ def fail(program: str, reason: str, code: int = 2) -> NoReturn:
     """Print one line on standard error and exit, by default with the code of a user's mistake."""
     print(f"{program}: {' '.join(reason.split())}", file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+def program(name: str, config: type[object]) -> Callable[[Main], Main]:
+    """Decorate a program's `main`: nothing that it prints ends it, and what the machine refuses is one line."""
+
+    def decorate(main: Main) -> Main:
+        @functools.wraps(main)
+        def run(argv: Sequence[str] | None = None, program: str = name) -> None:
+            keep_streams()
+            try:
+                main(argv) if program == name else main(argv, program)
+            except PathError as error:
+                fail(program, str(error), code=1)
+            except OSError as error:
+                reason = blamed(error, paths_given(config, sys.argv[1:] if argv is None else argv))
+                if reason is None:
+                    raise
+                fail(program, reason, code=1)
+            if lost_output():
+                raise SystemExit(1)
+
+        return run
+
+    return decorate
 
 
 @contextlib.contextmanager
@@ -52,27 +83,38 @@ def parse(cls: type[C], program: str, argv: Sequence[str], defaults: Sequence[st
     if {"-h", "--help", "--help-all"} & set(argv):
         from pilot.app.help import help_text
 
-        _print_and_exit(help_text(cls, program, everything="--help-all" in argv))
+        print(help_text(cls, program, everything="--help-all" in argv), end="")
+        raise SystemExit(0)
     import tyro
 
     with mistakes(program):
         argv = [*defaults, *file_flags(cls, argv), *argv]
+        refuse_empty(cls, argv)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(cls, prog=program, args=argv)
+            config = tyro.cli(cls, prog=program, args=argv)
     except SystemExit as ended:
         if ended.code:
             fail(program, _first_paragraph(said.getvalue()))
         raise
+    with mistakes(program):
+        config = usable(config)
+    _stand_in_for_user()
+    return config
 
 
-def _print_and_exit(text: str) -> NoReturn:
+def _stand_in_for_user() -> None:
+    """Give libraries a name and a home folder for a user that the machine does not know, as there is in a container.
+
+    torch names a folder after the user, and bittensor looks for the home folder when it is imported.
+    """
     try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:  # --help | head -1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at Python's exit
-    raise SystemExit(0)
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError from Python 3.13
+        os.environ["LOGNAME"] = f"uid{os.getuid()}"
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = "/nonexistent"
 
 
 def file_flags(cls: type[object], argv: Sequence[str]) -> list[str]:
@@ -84,6 +126,8 @@ def file_flags(cls: type[object], argv: Sequence[str]) -> list[str]:
     path = flag_value(argv, "--config")
     if path is None:
         return []
+    path = expanded("--config", path)
+    check_path("--config", Path(path), "read")
     try:
         return _flags_in(cls, path)
     except OSError as error:

@@ -31,6 +31,10 @@ def ask_status(endpoint: str) -> Health:
         return Health.model_validate_json(unhealthy.read())
 
 
+def _lines(log: Path) -> list[str]:
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
 class LocalMiners:
     """Start miners at once, so that they import torch while the validator does. `endpoints` waits until they serve."""
 
@@ -54,18 +58,18 @@ class LocalMiners:
                 )
 
     def endpoints(self, say: Callable[[str], None]) -> tuple[str, ...]:
-        """Return host:port@ss58 of each miner once it serves. Raises RuntimeError with the log of one that ends."""
+        """Return host:port@ss58 of each miner once it serves. Raises ValueError with what one that ends said last."""
         found: list[str] = []
         deadline = time.monotonic() + START_S
         for process, log in zip(self.processes, self.logs, strict=True):
-            while not (ready := [line for line in log.read_text().splitlines() if line.startswith(READY)]):
+            while not (ready := [line for line in _lines(log) if line.startswith(READY)]):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"the local miner of {log} did not start: {log.read_text()[-500:]}")
+                    raise ValueError(f"--local: {log.stem} did not start: {' '.join(_lines(log)[-1:])}; see {log}")
                 time.sleep(0.05)
             endpoint = ready[-1].removeprefix(READY).strip()
             health = ask_status(endpoint)
             if not health.healthy:
-                raise RuntimeError(f"the local miner of {log} is not healthy: {log.read_text()[-500:]}")
+                raise ValueError(f"--local: {log.stem} is not healthy: {health.state}; see {log}")
             found.append(endpoint)
             say(f"{log.stem} serves {endpoint}, {health.state}, process {process.pid}, log {log}")
         return tuple(found)

@@ -12,6 +12,7 @@ from pilot.app.training_flags import LIMITS, NETWORK, SHOW, LoggingConfig, Walle
 from pilot.common.addresses import check_host, is_address, is_loopback, without_brackets
 from pilot.common.flags import arg, nested
 from pilot.common.limits import Limits
+from pilot.common.paths import expanded
 from tasks import TASKS
 
 DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -107,7 +108,7 @@ class MinerConfig:
     """Data sets of the Hugging Face hub that orders may name, as OWNER/NAME. None by default."""
     sources: tuple[str, ...] = arg((), WORK)
     """Folders of blobs by digest, as NAME=FOLDER. Read what orders give the source NAME there, if it is there."""
-    cache: Path = arg(Path("~/.cache/pilot/miner"), WORK, short=True)
+    cache: Path = arg(Path("~/.cache/pilot/miner"), WORK, short=True, path="folder")
     """Folder for received data and receipts. It also holds the pinned validator; each hotkey has a subfolder."""
     grace: float = arg(10.0, WORK, short=True)
     """Seconds to hand over work when told to stop. It finishes its micro-batch first (Ctrl-C, SIGTERM)."""
@@ -148,7 +149,7 @@ class MinerConfig:
             name, _, folder = source.partition("=")
             if not re.fullmatch(r"[A-Za-z0-9_.+-]{1,64}", name) or not folder:
                 raise ValueError(f"--sources {source}: write NAME=FOLDER, with letters, digits and _.+- in the name")
-            folders[name] = Path(folder).expanduser()
+            folders[name] = Path(expanded("--sources", folder))
             if not folders[name].is_dir():
                 raise ValueError(f"--sources {source}: no such folder")
         return folders

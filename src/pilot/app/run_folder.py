@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pilot.app import cli
 from pilot.app.validator_flags import ValidatorConfig
 from pilot.common.flags import flags_of, option
+from pilot.common.paths import expanded
 from pilot.storage import LEDGER
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def resume_flags(argv: Sequence[str]) -> list[str]:
     """Return the flags that a resumed run was started with, as defaults. Raises ValueError if there is no such run."""
     if "--resume" not in argv:
         return []
-    runs = Path(cli.flag_value(argv, "--runs") or ValidatorConfig().runs).expanduser()
+    runs = Path(expanded("--runs", cli.flag_value(argv, "--runs") or str(ValidatorConfig().runs)))
     name = cli.flag_value(argv, "--run") or _newest(runs)
     if not (runs / name / LEDGER).is_file():
         raise ValueError(f"--run {name}: there is no such run in {runs}; start it without --resume")

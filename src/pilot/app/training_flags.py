@@ -114,7 +114,7 @@ class TrainingConfig:
     """auto (CUDA if there is one), cpu, cuda, cuda:1 or mps."""
     threads: int = arg(0, TRAINING)
     """CPU threads that torch uses. 0: torch decides."""
-    cache: Path = arg(Path("~/.cache/pilot"), TRAINING)
+    cache: Path = arg(Path("~/.cache/pilot"), TRAINING, path="folder")
     """Folder for token files, which are made once a data set."""
 
     @property

@@ -60,7 +60,7 @@ class ValidatorConfig(RoundConfig):
     """Miners: local ports, or host:port@ss58. The ss58 address is that of the miner's hotkey."""
     axons_file: Path | None = arg(None, MINERS, short=True)
     """File with one miner a line, as for --axons. # begins a comment. It is read again when it changes."""
-    admit: str = arg("", MINERS, short=True)
+    admit: str = arg("", MINERS, short=True, path="read")
     """Let miners register: everyone, or a file. They do so at --serve.port. The file has one ss58 address a line, and
     is read again when it changes. Empty admits nobody."""
     connect_timeout: float = arg(20.0, MINERS)
@@ -71,7 +71,7 @@ class ValidatorConfig(RoundConfig):
     """PEM file with the certificates that sign the miners'. Every miner of --axons is then reached by TLS."""
     run: str = arg("", RUN, short=True, resume="command")
     """Name of the run and of its folder. Empty: task and time, or the newest run with --resume."""
-    runs: Path = arg(Path("runs"), RUN, resume="command")
+    runs: Path = arg(Path("runs"), RUN, resume="command", path="folder")
     """Folder that holds the run folders."""
     resume: bool = arg(False, RUN, short=True, resume="command")
     """Continue a run where it stopped. Its own flags are the defaults."""
@@ -90,7 +90,7 @@ class ValidatorConfig(RoundConfig):
         """Raise ValueError for mistakes that can be found without importing torch."""
         from pilot.market.measures import load_measures
         from pilot.ranking import load_ranker
-        from pilot.transport.tls import check_pair
+        from pilot.transport.tls import check_pair, client_context
 
         self.check_rounds()
         load_measures(load_ranker(self.ranking))
@@ -103,6 +103,8 @@ class ValidatorConfig(RoundConfig):
         check_port("serve.port", self.serve.port or 0)
         check_host("serve.ip", self.serve.ip, "serve.port")
         check_pair(self.serve.tls_cert, self.serve.tls_key, "serve")
+        if self.tls_ca is not None:
+            client_context(self.tls_ca)
         if self.serve.port is None:
             for given, value in ((f"--admit {self.admit}", self.admit), ("--serve.tls-cert", self.serve.tls_cert)):
                 if value:

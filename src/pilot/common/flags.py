@@ -1,7 +1,7 @@
 """Declare command-line flags as dataclass fields.
 
-A field's docstring is the flag's help. Its metadata says where the help shows the flag and what a resumed run does with
-it; the fields of a nested configuration inherit what their own metadata leaves out.
+A field's docstring is the flag's help. Its metadata says where the help shows the flag, what a resumed run does with
+it, and how its path is used; the fields of a nested configuration inherit what their own metadata leaves out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from pilot.common.paths import PathUse
+
 T = TypeVar("T")
 
 Resume = Literal["fixed", "free", "command"]
@@ -23,9 +25,16 @@ Resume = Literal["fixed", "free", "command"]
 be changed. command: belongs to one command, so a run does not record it."""
 
 
-def arg(default: T, group: str | None = None, *, short: bool = False, resume: Resume | None = None) -> T:
-    """Declare a flag. With `short` it is shown by --help, else by --help-all only."""
-    return dataclasses.field(default=default, metadata=_metadata(group, short, resume))
+def arg(
+    default: T,
+    group: str | None = None,
+    *,
+    short: bool = False,
+    resume: Resume | None = None,
+    path: PathUse | None = None,
+) -> T:
+    """Declare a flag. With `short` it is shown by --help, else by --help-all only. With `path` it names a path."""
+    return dataclasses.field(default=default, metadata=_metadata(group, short, resume, path))
 
 
 def nested(config: Callable[[], T], group: str | None = None, *, resume: Resume | None = None) -> T:
@@ -33,8 +42,8 @@ def nested(config: Callable[[], T], group: str | None = None, *, resume: Resume 
     return dataclasses.field(default_factory=config, metadata=_metadata(group, False, resume))
 
 
-def _metadata(group: str | None, short: bool, resume: Resume | None) -> dict[str, Any]:
-    given = {"group": group, "short": short or None, "resume": resume}
+def _metadata(group: str | None, short: bool, resume: Resume | None, path: PathUse | None = None) -> dict[str, Any]:
+    given = {"group": group, "short": short or None, "resume": resume, "path": path}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -51,6 +60,8 @@ class Flag:
     group: str = ""
     short: bool = False
     resume: Resume = "free"
+    path: PathUse | None = None
+    """How the path that it names is used; None if it names none."""
 
     @property
     def option(self) -> str:
@@ -78,7 +89,10 @@ def _walk(config: object, prefix: str, inherited: Mapping[str, Any]) -> Iterator
         if dataclasses.is_dataclass(default):
             yield from _walk(default, f"{prefix}{field.name}.", metadata)
         else:
-            yield Flag(prefix + field.name, types[field.name], default, type(config), **metadata)
+            kind = types[field.name]
+            if Path in (kind, *typing.get_args(kind)):
+                metadata = {"path": "read", **metadata}
+            yield Flag(prefix + field.name, kind, default, type(config), **metadata)
 
 
 def docstring(config: type[object], field: str) -> str:
@@ -93,7 +107,7 @@ def docstring(config: type[object], field: str) -> str:
 def _docstrings(module: str) -> dict[tuple[str, str], str]:
     file = getattr(sys.modules[module], "__file__", None)
     found: dict[tuple[str, str], str] = {}
-    for node in ast.parse(Path(file).read_text()).body if file and file.endswith(".py") else ():
+    for node in ast.parse(Path(file).read_text(encoding="utf-8")).body if file and file.endswith(".py") else ():
         if isinstance(node, ast.ClassDef):
             for field, text in zip(node.body, node.body[1:], strict=False):
                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+from pilot.common.streams import keep_streams
+
 try:
     import termios
 except ImportError:  # not a Unix
@@ -44,6 +46,7 @@ _program = _Program()
 
 def catch(name: str, line: str = "stopped", code: int = CODE) -> None:
     """From now on end this process on a signal. Call it before the imports that take seconds, in the main thread."""
+    keep_streams()  # before the pipe below could take the place of a closed one
     _program.name = name
     says(line, code)
     if termios is not None and sys.stdin is not None:

@@ -69,7 +69,7 @@ class Metrics:
         """Append a round. `row["round"]` is the step in W&B."""
 
         def write() -> None:
-            with open(self._path, "a") as file:
+            with open(self._path, "a", encoding="utf-8") as file:
                 file.write(_line(row))
 
         _unless_disk_fails(write)

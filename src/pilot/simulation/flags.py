@@ -64,7 +64,7 @@ class SimulateConfig(RoundConfig):
     make: Literal["", "spot", "diurnal", "flaky", "steady"] = arg("", TRACE, short=True)
     """Make a trace by --seed instead of reading one. spot: machines are taken away and come back. diurnal: day and
     night, with energy prices. flaky: slow links that break. steady: all miners are always up."""
-    out: Path | None = arg(None, TRACE, short=True)
+    out: Path | None = arg(None, TRACE, short=True, path="write")
     """File to write the trace of --make to, without simulating it."""
     miners: int = arg(8, TRACE, short=True)
     """Number of miners for --make, processes that each give one reply in a round."""
@@ -80,9 +80,9 @@ class SimulateConfig(RoundConfig):
     costs: CostConfig = nested(CostConfig, NETWORK)
     measure: bool = arg(False, NETWORK, short=True)
     """Measure the costs once with this task on this machine, instead of using --costs."""
-    plot: Path = arg(Path("simulation.png"), OUTPUT, short=True)
+    plot: Path = arg(Path("simulation.png"), OUTPUT, short=True, path="write")
     """File for the plot of miners, utilisation, work and loss over time."""
-    keep: Path | None = arg(None, OUTPUT, short=True)
+    keep: Path | None = arg(None, OUTPUT, short=True, path="folder")
     """New folder to keep the run in: its ledger, payloads and the miners' receipts."""
     task: str = arg("quadratic", TASK, short=True)
     """Task to train: quadratic, which costs almost nothing, or gpt2 and nanochat, which train for real."""
@@ -117,8 +117,6 @@ class SimulateConfig(RoundConfig):
         for name in ("rounds", "eval_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{option(name)} {getattr(self, name)}: must be 0 or more")
-        if self.plot.is_dir() or not self.plot.absolute().parent.is_dir():
-            raise ValueError(f"--plot {self.plot}: must be a file in a folder that exists")
         self.link.spec()
         self.check_rounds()
         self.check_task()

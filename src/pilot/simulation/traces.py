@@ -122,7 +122,7 @@ def write_trace(path: Path, intervals: Iterable[Interval]) -> None:
     """Write a trace without the columns that no interval uses. Reading it gives equal numbers."""
     intervals = list(intervals)
     used = [name for name in COLUMNS if name in REQUIRED or any(getattr(i, name) is not None for i in intervals)]
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(used)
         for interval in intervals:

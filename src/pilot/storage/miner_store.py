@@ -97,7 +97,7 @@ class FileMinerStore:
         """Return the validator that this miner serves. Raises ValueError if its file is damaged."""
         if not self._pin.is_file():
             return None
-        text = self._pin.read_text(errors="replace").strip()
+        text = self._pin.read_text(encoding="utf-8", errors="replace").strip()
         try:
             return _HOTKEY.validate_python(text)
         except ValidationError:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pilot.common.files import NO_SPACE, FileLock, make_folder
+from pilot.common.paths import PathError
 from pilot.interfaces import ReceivedReply, RoundRecord
 from pilot.storage import LEDGER
 from pilot.storage.blob_store import FileBlobStore
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+UNUSABLE = frozenset({sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM})
 
-class DiskFull(Exception):
+
+class DiskFull(PathError):
     """A write to the run's folder failed for lack of space. The text tells the user in one line what to do."""
 
 
@@ -45,10 +48,13 @@ def detecting_full_disk(folder: Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.OperationalError) as error:
         full = error.errno in NO_SPACE if isinstance(error, OSError) else error.sqlite_errorcode == sqlite3.SQLITE_FULL
+        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF in UNUSABLE:
+            raise PathError(f"--runs {folder.parent}: {folder / LEDGER}: {error}; allow it, or name another") from error
         if not full:
             raise
         raise DiskFull(
-            f"{folder}: the disk is full; all committed rounds are safe: free some space, then --resume"
+            f"--runs {folder.parent}: {folder.name}: the disk is full; all committed rounds are safe: "
+            "free some space, then --resume"
         ) from error
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 
 def check_pair(cert: Path | None, key: Path | None, server: str) -> None:
-    """Raises ValueError where only one of --SERVER.tls-cert and --SERVER.tls-key is given."""
+    """Raises ValueError where only one of --SERVER.tls-cert and --SERVER.tls-key is given, or they cannot be used."""
     if (cert is None) != (key is None):
         given, other = ("cert", "key") if cert else ("key", "cert")
         raise ValueError(f"--{server}.tls-{given}: TLS needs --{server}.tls-{other} too")
+    if cert is not None and key is not None:
+        server_context(cert, key, server)
 
 
 def server_context(cert: Path, key: Path, server: str = "axon") -> ssl.SSLContext:

@@ -43,7 +43,9 @@ def load_keypair(name: str, hotkey: str, path: str, *, create: bool, say: Callab
         keypair = wallet.get_hotkey(_password(wallet))
         _check_signs(keypair, wallet.hotkey_file.path)
         return keypair
-    except (ValueError, OSError, EOFError, KeyfileError, WrongPasswordError) as error:
+    except OSError as error:
+        raise ValueError(f"--wallet.path {path}: {error.filename or name}: {error.strerror}; name another") from None
+    except (ValueError, EOFError, KeyfileError, WrongPasswordError) as error:
         raise ValueError(f"--wallet.hotkey {hotkey}: {str(error) or 'no password was given'}") from None
 
 
@@ -81,7 +83,7 @@ def _check_signs(keypair: Keypair, path: str) -> None:
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time: miners that share a new wallet may be started at the same moment."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ".lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

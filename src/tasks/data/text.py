@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 
 from pilot.common.files import replacing
 from pilot.common.flags import arg
+from pilot.common.paths import naming
 from pilot.interfaces import Refused
 from protocol import BlobRef, Count, DatasetRef, DataSpec, Digest, Fault, Name, Part, ProtocolError, Text, digest
 from tasks import OpenBlob
@@ -55,7 +56,7 @@ class TextConfig(Reading):
 
     flag: ClassVar[str]  # the flags' prefix
 
-    text: str = arg("stdlib", short=True)
+    text: str = arg("stdlib", short=True, path="read")
     """Text: stdlib, a file, a folder or a hub data set. stdlib is Python's own sources; files are .txt, .jsonl or
     .parquet, the first two also compressed (.gz, .bz2, .xz, .zst). Of a folder one kind is taken."""
 
@@ -137,7 +138,8 @@ def prepare_tokens(
                 progress(line)
             return found[:2]
         progress(f"tokens: reading {config.text}")
-        tokenize(_pieces(config, files, validation, findings), tokenizer, path, progress)
+        with naming("--cache", cache):  # reading the text raises TextError
+            tokenize(_pieces(config, files, validation, findings), tokenizer, path, progress)
         source = _source(config)
         if source:
             source = source.model_copy(update={"revision": hub_revision(source)})

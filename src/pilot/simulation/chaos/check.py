@@ -58,7 +58,7 @@ def config_of(run: Path) -> ValidatorConfig:
     from pilot.app.validator_flags import ValidatorConfig
 
     if not (run / LEDGER).is_file():
-        raise ValueError(f"{run}: there is no run in it; name a folder with a {LEDGER}, such as runs/demo")
+        raise ValueError(f"--check {run}: there is no run in it; name a folder with a {LEDGER}, such as runs/demo")
     flags = ["--runs", str(run.parent), "--run", run.name, "--resume"]
     return cli.parse(ValidatorConfig, "chaos.py", flags, runs.resume_flags(flags))
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from pilot.common.flags import arg
 from pilot.simulation.chaos.check import baseline_loss, check_and_print, count_faults, final_loss, format_counts
 from pilot.simulation.chaos.marketplace import Failure, Marketplace, committed
 from pilot.simulation.chaos.schedule import KINDS, Event, schedule
@@ -52,7 +53,7 @@ class ChaosConfig:
     """Seconds that each proxy delays each direction."""
     patience: float = 300.0
     """Seconds without a new round after which the run has failed."""
-    folder: Path | None = None
+    folder: Path | None = arg(None, path="folder")
     """An empty folder for all files of the run. None: a temporary one, which is kept if something failed."""
     check: Path | None = None
     """Only check this run's folder, such as runs/demo, with the receipts of the miners that --local has in it."""

@@ -44,7 +44,7 @@ class WatchedFile:
     def read(self) -> list[tuple[int, str]]:
         """Those with something in them, with their numbers. Raises OSError."""
         stamp = self._stamp()
-        text = self._path.read_text(errors="replace")
+        text = self._path.read_text(encoding="utf-8", errors="replace")
         self._read = stamp
         lines = (line.partition("#")[0].strip() for line in text.splitlines())
         return [(number, line) for number, line in enumerate(lines, 1) if line]
