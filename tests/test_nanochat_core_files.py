@@ -23,6 +23,7 @@ def folder(tmp_path: Path) -> Path:
     ("file", "line", "said"),
     [
         ("copa", '{"query": "a", "choices": ["b"', "line 3: not JSON"),
+        ("copa", "[" * 99_999, "line 3: not JSON"),
         ("copa", "[1]", "line 3: not a JSON object"),
         ("copa", '{"choices": ["b", "c"], "gold": 0}', "line 3: query must be a string"),
         (

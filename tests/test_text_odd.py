@@ -135,13 +135,13 @@ def test_rows_are_held_to_the_same_share(tmp_path: Path) -> None:
 # --- separators -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("token", ["<|endoftext|>", "<|bos|>", "<|user_start|>"])
+@pytest.mark.parametrize("token", ["<|endoftext|>", "<|bos|>", "<|user_start|>", "<|EOT_2|>", "</s>", "<eos>"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
 def test_special_tokens_in_a_text_are_told(tmp_path: Path, token: str, name: str) -> None:
     path = save(tmp_path / name, [f"one\n{token}\ntwo\n{token}{token}three\n" + TEXT])
     _, (line,) = read(path)
     assert line.startswith(f"text: {token} stands 3 times in it as ordinary characters")
-    assert ("--gpt2.separator" in line) == (token != "<|user_start|>")
+    assert ("--gpt2.separator" in line) == (token not in ("<|user_start|>", "<|EOT_2|>"))
     text, said = read(path, separator=token)
     assert text == "one\0two\0three\n" + TEXT.strip() or text.replace("\0", "").startswith("onetwothree")
     assert not said
@@ -305,6 +305,13 @@ def test_a_damaged_row_group_costs_that_group(tmp_path: Path) -> None:
     text, (told,) = read(path, bad_shards="skip")
     assert [word for word in WORDS if word[:7] in text.replace("\0", "\n")][:11] == [*WORDS[:10], WORDS[20]]
     assert told.startswith("text: skipped 10 bad rows or files: a.parquet: cannot be read (rows 11 to 20")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.txt"])
+def test_a_pointer_of_git_lfs_says_what_to_run(tmp_path: Path, name: str) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
+    said = refusal(write(tmp_path / name, pointer))
+    assert said == f"{name}: is a Git LFS pointer, not the file itself: run git lfs pull"
 
 
 def test_one_string_that_is_not_utf_8_costs_its_row(tmp_path: Path) -> None:

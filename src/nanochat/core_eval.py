@@ -238,7 +238,7 @@ def read(path: Path, kind: Kind, folder: Path) -> list[Example]:
                 continue
             try:
                 example = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{where}: line {number}: not JSON ({error})") from None
             if wrong := _wrong(example, kind):
                 raise ValueError(f"{where}: line {number}: {wrong}")

@@ -80,15 +80,21 @@ def _open(path: Path) -> Any:
     return path.open("rb")
 
 
+def check_magic(stream: Any, name: str, expected: bytes = b"") -> bytes:
+    """Return a stream's first bytes. Raises TextError if they are those of another kind of file."""
+    head: bytes = stream.peek(64)
+    for magic, truth in OTHER_FILES:
+        if head.startswith(magic) and magic != expected:
+            raise TextError(f"{name}: is {truth}")
+    return head
+
+
 def codec_of(stream: Any, encoding: Encoding, name: str) -> str:
     """Return Python's name of a stream's encoding, which a byte order mark decides.
 
     Raises TextError if the stream begins like a file that is no text.
     """
-    head = stream.peek(64)
-    for magic, truth in OTHER_FILES:
-        if head.startswith(magic):
-            raise TextError(f"{name}: is {truth}")
+    head = check_magic(stream, name)
     by_mark = next((codec for mark, codec in BOMS if head.startswith(mark)), None)
     return by_mark or ("utf-8" if encoding == "auto" else encoding)
 

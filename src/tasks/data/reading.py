@@ -15,6 +15,7 @@ from tasks.data.plain import (
     Encoding,
     advice,
     bounded,
+    check_magic,
     codec_of,
     damage,
     inspect,
@@ -26,8 +27,9 @@ from tasks.data.plain import (
     too_damaged,
 )
 
-SPECIAL = re.compile(r"<\|[a-z_]{2,24}\|>")  # tokens such as <|endoftext|>, written out
-SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<|bos|>", "<|eos|>")
+SPECIAL = re.compile(r"<\|\w{1,32}\|>|</s>|<[be]os>", re.ASCII)  # tokens such as <|endoftext|>, written out
+SIGNS = ("<|", "</s>", "os>")  # one of which is in each
+SEPARATORS = {"<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<|bos|>", "<|eos|>", "</s>", "<bos>", "<eos>"}
 NAMED = 4  # special tokens, or keys of a row, that a line names
 
 
@@ -114,7 +116,7 @@ class Findings:
 
     def look(self, text: str) -> str:
         """Count the special tokens in a text, and return it."""
-        if "<|" in text:
+        if any(sign in text for sign in SIGNS):
             self.special.update(SPECIAL.findall(text))
         return text
 
@@ -211,6 +213,8 @@ def _parquet_texts(file: TextFile, reading: Reading, findings: Findings) -> Iter
     try:
         yield from enumerate(read_rows(file.path, reading.column, encoding=encoding, skip=may_skip), 1)
     except ShardError as error:
+        with opened(file) as stream:
+            check_magic(stream, file.name, expected=b"PAR1")
         raise TextError(shown(error)) from None
 
 
