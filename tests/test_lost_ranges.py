@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from pilot.interfaces import Faulted
 from pilot.market.scheduling import History
 from pilot.simulation.virtual_time import run
 from pilot.training.gradient import GradientAccumulator
-from pilot.training.ranges import Cursor, indices, size
+from pilot.training.ranges import Cursor, indices, size, subtract
 from pilot.worker.job import Job
 from protocol import Fault, Hotkey, Order, Range
 from tasks.gpt2 import GPT2
@@ -196,3 +197,26 @@ def test_what_is_avoided_stays_and_nothing_is_lost() -> None:
         (Range(5, 6), Range(10, 11)),
         Cursor(20, (Range(2, 5), Range(11, 12))),
     )
+
+
+def test_work_in_pieces_takes_no_time_to_hand_out_again() -> None:
+    """Each of 64 miners leaves every other micro-batch undone, for eight rounds."""
+    history, miners = History(), [f"{n:03}" for n in range(64)]
+    cursor = Cursor()
+    for _ in range(8):
+        given = []
+        for hotkey in miners:
+            ranges, cursor = cursor.take(128)
+            made = receipt(A, 1.0, [Range(i, i + 1) for i in list(indices(ranges))[::2]])
+            name = f"{hotkey}-{cursor.next}"
+            given.append((made.model_copy(update={"hotkey": hotkey, "order": name}), ranges))
+        history.observe(
+            [r for r, _ in given],
+            {r.order: Order.model_construct(ranges=ranges) for r, ranges in given},
+        )
+        cursor = cursor.give_back(left for r, ranges in given for left in subtract(ranges, r.done))
+    began = time.perf_counter()
+    undone = history.left_undone()
+    for hotkey in miners:
+        _, cursor = cursor.take(128, None, undone[hotkey])
+    assert time.perf_counter() - began < 2.0

@@ -14,7 +14,7 @@ from itertools import chain, pairwise, takewhile
 from statistics import median
 
 from pilot.training.diloco import DiLoCo
-from pilot.training.ranges import Cursor, merge, size, subtract
+from pilot.training.ranges import Cursor, merge, overlapping, size, subtract
 from protocol import Digest, Hotkey, Order, Range, Receipt, Update, one_line
 
 FIRST_SHARE = 1024  # micro-batches for a miner without history in a round with a time budget; what is undone returns
@@ -97,7 +97,8 @@ class History:
         later: tuple[Range, ...] = ()  # what newer rounds left undone
         for undone in reversed(self._undone):
             for hotkey, ranges in undone.items():
-                found[hotkey] = merge([*found.get(hotkey, ()), *subtract(ranges, later)])
+                newer = overlapping(later, Range(ranges[0].start, ranges[-1].stop))
+                found[hotkey] = merge([*found.get(hotkey, ()), *subtract(ranges, newer)])
             later = merge([*later, *subtract(chain.from_iterable(undone.values()), later)])
         return found
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from protocol import MAX_RANGES, Range
@@ -26,18 +27,25 @@ class Cursor:
         `count`, or none.
         """
         taken: list[Range] = []
-        for start, stop in subtract(self.returned, avoid):
-            cut = min(stop, start + count, stop if limit is None else limit)
-            if cut <= start or len(taken) == MAX_RANGES - 1:
+        left: list[Range] = []  # of the first `passed` ranges
+        blocked, passed = merge(avoid), 0
+        for entry in self.returned:
+            if not count or len(taken) >= MAX_RANGES - 1 or (limit is not None and entry.start >= limit):
                 break
-            taken.append(Range(start, cut))
-            count -= cut - start
-        returned = subtract(self.returned, taken)
+            allowed = Range(entry.start, entry.stop if limit is None else min(entry.stop, limit))
+            cut: list[Range] = []
+            for start, stop in subtract([allowed], overlapping(blocked, entry))[: MAX_RANGES - 1 - len(taken)]:
+                if count:
+                    cut.append(Range(start, min(stop, start + count)))
+                    count -= cut[-1].stop - start
+            taken += cut
+            left += subtract([entry], cut)
+            passed += 1
         if limit is not None:
             count = max(0, min(count, limit - self.next))
         if count:
             taken.append(Range(self.next, self.next + count))
-        return merge(taken), Cursor(self.next + count, returned)
+        return merge(taken), Cursor(self.next + count, (*left, *self.returned[passed:]))
 
     def give_back(self, ranges: Iterable[Range]) -> Cursor:
         return Cursor(self.next, merge([*self.returned, *ranges]))
@@ -89,6 +97,12 @@ def subtract(ranges: Iterable[Range], done: Iterable[Range]) -> tuple[Range, ...
         if start < stop:
             left.append(Range(start, stop))
     return tuple(left)
+
+
+def overlapping(ranges: Sequence[Range], span: Range) -> Sequence[Range]:
+    """Return those of ascending, disjoint ranges that share an index with `span`."""
+    first = bisect_right(ranges, span.start, key=lambda r: r.stop)
+    return ranges[first : bisect_left(ranges, span.stop, key=lambda r: r.start)]
 
 
 def within(done: Iterable[Range], ordered: Iterable[Range]) -> bool:
