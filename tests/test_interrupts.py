@@ -177,7 +177,7 @@ def test_a_temporary_folder_goes(tmp_path: Path) -> None:
 
 def test_a_forked_process_is_not_the_program() -> None:
     """Its signals are its own: they do not count as its parent's, and its parent's line is not its own."""
-    code = "child = os.fork()\nif child: print(child, flush=True)\ntime.sleep(60)"
+    code = "if not os.fork(): print(os.getpid(), flush=True)\ntime.sleep(60)"
     process = start(f"ready()\n{code}")
     assert process.stdout is not None
     child = int(process.stdout.readline())

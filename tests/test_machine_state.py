@@ -7,6 +7,7 @@ import os
 import pwd
 import resource
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from pilot.common.paths import PathError, blamed, check_path, check_room, naming
 from pilot.common.streams import keep_streams
 from pilot.simulation.chaos.run import ChaosConfig
 from pilot.simulation.flags import SimulateConfig
+from pilot.storage.run_store import detecting_full_disk
 from pilot.transport.wallets import load_keypair
 from scripts import base_train
 from scripts.base_eval import BaseEvalConfig
@@ -246,6 +248,12 @@ def test_a_later_error_names_the_flag(place: Path) -> None:
     assert "ulimit -n" in (blamed(OSError(errno.EMFILE, "Too many open files", "x"), paths) or "")
     assert blamed(OSError(errno.EBADF, "Bad file descriptor"), paths) is None
     assert blamed(ConnectionResetError(errno.ECONNRESET, "reset"), paths) is None
+
+
+def test_a_ledger_that_cannot_be_opened_names_the_folder_of_runs() -> None:
+    said = "^--runs /proc: /proc/demo/ledger.sqlite: unable to open database file; allow it"
+    with pytest.raises(PathError, match=said), detecting_full_disk(Path("/proc/demo")):
+        sqlite3.connect("/proc/demo/ledger.sqlite")
 
 
 def test_room_is_looked_for_before_the_work(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
