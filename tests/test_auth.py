@@ -13,6 +13,7 @@ from bittensor import Wallet, http_auth
 from bittensor.sp_core import CRYPTO_SR25519, ss58_encode, verify
 
 from pilot.interfaces import Refused
+from pilot.storage.kept_clock import KeptClock
 from pilot.transport.auth import (
     AuthError,
     Guard,
@@ -229,6 +230,37 @@ def test_a_clock_that_is_set_back_makes_no_nonce_fresh(back_s: int) -> None:
             )
             if second % 20 == 0:
                 assert verifier.verify(other, "GET", "/", b"") == MALLORY.ss58_address
+
+
+@pytest.mark.parametrize("back_s", [0, 5, 9, 30, 60, 3600])
+def test_a_clock_that_is_set_back_before_a_restart_makes_no_nonce_fresh(back_s: int, tmp_path: Path) -> None:
+    """Nor later on, when the machine's clock is there again; and a caller that asks for the time is served."""
+    now, passed = time.time_ns(), 0
+    before = Verifier(MINER.ss58_address, KeptClock(tmp_path / "clock", lambda: now), lambda: 0)
+    now += 20 * 10**9
+    headers = sign_request(VALIDATOR, "GET", "/", MINER.ss58_address, clock_offset_ns=now - 10**8 - time.time_ns())
+    assert before.verify(headers, "GET", "/", b"") == VALIDATOR.ss58_address
+    now -= back_s * 10**9
+    after = Verifier(MINER.ss58_address, KeptClock(tmp_path / "clock", lambda: now), lambda: passed)
+    for _ in range(100):
+        now, passed = now + 10**9, passed + 10**9
+        with pytest.raises(AuthError):
+            after.verify(headers, "GET", "/", b"")
+    offset_ns = after.clock_ns() - time.time_ns() - 10**8
+    fresh = sign_request(VALIDATOR, "GET", "/", MINER.ss58_address, clock_offset_ns=offset_ns)
+    assert after.verify(fresh, "GET", "/", b"") == VALIDATOR.ss58_address
+
+
+def test_a_clock_that_was_hours_ahead_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "clock"
+    KeptClock(file, lambda: time.time_ns() + 5 * 3600 * 10**9)()
+    with pytest.raises(
+        ValueError, match=rf"{file}: the clock of this machine was 5.0 hours ahead .* set the clock right"
+    ):
+        KeptClock(file)
+    file.write_text("soon")
+    with pytest.raises(ValueError, match=rf"{file}: does not hold a time; delete it"):
+        KeptClock(file)
 
 
 def test_nonces_are_forgotten_when_they_are_stale() -> None:

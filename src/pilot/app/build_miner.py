@@ -154,6 +154,7 @@ async def _open_axon(
     console: MinerConsole,
 ) -> tuple[Axon, str]:
     """Open the axon. Return it and the HOST:PORT to register; the host is left out if it is no single address."""
+    from pilot.storage.kept_clock import KeptClock
     from pilot.transport.auth import Guard
     from pilot.transport.server.axon import Axon
     from pilot.transport.tls import server_context
@@ -161,7 +162,8 @@ async def _open_axon(
     cert, key = config.axon.tls_cert, config.axon.tls_key
     tls = server_context(cert, key) if cert and key else None
     guard = Guard(allowed, store.pin(), store.set_pin)
-    axon = Axon(worker, keypair, guard, config.axon.ip, config.axon.port, config.limits, tls)
+    clock_ns = KeptClock(store.folder / "clock")
+    axon = Axon(worker, keypair, guard, config.axon.ip, config.axon.port, config.limits, tls, clock_ns)
     bound = await axon.start()
     if (config.axon.external_ip or config.axon.ip) in EVERY_INTERFACE and not config.validator:
         console.say("listening on every interface: replace the host below by this machine's address")

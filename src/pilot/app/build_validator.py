@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pilot.interfaces import MinerState
     from pilot.market.link_budget import LinkWatch
     from pilot.market.round import Market, Network
+    from pilot.storage.kept_clock import KeptClock
     from pilot.storage.run_store import RunStore
     from pilot.training.learner import Learner
     from pilot.transport.auth import Keypair
@@ -194,7 +195,8 @@ async def _start_server(
     tls = server_context(serve.tls_cert, serve.tls_key, "serve") if serve.tls_cert and serve.tls_key else None
     common = (health, serve.ip, serve.port, config.limits, tls)
     if admission is not None:
-        server = Gateway(keypair, config.task, admission, *common, reaches_tls=config.tls_ca is not None)
+        clock_ns, reaches_tls = KeptClock(folder / "clock"), config.tls_ca is not None
+        server = Gateway(keypair, config.task, admission, *common, reaches_tls=reaches_tls, clock_ns=clock_ns)
     else:
         server = HealthServer(*common)
     address = f"{f'[{serve.ip}]' if ':' in serve.ip else serve.ip}:{await server.start()}"

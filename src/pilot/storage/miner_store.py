@@ -2,6 +2,7 @@
 
     <cache>/blobs/<kind>/<digest>     verified when stored
     <cache>/validator                 the hotkey of the pinned validator
+    <cache>/clock                     what the clock has not passed yet (pilot.storage.kept_clock)
     <cache>/receipts.jsonl            one signed receipt a line
     <cache>/residual.safetensors      error feedback, if orders ask for it (pilot.storage.residuals)
 
@@ -68,6 +69,7 @@ class FileMinerStore:
     """A miner's folder. Blobs may be read and written from any thread, and by several miners that share the folder."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._blobs = make_folder(folder / "blobs")
         self._pin = folder / "validator"
         self._receipts = folder / "receipts.jsonl"

@@ -4,6 +4,7 @@
                 spool/          payloads as they arrived, back to the second-newest snapshot
                 snapshots/      the validator's state every so many rounds
                 versions/       the states and deltas that lead to the newest version
+                clock           with --admit: what the clock has not passed yet (pilot.storage.kept_clock)
                 lock            held by the validator that uses the folder
 
 A restart loads the newest undamaged snapshot and replays the committed rounds after it from the spool. Everything that

@@ -17,6 +17,7 @@ from bittensor.http_auth import AuthError, MalformedAuth, StaleRequest, WrongRec
 from bittensor.sp_core import CRYPTO_SR25519, Keypair, ss58_decode, verify
 from bittensor.wallets import is_bittensor_address
 
+from pilot.common.clock import SteadyClock
 from pilot.interfaces import Refused
 from protocol import (
     HOTKEY_PATTERN,
@@ -211,8 +212,8 @@ class Verifier:
     """Checks requests to one hotkey, each nonce once.
 
     The memory of nonces dies with the process, so those older than it are stale; and none may come from the future,
-    because one that this process has taken would then be new to the next. The clock never goes back, nor slower than
-    the monotonic one, whatever the machine's does: what was stale stays so.
+    because one that this process has taken would then be new to the next. The clock never goes back, whatever the
+    machine's does: what was stale stays so.
     """
 
     def __init__(
@@ -222,16 +223,9 @@ class Verifier:
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._hotkey = hotkey
-        self._wall_ns, self._monotonic_ns = clock_ns, monotonic_ns
-        self._ahead_ns = clock_ns() - monotonic_ns()  # of the monotonic clock; it only grows
+        self.clock_ns = SteadyClock(clock_ns, monotonic_ns)
         self._started_ns = self.clock_ns()
         self._used = UsedNonces(self.clock_ns)
-
-    def clock_ns(self) -> int:
-        """The time by which nonces are judged: the machine's, unless that was set back."""
-        monotonic_ns = self._monotonic_ns()
-        self._ahead_ns = max(self._ahead_ns, self._wall_ns() - monotonic_ns)
-        return monotonic_ns + self._ahead_ns
 
     @staticmethod
     def claimed(headers: Mapping[str, str]) -> Hotkey:
