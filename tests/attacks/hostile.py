@@ -22,7 +22,7 @@ from pilot.display.console import MinerConsole
 from pilot.transport.auth import Keypair, sign_message, sign_request
 from pilot.transport.client.peer import parse_endpoint
 from pilot.worker.worker import Worker
-from protocol import BlobRef, DataSpec, Digest, Order, Range, Refusal, TaskSpec, digest
+from protocol import BlobRef, DataSpec, Digest, Order, Range, Refusal, Stop, TaskSpec, digest
 from tests.tiny import MINERS, VALIDATOR
 from tests.updates import whole_state
 
@@ -103,11 +103,43 @@ class Rogue:
         target = f"/v1/blob?kind={ref.kind}&digest={ref.digest}&bytes={ref.bytes}&offset={offset}"
         return await self._send("PUT", target, blob=bytes(memoryview(data).cast("B")[offset:]))
 
+    async def put_part(self, ref: BlobRef, start: int, stop: int, pause_s: float = 0.0) -> int:
+        """Send bytes `start` to `stop` of a blob over a connection that is cut then, if they are not its last ones.
+
+        With `pause_s` half of them come later than the others. Return the status, 0 where the connection was cut.
+        """
+        data = bytes(memoryview(self.blobs[ref.digest]).cast("B"))
+        target = f"/v1/blob?kind={ref.kind}&digest={ref.digest}&bytes={ref.bytes}&offset={start}"
+        headers = sign_request(self.keypair, "PUT", target, self.worker.hotkey, b"")
+        lines = [f"PUT {target} HTTP/1.1", "Host: x", f"Content-Length: {ref.bytes - start}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            middle = (start + stop) // 2
+            writer.write("\r\n".join([*lines, "", ""]).encode() + data[start:middle])
+            await writer.drain()
+            await asyncio.sleep(pause_s)
+            writer.write(data[middle:stop])
+            await writer.drain()
+            if stop == ref.bytes:
+                return int((await reader.readline()).split()[1])
+            while self.worker.inbox.held.get(ref.digest, 0) < stop:
+                await asyncio.sleep(0.01)
+            return 0
+        finally:
+            writer.close()
+
+    async def stop(self, order: Order) -> tuple[int, Refusal]:
+        """Stop an order, perhaps another validator's."""
+        name = digest(order.kind, order.text().encode())
+        stop = Stop(run=order.run, round=order.round, hotkey=order.hotkey, order=name)
+        return await self._send("POST", "/v1/stop", sign_message(self.keypair, stop).model_dump_json().encode())
+
     async def give(self, order: Order) -> tuple[int, Refusal]:
         """Offer an order, send the blobs that it lacks, and offer it again. Return the last answer."""
         status, refusal = await self.post(order)
         for ref in refusal.missing:
-            assert (await self.put(ref, self.blobs[ref.digest]))[0] == 200
+            assert (await self.put(ref, self.blobs[ref.digest], refusal.held.get(ref.digest, 0)))[0] == 200
         return await self.post(order) if refusal.missing else (status, refusal)
 
     async def outcome(self, order: Order) -> tuple[int, Refusal]:
@@ -140,7 +172,10 @@ async def miner_serving(folder: Path, *flags: str) -> AsyncIterator[tuple[Rogue,
     said: list[str] = []
     wallet = ["--wallet.name", "m", "--wallet.path", str(folder / "wallets"), "--cache", str(folder / "cache")]
     allow = ["--allow", VALIDATOR.ss58_address, RIVAL.ss58_address]
-    config = cli.parse(MinerConfig, "miner.py", [*wallet, *allow, "--axon.port", "0", "--device", "cpu", *flags])
+    quick = ["--limits.rate-s", "0.5"]  # a transfer that was cut is noticed then
+    config = cli.parse(
+        MinerConfig, "miner.py", [*quick, *wallet, *allow, "--axon.port", "0", "--device", "cpu", *flags]
+    )
     config.check()
     async with AsyncExitStack() as stack, aiohttp.ClientSession() as session:
         console = cast(MinerConsole, SimpleNamespace(say=said.append))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from protocol import MAX_SERVED_BYTES, BlobRef, DatasetRef, DataSpec, Fault, Order, Refusal, TaskSpec
-from tests.attacks.hostile import QUADRATIC, SHAPE, Rogue, against_miner
+from tests.attacks.hostile import QUADRATIC, SHAPE, Rogue, against_miner, token_file
 from tests.updates import whole_state
 
 SECRET = "HUNTER2 the first line of a private file"
@@ -231,3 +232,141 @@ def test_a_deep_model_is_done_or_refused(tmp_path: Path, layers: int) -> None:
         assert (status, refusal.fault) == (409, Fault.MALFORMED)
 
     against_miner(tmp_path, play)
+
+
+# --- blocks it --------------------------------------------------------------------------------------------------------
+
+AWAY = ("--limits.away-s", "0.5")
+
+
+async def until_accepted(rogue: Rogue, order: Order) -> float:
+    """Give an order until the miner is not BUSY any more. Return the seconds that it took."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while (answer := await rogue.give(order))[0] != 200:
+        assert answer[1].fault is Fault.BUSY, answer[1].reason
+        assert loop.time() - began < 10
+        await asyncio.sleep(0.05)
+    return loop.time() - began
+
+
+@pytest.mark.parametrize("stage", ["inputs missing", "half of an input", "reply not asked for", "reply not fetched"])
+def test_an_order_that_is_left_alone_blocks_nobody(tmp_path: Path, stage: str) -> None:
+    """Its deadline is 115 days. The other validator has the miner as soon as the first is not heard of any more."""
+
+    async def play(first: Rogue, second: Rogue, said: list[str]) -> None:
+        order = first.order(deadline_s=1e7)
+        if stage == "inputs missing":
+            assert (await first.post(order))[1].missing
+        elif stage == "half of an input":
+            ref = (await first.post(order))[1].missing[0]
+            await first.put_part(ref, 0, 20)
+        elif stage == "reply not asked for":
+            assert (await first.give(order))[0] == 200
+        else:
+            assert (await first.outcome(order))[0] == 200
+        theirs = second.order()
+        assert 0.2 < await until_accepted(second, theirs) < 5
+        assert (await second.outcome(theirs))[0] == 200
+        assert await second.fetch(theirs) == 200
+
+    against_miner(tmp_path, play, *AWAY)
+
+
+def test_an_order_that_is_asked_for_without_end_is_over_by_the_miners_own_bound(tmp_path: Path) -> None:
+    async def play(first: Rogue, second: Rogue, said: list[str]) -> None:
+        order = first.order(deadline_s=1e7)
+        assert (await first.outcome(order))[0] == 200
+
+        async def keep_asking() -> None:
+            while True:
+                await first.outcome(order)
+                await asyncio.sleep(0.05)
+
+        asking = asyncio.create_task(keep_asking())
+        assert 0.5 < await until_accepted(second, second.order()) < 5
+        asking.cancel()
+        await asyncio.wait({asking})
+
+    against_miner(tmp_path, play, "--limits.deadline-s", "1.5", honest=False)
+
+
+def test_a_trickle_of_blobs_does_not_reserve_a_miner_for_ever(tmp_path: Path) -> None:
+    async def play(first: Rogue, second: Rogue, said: list[str]) -> None:
+        ref = (await first.post(first.order()))[1].missing[0]
+
+        async def trickle() -> None:
+            for offset in range(ref.bytes - 1):
+                await first.put_part(ref, offset, offset + 1)
+                await asyncio.sleep(0.1)
+
+        trickling = asyncio.create_task(trickle())
+        assert 0.5 < await until_accepted(second, second.order()) < 5
+        trickling.cancel()
+        await asyncio.wait({trickling})
+
+    against_miner(tmp_path, play, "--limits.deadline-s", "1.5", honest=False)
+
+
+@pytest.mark.parametrize("kind", ["state", "data"])
+def test_a_second_validator_does_not_disturb_the_firsts_upload(tmp_path: Path, kind: str) -> None:
+    """It orders, sends the same blob and stops the order in the midst of the upload, which then goes on."""
+
+    async def play(first: Rogue, second: Rogue, said: list[str]) -> None:
+        order = first.order()
+        missing = {ref.kind: ref for ref in (await first.post(order))[1].missing}
+        ref = missing[kind]
+        half = ref.bytes // 2
+        await first.put_part(ref, 0, half)
+        theirs = second.order(token_file(9))
+        assert (await second.post(theirs))[1].fault is Fault.BUSY
+        assert (await second.put(ref, second.blobs.get(ref.digest, first.blobs[ref.digest])))[0] == 409
+        await second.stop(order)
+        held = (await first.post(order))[1].held
+        assert held[ref.digest] == half
+        for each in missing.values():
+            offset = half if each == ref else 0
+            assert (await first.put(each, first.blobs[each.digest], offset))[0] == 200
+        assert (await first.outcome(order))[0] == 200
+        assert await first.fetch(order) == 200
+
+    against_miner(tmp_path, play)
+
+
+def test_a_second_validator_does_not_end_a_transfer_under_way(tmp_path: Path) -> None:
+    """A newer transfer of the same blob ends an older one, but only of the same validator."""
+
+    async def play(first: Rogue, second: Rogue, said: list[str]) -> None:
+        order = first.order()
+        refs = (await first.post(order))[1].missing
+        ref = refs[0]
+        sending = asyncio.create_task(first.put_part(ref, 0, ref.bytes, pause_s=0.3))
+        await asyncio.sleep(0.1)
+        assert (await second.put(ref, first.blobs[ref.digest]))[0] == 409
+        assert await sending == 200
+        for other in refs[1:]:
+            assert (await first.put(other, first.blobs[other.digest]))[0] == 200
+        assert (await first.outcome(order))[0] == 200
+        assert await first.fetch(order) == 200
+
+    against_miner(tmp_path, play)
+
+
+@pytest.mark.parametrize("bad", ["malformed", "greedy", "of another task"])
+def test_a_bad_order_does_not_end_an_upload_that_has_paused(tmp_path: Path, bad: str) -> None:
+    """Even where the first validator is away so long that a good order could have the miner."""
+
+    async def play(first: Rogue, second: Rogue, said: list[str]) -> None:
+        order = first.order()
+        ref = (await first.post(order))[1].missing[0]
+        await first.put_part(ref, 0, 20)
+        await asyncio.sleep(0.6)
+        spec = {
+            "malformed": TaskSpec(name="quadratic", parameters={}),
+            "greedy": TaskSpec(name="gpt2", parameters=SHAPE | {"batch_size": MOST, "vocab_size": MOST}),
+            "of another task": TaskSpec(name="nonesuch", parameters={}),
+        }[bad]
+        assert (await second.post(second.order(task=spec)))[0] in (400, 409)
+        assert (await first.post(order))[1].held[ref.digest] == 20
+
+    against_miner(tmp_path, play, *AWAY, "--limits.memory", "5e9")

@@ -64,7 +64,8 @@ class Limits:
     poll_s: float = 2.0
     """Seconds that a request for a reply waits at the miner, at most, before it is told how far the work is."""
     away_s: float = 20.0
-    """Seconds without contact after which a miner's part in a round is given up, if the deadline is not over first."""
+    """Seconds without contact after which a miner's part in a round is given up, or a miner serves another validator,
+    if the deadline is not over first."""
 
     def check(self) -> None:
         """Raise ValueError, naming the flag, for a limit that is not above 0."""

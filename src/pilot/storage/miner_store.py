@@ -20,6 +20,7 @@ from collections import deque
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
+from typing_extensions import Buffer
 
 from pilot.common.files import TEMPORARY, delete_leftovers, make_folder, replacing, sync_file
 from pilot.interfaces import VerifiedWriter
@@ -42,7 +43,17 @@ class FileBlobWriter(VerifiedWriter):
         self._file = os.fdopen(descriptor, "wb", buffering=0)
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells a live writer's file from one that a killed process left
 
+    def write(self, chunk: Buffer) -> None:
+        try:
+            super().write(chunk)
+        except ValueError:
+            if self._file.closed:  # dropped while its bytes were on the way
+                raise ProtocolError(f"this {self.ref.kind} is not wanted any more") from None
+            raise
+
     def commit(self) -> None:
+        if self._file.closed:
+            raise ProtocolError(f"this {self.ref.kind} is not wanted any more")
         super().commit()
         self._file.close()
         sync_file(self._path.parent)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
+from pilot.common.limits import Limits
 from pilot.interfaces import BlobWriter, Refused, VerifiedWriter
-from protocol import BlobRef, Digest
+from protocol import BlobRef, Digest, Hotkey
 
 IN_MEMORY = ("state", "delta")  # kinds that go into the model, and need no file
 
@@ -72,17 +73,44 @@ class BlobInbox:
     A transfer that breaks off is resumed: what is held of a blob stays while orders still need it.
     """
 
-    def __init__(self, buffers: BlobBuffers, store: Callable[[BlobRef], BlobWriter]) -> None:
+    def __init__(
+        self,
+        buffers: BlobBuffers,
+        store: Callable[[BlobRef], BlobWriter],
+        clock: Callable[[], float],
+        limits: Limits,
+    ) -> None:
         """`store` opens a writer for a blob that is not a state or a delta."""
-        self._buffers, self._store = buffers, store
+        self._buffers, self._store, self._clock, self._limits = buffers, store, clock, limits
         self._wanted: dict[Digest, BlobRef] = {}
         self._writers: dict[Digest, BlobWriter] = {}
+        self._owner: Hotkey | None = None  # the validator whose blobs are wanted
+        self._since = self._moved_at = 0.0  # when it was first asked for them; when bytes last came
+        self._bytes_seen = 0
 
-    def require(self, needed: Sequence[BlobRef]) -> None:
+    @property
+    def sender(self) -> Hotkey | None:
+        """Return the validator whose upload is under way. None: there is none, or nothing has come for a while."""
+        if not self._wanted:
+            return None
+        now, held = self._clock(), sum(writer.held for writer in self._writers.values())
+        if held != self._bytes_seen:
+            self._bytes_seen, self._moved_at = held, now
+        idle, whole = now - self._moved_at, now - self._since
+        return self._owner if idle < self._limits.away_s and whole < self._limits.deadline_s else None
+
+    def _want(self, owner: Hotkey, refs: Sequence[BlobRef]) -> None:
+        """Note whose blobs are wanted now. The time in which they must come does not begin again with each order."""
+        if owner != self._owner or not self._wanted:
+            self._owner, self._since = owner, self._clock()
+            self._moved_at, self._bytes_seen = self._since, 0
+        self._wanted = {ref.digest: ref for ref in refs}
+
+    def require(self, caller: Hotkey, needed: Sequence[BlobRef]) -> None:
         """Move the needed states and deltas to the buffers. Raises Refused with the missing ones if any is missing."""
         complete = {d: w for d, w in self._writers.items() if isinstance(w, BufferWriter) and w.complete}
         missing = [ref for ref in needed if ref.digest not in complete]
-        self._wanted = {ref.digest: ref for ref in needed} if missing else {}
+        self._want(caller, needed if missing else ())
         for ref in () if missing else needed:
             self._buffers.add(complete[ref.digest])
         for digest in self._writers.keys() - self._wanted.keys():
@@ -91,14 +119,14 @@ class BlobInbox:
             held = {digest: writer.held for digest, writer in self._writers.items()}
             raise Refused(409, "send the blobs that are missing, then the order again", missing=missing, held=held)
 
-    def expect(self, ref: BlobRef) -> None:
+    def expect(self, caller: Hotkey, ref: BlobRef) -> None:
         """Take one blob ahead of its order, unless others are expected; the next `require` uses or drops it."""
         if not self._wanted:
-            self._wanted = {ref.digest: ref}
+            self._want(caller, [ref])
 
-    def open_writer(self, ref: BlobRef, offset: int) -> BlobWriter:
-        """Raises Refused if no order asked for the blob, or if another offset is due."""
-        if self._wanted.get(ref.digest) != ref:
+    def open_writer(self, caller: Hotkey, ref: BlobRef, offset: int) -> BlobWriter:
+        """Raises Refused if no order of the caller asked for the blob, or if another offset is due."""
+        if caller != self._owner or self._wanted.get(ref.digest) != ref:
             raise Refused(409, f"no order asked for this {ref.kind}")
         writer = self._writers.get(ref.digest)
         if offset != (writer.held if writer else 0):

@@ -28,6 +28,9 @@ class Job:
     digest: Digest
     owner: Hotkey
     received_at: float  # when it was first offered: budget and deadline run from then
+    longest_s: float = math.inf  # this miner's own bound on deadlines
+    heard_at: float = -math.inf  # when its validator last asked for it
+    askers: int = 0  # requests for its reply that wait now
     started_at: float = 0.0  # when computing began
     last_batch_s: float = 0.0
     slowest_batch_s: float = 0.0
@@ -48,8 +51,12 @@ class Job:
         self.last_batch_s, self.slowest_batch_s = seconds, max(seconds, self.slowest_batch_s)
 
     @property
+    def deadline_s(self) -> float:
+        return min(self.order.deadline_s, self.longest_s)
+
+    @property
     def deadline(self) -> float:
-        return self.received_at + self.order.deadline_s * (1 - RESERVE)
+        return self.received_at + self.deadline_s * (1 - RESERVE)
 
     def should_stop(self, now: float, handover_s: float) -> bool:
         """Return whether no further micro-batch fits: none is left, the job was stopped, or time would run out.

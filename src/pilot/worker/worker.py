@@ -57,6 +57,7 @@ KEPT_JOBS = 4  # orders whose replies may still be fetched: the validator record
 FETCHES = 4  # blobs that are fetched from sources at the same time
 POLL_S = 0.05
 
+K = TypeVar("K")
 V = TypeVar("V")
 
 
@@ -86,13 +87,13 @@ class Worker:
         self.codecs = known_codecs()
         self.feedback = ErrorFeedback(cache.residuals, cache.receipts, say)
         self.replica = Replica(device, open_blob, compiled, lambda codec: codec in self.codecs)
-        self.inbox = BlobInbox(self.replica.blobs, cache.store)
+        self.inbox = BlobInbox(self.replica.blobs, cache.store, lambda: self.clock(), self.limits)
         self.accumulators = AccumulatorFactory()
         self.needs = NeedChecker(device, self.limits, usable_memory)
         self.leaving = False
         self.jobs: dict[Digest, Job] = {}  # the last orders that were accepted
         self.offered_at: dict[Digest, float] = {}  # when each of the last orders was first offered
-        self.stopped: dict[Digest, None] = {}  # orders that were stopped before they came
+        self.stopped: dict[tuple[Hotkey, Digest], None] = {}  # by whom: orders that were stopped before they came
         self.unavailable: dict[Digest, None] = {}  # blobs that their source did not have
         self.refusals: dict[Hotkey, str] = {}  # the last reason for each caller, so that it is logged once
         self.summary: tuple[str, ...] = ()  # loss and speed of the last gradient, for display
@@ -203,21 +204,25 @@ class Worker:
         known = self.jobs.get(order_digest)
         if known and known.owner == caller and not (known.finished.is_set() and known.payload is None):
             return  # a job that was refused, or whose payload was dropped, is done again
-        busy = [job for job in self.jobs.values() if job.owner != caller and self._is_awaited(job)]
+        busy = [job for job in self.jobs.values() if job.owner != caller and self._keeps_others_waiting(job)]
         if busy:
             raise Refused(409, f"working for {busy[0].owner[:8]} on round {busy[0].order.round}", Fault.BUSY)
+        sender = self.inbox.sender
+        if sender is not None and sender != caller:
+            raise Refused(409, f"receiving blobs from {sender[:8]}", Fault.BUSY)
         if self.leaving:
             raise Refused(409, "this miner is shutting down", Fault.LEAVING)
-        if order_digest in self.stopped:
+        if (caller, order_digest) in self.stopped:
             raise Refused(409, "stopped before it came", Fault.LATE)
         self._check(order)
-        if self.clock() - self.offered_at.get(order_digest, -math.inf) >= order.deadline_s:
+        longest_s = self.limits.deadline_s
+        if self.clock() - self.offered_at.get(order_digest, -math.inf) >= min(order.deadline_s, longest_s):
             _add_bounded(self.offered_at, order_digest, self.clock())
 
         needed = self._needed(order)
         self.needs.check(order, sum(ref.bytes for ref in needed if ref.kind in IN_MEMORY))
         fetches = [ref for ref in needed if self._has_source(ref)]
-        self.inbox.require([ref for ref in needed if ref not in fetches])
+        self.inbox.require(caller, [ref for ref in needed if ref not in fetches])
 
         # The order replaces those before it; if it allows a staleness of 1, the last of them goes on, and it waits.
         before = self._unfinished()
@@ -226,7 +231,7 @@ class Worker:
             other.settled.set()
         for other in list(self.jobs.values())[: len(self.jobs) - order.staleness]:
             other.payload = None
-        job = Job(order, order_digest, caller, self.offered_at[order_digest])
+        job = Job(order, order_digest, caller, self.offered_at[order_digest], longest_s, heard_at=self.clock())
         self.jobs.pop(order_digest, None)  # if it was refused before: the newest job is the last one
         _add_bounded(self.jobs, order_digest, job, KEPT_JOBS)
         running = asyncio.create_task(self._run(job, before, fetches))
@@ -270,17 +275,21 @@ class Worker:
         if newest is not None and newest.owner == caller and not self.leaving:
             most = 2 * max(named.bytes for named in newest.order.update.refs)
             if ref.kind == "delta" and ref.bytes <= most:
-                self.inbox.expect(ref)
-        return self.inbox.open_writer(ref, offset)
+                self.inbox.expect(caller, ref)
+        return self.inbox.open_writer(caller, ref, offset)
 
     async def wait_for_reply(self, caller: Hotkey, order: Digest, wait_s: float) -> Reply | None:
         """Return the reply, or None if the work still goes on after `wait_s` seconds."""
         job = self._find_job(caller, order)
+        job.askers += 1
         try:
             async with asyncio.timeout(wait_s):  # wait_for may lose a cancellation, until Python 3.12
                 await job.finished.wait()
         except TimeoutError:
             return None
+        finally:
+            job.askers -= 1
+            job.heard_at = self.clock()
         if job.refusal is not None:
             job.settled.set()
             raise job.refusal
@@ -290,7 +299,8 @@ class Worker:
         job = self._find_job(caller, order)
         if job.payload is None:
             raise Refused(404, "no payload for this order yet, or no longer")
-        job.upload_started_at = job.upload_started_at or self.clock()
+        job.heard_at = self.clock()
+        job.upload_started_at = job.upload_started_at or job.heard_at
         return job.payload
 
     def mark_delivered(self, caller: Hotkey, order: Digest) -> None:
@@ -303,7 +313,7 @@ class Worker:
         """End the order's work after its micro-batch, or prevent it if the order has not begun or not come yet."""
         job = self.jobs.get(stop.order)
         if job is None:
-            _add_bounded(self.stopped, stop.order, None)
+            _add_bounded(self.stopped, (caller, stop.order), None)
         else:
             self._find_job(caller, stop.order).stopping.set()
         return self.status()
@@ -332,7 +342,12 @@ class Worker:
 
     def _is_awaited(self, job: Job) -> bool:
         """Return whether its validator still waits for it: not delivered, not refused, not past its deadline."""
-        return not job.settled.is_set() and self.clock() - job.received_at < job.order.deadline_s
+        return not job.settled.is_set() and self.clock() - job.received_at < job.deadline_s
+
+    def _keeps_others_waiting(self, job: Job) -> bool:
+        """Return whether its validator still waits for it, and is heard of: else another may have this miner."""
+        heard = bool(job.askers) or self.clock() - job.heard_at < self.limits.away_s
+        return heard and self._is_awaited(job)
 
     # --- the work on an order -------------------------------------------------------------------------------------
 
@@ -476,7 +491,7 @@ def _fetch_blob(source: BlobSource, ref: BlobRef, into: BlobWriter) -> str | Non
     return None
 
 
-def _add_bounded(entries: dict[Digest, V], key: Digest, value: V, most: int = 64) -> None:
+def _add_bounded(entries: dict[K, V], key: K, value: V, most: int = 64) -> None:
     """Add an entry, and drop the oldest beyond `most`: a peer's orders must not fill the memory."""
     entries[key] = value
     while len(entries) > most:

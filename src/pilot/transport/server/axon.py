@@ -6,6 +6,7 @@ Hello and status are open; everything else is signed by the caller and passes th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 import time
 from collections.abc import Callable
@@ -104,7 +105,12 @@ class Axon(Server):
         data = memoryview(self._service.read_payload(caller, digest)).cast("B")
         if start > len(data):
             raise Refused(416, f"offset {start}: the payload has {len(data)} bytes", Fault.MALFORMED)
-        response, all_sent = await self._send_body(request, data[start:])
+
+        def passed(size: int) -> None:
+            with contextlib.suppress(Refused):  # what was dropped meanwhile is sent to its end
+                self._service.read_payload(caller, digest)  # tells the service that its validator is still there
+
+        response, all_sent = await self._send_body(request, data[start:], passed)
         if all_sent:
             self._service.mark_delivered(caller, digest)
         return response
@@ -117,7 +123,7 @@ class Axon(Server):
         if ref.bytes > largest:
             raise Refused(413, f"a {ref.kind} of {ref.bytes} bytes; this miner takes {largest}", Fault.MALFORMED)
         check_length(request, ref.bytes - offset, "blob")
-        async with self._blobs.take_over(ref.digest):
+        async with self._blobs.take_over(f"{caller} {ref.digest}"):  # not another validator's upload
             writer = self._service.open_blob(caller, ref, offset)
             try:
                 try:

@@ -212,10 +212,10 @@ class Transfers:
     """One transfer of a thing at a time: a newer request ends the older one, whose connection may be dead."""
 
     def __init__(self) -> None:
-        self._under_way: dict[Digest, asyncio.Task[object]] = {}
+        self._under_way: dict[str, asyncio.Task[object]] = {}
 
     @asynccontextmanager
-    async def take_over(self, thing: Digest) -> AsyncIterator[None]:
+    async def take_over(self, thing: str) -> AsyncIterator[None]:
         await self.end(thing)
         task = asyncio.current_task()
         assert task is not None
@@ -225,7 +225,7 @@ class Transfers:
         finally:
             del self._under_way[thing]
 
-    async def end(self, thing: Digest) -> None:
+    async def end(self, thing: str) -> None:
         while (older := self._under_way.get(thing)) is not None:
             older.cancel()
             await asyncio.wait({older})
