@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from protocol import MAX_SERVED_BYTES, BlobRef, DatasetRef, DataSpec, Fault, Order, Refusal, TaskSpec
-from tests.attacks.hostile import QUADRATIC, SHAPE, Rogue, against_miner, token_file
+from pilot.common.limits import Limits
+from pilot.storage.miner_store import FileMinerStore
+from pilot.transport.auth import sign_message
+from protocol import MAX_SERVED_BYTES, BlobRef, DatasetRef, DataSpec, Fault, Order, Receipt, Refusal, TaskSpec
+from tests.attacks.hostile import QUADRATIC, RIVAL, SHAPE, Rogue, against_miner, token_file
+from tests.tiny import VALIDATOR
 from tests.updates import whole_state
 
 SECRET = "HUNTER2 the first line of a private file"
@@ -370,3 +375,81 @@ def test_a_bad_order_does_not_end_an_upload_that_has_paused(tmp_path: Path, bad:
         assert (await first.post(order))[1].held[ref.digest] == 20
 
     against_miner(tmp_path, play, *AWAY, "--limits.memory", "5e9")
+
+
+# --- fills its disk ---------------------------------------------------------------------------------------------------
+
+
+def kept_data(folder: Path) -> list[Path]:
+    return list((folder / "cache").glob("*/blobs/data/*"))
+
+
+def test_other_data_with_each_order_does_not_fill_the_disk(tmp_path: Path) -> None:
+    """The least recently used goes first: what an order used again stays."""
+
+    async def play(first: Rogue, second: Rogue, said: list[str]) -> None:
+        for fill in range(20):
+            assert (await first.outcome(first.order(token_file(fill + 10))))[0] == 200
+            often = first.order()
+            lacking = {ref.kind for ref in (await first.post(often))[1].missing}
+            assert "data" not in lacking or not fill
+            assert (await first.outcome(often))[0] == 200
+        names = {path.name for path in kept_data(tmp_path)}
+        assert len(names) == 16
+        assert often.data.blobs["tokens"].digest in names
+
+    against_miner(tmp_path, play)
+
+
+def test_large_data_are_kept_up_to_a_number_of_bytes(tmp_path: Path) -> None:
+    async def play(first: Rogue, second: Rogue, said: list[str]) -> None:
+        for fill in range(6):
+            answer = await first.outcome(first.order(token_file(fill, 400_000)))
+            assert answer[0] == 200, answer[1].reason
+        assert sum(path.stat().st_size for path in kept_data(tmp_path)) <= 1_000_000
+
+    against_miner(tmp_path, play, "--limits.cache-bytes", "1000000")
+
+
+def test_receipts_are_kept_up_to_a_number_of_bytes(tmp_path: Path) -> None:
+    """The newest stay, each whole, also where the file's last line was torn."""
+    store = FileMinerStore(tmp_path, replace(Limits(), receipts_bytes=20_000))
+    path = tmp_path / "receipts.jsonl"
+    signed = []
+    for round in range(40):
+        receipt = Receipt(
+            run="rogue",
+            round=round,
+            hotkey=RIVAL.ss58_address,
+            order="0" * 64,
+            verdict="ACCEPTED",
+            reason="x" * 900,
+            done=(),
+            work=0,
+            scores={},
+            weight=0.0,
+        )
+        signed.append(sign_message(VALIDATOR, receipt))
+        assert store.add_receipt(signed[-1])
+        assert path.stat().st_size <= 20_000
+        if round == 30:
+            with path.open("ab") as file:
+                file.write(b'{"kind": "rec')
+            store = FileMinerStore(tmp_path, replace(Limits(), receipts_bytes=20_000))
+    kept = store.receipts()
+    assert 5 <= len(kept) < 20
+    assert kept == signed[-len(kept) :]
+
+
+def test_tokens_larger_than_the_disk_are_not_made(tmp_path: Path) -> None:
+    async def play(first: Rogue, second: Rogue, said: list[str]) -> None:
+        data = of_hub(first).data
+        for size in (1 << 36, 1 << 30):
+            blobs = {"tokens": LARGE.model_copy(update={"bytes": size})}
+            spec = TaskSpec(name="gpt2", parameters=SHAPE | {"seq_len": 16})
+            order = first.order(task=spec, data=data.model_copy(update={"blobs": blobs}))
+            _, refusal = await first.outcome(order)
+            assert "more than this miner has room for" in refusal.reason
+
+    flags = ("--datasets", "owner/set", "--limits.cache-bytes", "1000000000", "--limits.memory", "1e12")
+    against_miner(tmp_path, play, *flags, honest=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pilot.app import cli
 from pilot.app.miner_flags import EVERY_INTERFACE, MinerConfig
 from pilot.common.addresses import is_loopback
+from pilot.common.files import evict, mark_used
+from pilot.common.units import format_bytes
 from pilot.interfaces import Refused
 from protocol import MAX_SERVED_BYTES, DataSpec, Fault, Hotkey, TaskSpec
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from pilot.transport.client.registration import Registration
     from pilot.transport.server.axon import Axon
     from pilot.worker.worker import Worker
+
+MADE_COPIES = 2  # of a token file while it is made
 
 
 @dataclass
@@ -77,7 +82,7 @@ async def build_miner(config: MinerConfig, program: str, console: MinerConsole, 
         local = validator.is_loopback if validator and config.pull else is_loopback(config.axon.ip)
         device, wallet = cli.pick_device(config.device), config.wallet
         keypair: Keypair = load_keypair(wallet.name, wallet.hotkey, str(wallet.path), create=local, say=console.say)
-        store = FileMinerStore(config.cache.expanduser() / f"{wallet.name}.{wallet.hotkey}")
+        store = FileMinerStore(config.cache.expanduser() / f"{wallet.name}.{wallet.hotkey}", config.limits)
         if config.unpin:
             store.unpin()
 
@@ -175,6 +180,7 @@ async def _open_axon(
 
 def _open_blob(config: MinerConfig, store: FileMinerStore, task: TaskSpec, data: DataSpec, name: str) -> Path:
     """Return the file of a blob of the order's data: sent by the validator, or made from --data or its source."""
+    from pilot.storage.miner_store import KEPT_BLOBS
     from tasks import load_task
 
     ref, source = data.blobs[name], data.source
@@ -189,4 +195,15 @@ def _open_blob(config: MinerConfig, store: FileMinerStore, task: TaskSpec, data:
             409, f"data set {source.name}: not among those that this miner's --datasets allows", Fault.WRONG_DATA
         )
     open_other = partial(_open_blob, config, store, task, data)
-    return load_task(task.name).make_blob(name, data, open_other, local, config.cache.expanduser())
+    cache, limits = config.cache.expanduser(), config.limits
+    made = cache / f"tokens-{ref.digest}.bin"
+    if made.is_file():
+        mark_used(made)
+    elif not (local and local.is_file() and local.stat().st_size == ref.bytes):  # else it is read where it lies
+        free = shutil.disk_usage(store.folder).free - limits.reserve_bytes
+        if ref.bytes > min(limits.cache_bytes, free // MADE_COPIES):
+            said = f"the order's {name}: {format_bytes(ref.bytes)} are more than this miner has room for"
+            raise Refused(409, said, Fault.WRONG_DATA)
+    path = load_task(task.name).make_blob(name, data, open_other, local, cache)
+    evict(cache, KEPT_BLOBS, limits.cache_bytes, "tokens-*.bin")
+    return path

@@ -104,6 +104,26 @@ def delete_leftovers(folder: Path, name: str = "") -> None:
             os.close(descriptor)
 
 
+def mark_used(path: Path) -> None:
+    """Note that a file of a cache is in use, for `evict`."""
+    with suppress(OSError):  # deleted just now, or on a disk that is read only
+        os.utime(path)
+
+
+def evict(folder: Path, most_files: int, most_bytes: int, pattern: str = "*") -> None:
+    """Delete the files of a cache that were least recently used, until the others are within both bounds."""
+    found = []
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):  # another process may delete it
+            if not path.name.endswith(TEMPORARY):
+                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    kept = 0
+    for number, (_, size, path) in enumerate(sorted(found, reverse=True)):
+        kept += size
+        if number >= most_files or kept > most_bytes:
+            path.unlink(missing_ok=True)
+
+
 def hash_rest(file: BinaryIO, hasher: Hasher) -> None:
     """Feed `hasher` from the file's position to its end, in constant memory."""
     buffer = memoryview(bytearray(CHUNK_BYTES))

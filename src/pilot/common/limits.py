@@ -39,6 +39,11 @@ class Limits:
     deadline_s: float = 21_600.0
     """Seconds after which an order is over for a miner, whatever its deadline says."""
 
+    cache_bytes: int = 32 * GB
+    """Bytes of data that a miner keeps from orders; the least recently used goes first."""
+    receipts_bytes: int = 64 * MB
+    """Bytes of receipts that a miner keeps; then the older half goes."""
+
     connections: int = 256
     """Open connections in all. When they are used up, the oldest that never sent a valid signature is closed."""
     connections_per_address: int = 64

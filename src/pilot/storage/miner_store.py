@@ -22,12 +22,14 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import Buffer
 
-from pilot.common.files import TEMPORARY, delete_leftovers, make_folder, replacing, sync_file
+from pilot.common.files import TEMPORARY, delete_leftovers, evict, make_folder, mark_used, replacing, sync_file
+from pilot.common.limits import Limits
 from pilot.interfaces import VerifiedWriter
 from pilot.storage.residuals import ResidualFile
 from protocol import BlobRef, Digest, Hotkey, ProtocolError, Receipt, Signed
 
 LAST_RECEIPTS = 64
+KEPT_BLOBS = 16  # of a kind: a run has one or two
 
 _HOTKEY: TypeAdapter[str] = TypeAdapter(Hotkey)
 
@@ -79,8 +81,8 @@ class FileBlobWriter(VerifiedWriter):
 class FileMinerStore:
     """A miner's folder. Blobs may be read and written from any thread, and by several miners that share the folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, limits: Limits | None = None) -> None:
+        self.folder, self._limits = folder, limits or Limits()
         self._blobs = make_folder(folder / "blobs")
         self._pin = folder / "validator"
         self._receipts = folder / "receipts.jsonl"
@@ -98,12 +100,14 @@ class FileMinerStore:
         if path.stat().st_size != ref.bytes:
             path.unlink(missing_ok=True)
             return None
+        mark_used(path)
         return path
 
     def store(self, ref: BlobRef) -> FileBlobWriter:
         """Open a writer for a blob, which is stored when its `commit` returns."""
         path = self._blob_path(ref)
         make_folder(path.parent)
+        evict(path.parent, KEPT_BLOBS - 1, self._limits.cache_bytes - ref.bytes)
         return FileBlobWriter(ref, path)
 
     def pin(self) -> Hotkey | None:
@@ -131,14 +135,29 @@ class FileMinerStore:
                 self._last = deque((kept.digest for kept in self.receipts()), LAST_RECEIPTS)
             if signed.digest in self._last:
                 return False
+            line = signed.model_dump_json().encode() + b"\n"
+            if self._receipts.is_file() and self._receipts.stat().st_size + len(line) > self._limits.receipts_bytes:
+                self._keep_newer_half()
+                torn = False
             with open(self._receipts, "ab") as file:
                 if torn:
                     file.write(b"\n")
-                file.write(signed.model_dump_json().encode() + b"\n")
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
             self._last.append(signed.digest)
             return True
+
+    def _keep_newer_half(self) -> None:
+        """Drop the older receipts, so that half of what they may take is free."""
+        with open(self._receipts, "rb") as file:
+            file.seek(-min(self._limits.receipts_bytes // 2, self._receipts.stat().st_size), os.SEEK_END)
+            file.readline()  # the rest of a line
+            kept = file.read()
+        if kept and not kept.endswith(b"\n"):
+            kept += b"\n"
+        with replacing(self._receipts) as file:
+            file.write(kept)
 
     def _is_torn(self) -> bool:
         """Return whether a killed process wrote half of a line."""

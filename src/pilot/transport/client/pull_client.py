@@ -122,7 +122,15 @@ class PullClient:
                 await asyncio.to_thread(self._service.accept_receipt, self._hotkey, receipt, signed)
         except Refused as refused:
             logger.debug("%s: %s", signed.kind, refused.reason)
+        except OSError as error:  # a receipt that cannot be kept
+            self._check_full(error)
         return signed.digest
+
+    def _check_full(self, error: OSError) -> None:
+        """Say that the disk is full; raise any other error."""
+        if error.errno not in NO_SPACE:
+            raise error
+        self._report("this miner's disk is full; delete old files, in its --cache for example")
 
     def _addressed(self, signed: Signed, cls: type[M]) -> M:
         message = verify_message(signed, cls, self._hotkey)
@@ -206,7 +214,11 @@ class PullClient:
     async def _fetch(self, order: Digest, ref: BlobRef, held: dict[Digest, int]) -> None:
         """The rest of a blob; `held` says where it begins, and is kept up to date. Raises Lost, ProtocolError."""
         offset = held.get(ref.digest, 0)
-        writer = self._service.open_blob(self._hotkey, ref, offset)
+        try:
+            writer = self._service.open_blob(self._hotkey, ref, offset)
+        except OSError as error:
+            self._check_full(error)
+            raise Refused(507, "this miner's disk is full") from None
         if offset == ref.bytes:  # the connection broke behind the last byte
             await to_the_end(writer.commit)
             return
@@ -225,9 +237,7 @@ class PullClient:
         except (aiohttp.ClientError, ConnectionError) as error:
             raise Lost(f"{self._validator.endpoint}: {str(error) or type(error).__name__}") from error
         except OSError as error:
-            if error.errno not in NO_SPACE:
-                raise
-            self._report("this miner's disk is full; delete old files, in its --cache for example")
+            self._check_full(error)
             raise Refused(507, "this miner's disk is full") from None
         finally:
             held[ref.digest] = writer.held
