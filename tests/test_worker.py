@@ -581,7 +581,7 @@ def test_receipts_are_kept_and_said(tmp_path: Path, desk: MakeDesk) -> None:
                 scores={"accepted_work": 1234.0},
                 weight=0.125,
             )
-            for hotkey, verdict in ((HOTKEY, "ACCEPTED"), (HOTKEY, Fault.LATE), (OTHER_MINER, "ACCEPTED"))
+            for hotkey, verdict in ((HOTKEY, Fault.SILENT), (HOTKEY, Fault.LATE), (OTHER_MINER, "ACCEPTED"))
         ]
         signed = [sign_message(VALIDATOR, receipt) for receipt in receipts]
         for receipt, envelope in zip(receipts[:2], signed[:2], strict=True):
@@ -590,7 +590,7 @@ def test_receipts_are_kept_and_said(tmp_path: Path, desk: MakeDesk) -> None:
         kept = (tmp_path / HOTKEY / "receipts.jsonl").read_text().splitlines()
         assert [Signed.parse(line) for line in kept] == signed[:2]
         assert d.said[-2:] == [
-            "round 0: ACCEPTED, because; weight 0.125, accepted_work 1234",
+            "round 0: SILENT, because; weight 0.125, accepted_work 1234",
             "round 0: LATE, because; weight 0.125, accepted_work 1234",
         ]
 

@@ -28,8 +28,10 @@ from pilot.interfaces import BlobSource, BlobWriter, MinerStore, Refused
 from pilot.training.executor import Charge
 from pilot.training.gradient import GradientAccumulator
 from pilot.training.inner_loop import AccumulatorFactory
+from pilot.training.ranges import size
 from pilot.worker.blob_inbox import IN_MEMORY, BlobInbox, BufferWriter
 from pilot.worker.containment import Contained, ContainedExecutor, contain, private_cause
+from pilot.worker.contradictions import contradiction
 from pilot.worker.error_feedback import ErrorFeedback
 from pilot.worker.job import Job
 from pilot.worker.needs import NeedChecker
@@ -326,8 +328,18 @@ class Worker:
         if not new:
             return self.status()
         job = self.jobs.get(receipt.order)
+        reply = None
         if job is not None and job.owner == caller:
+            reply = job.reply
             self._loop.call_soon_threadsafe(job.settled.set)
+        kept = [Receipt.parse(other.body) for other in self.cache.receipts() if other.signer == signed.signer]
+        if against := contradiction(receipt, kept, reply):
+            self.say(
+                f"round {receipt.round}: a CONTRADICTORY receipt of {caller[:8]}: {receipt.verdict}, "
+                f"{size(receipt.done)} micro-batches, work {receipt.work}, weight {receipt.weight:.3f}, but {against}; "
+                "both are kept as evidence"
+            )
+            return self.status()
         self.say(
             f"round {receipt.round}: {receipt.verdict}, {receipt.reason}; weight {receipt.weight:.3f}"
             + "".join(f", {name} {value:.4g}" for name, value in receipt.scores.items())
