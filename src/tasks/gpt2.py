@@ -62,11 +62,11 @@ class GPT2Config(TextConfig):
     """nano (0.8M), small (124M), medium, large or xl (1.6B). These are parameters. Or a GPT-2 on the hub, or a folder
     with one."""
 
-    tokenizer: str = arg("auto", path="read")
+    tokenizer: str = arg("auto", resume="free", path="read")
     """byte (256 tokens), gpt2 (byte-pair encoding, 50257 tokens), a file that tok_train wrote, or a model's folder or
     tokenizer.json. auto: byte for nano, the model's own for a folder or the hub, gpt2 for the other sizes."""
 
-    vocabulary: Path | None = None
+    vocabulary: Path | None = arg(None, resume="free")
     """Folder of GPT-2's encoder.json and vocab.bpe, or the prefix of the two paths. None: the hub's gpt2."""
 
 

@@ -76,11 +76,11 @@ class NanochatConfig(TextConfig):
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the activations; weights and gradients are fp32. auto: bf16 on a CUDA device that has it, else fp32."""
 
-    text: str = arg("auto", short=True, path="read")
+    text: str = arg("auto", short=True, resume="free", path="read")
     """Text: auto, or as for --gpt2.text. auto: the shards that python -m nanochat.dataset downloaded, or stdlib if
     there are none."""
 
-    tokenizer: str = arg("auto", path="read")
+    tokenizer: str = arg("auto", resume="free", path="read")
     """A file that tok_train wrote, or byte (256 tokens and the special ones). auto: tokenizer.json in
     NANOCHAT_BASE_DIR, or byte where there is none."""
 

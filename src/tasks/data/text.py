@@ -56,7 +56,7 @@ class TextConfig(Reading):
 
     flag: ClassVar[str]  # the flags' prefix
 
-    text: str = arg("stdlib", short=True, path="read")
+    text: str = arg("stdlib", short=True, resume="free", path="read")
     """Text: stdlib, a file, a folder or a hub data set. stdlib is Python's own sources; files are .txt, .jsonl or
     .parquet, the first two also compressed (.gz, .bz2, .xz, .zst). Of a folder one kind is taken."""
 
