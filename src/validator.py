@@ -89,7 +89,8 @@ async def run(config: ValidatorConfig) -> None:
     async with AsyncExitStack() as stack:
         v = await build_validator(config, PROGRAM, stack)
         interrupts.says("stopped; --resume goes on from here")
-        rewrite_metrics(v)
+        with cli.mistakes(PROGRAM):
+            rewrite_metrics(v)
         cli.settle_memory()
         began = time.monotonic()
         with stopping_on_signals(v.market, v.console):

@@ -374,13 +374,23 @@ def test_without_an_intact_snapshot_a_run_cannot_be_resumed(run: Path, worker: M
     )
 
 
+def test_a_run_is_resumed_on_a_text_that_moved(run: Path, worker: Miner, place: Path, tmp_path: Path) -> None:
+    text = Path(tiny_flags(place)[tiny_flags(place).index("--gpt2.text") + 1])
+    moved = shutil.copyfile(text, tmp_path / "moved.txt")
+    flags = ["--axons", worker.endpoint, "--runs", str(run.parent), "--rounds", "5", "--gpt2.text", str(moved)]
+    validator.main(["--resume", *flags])
+    assert len(versions(run)) == 5
+    assert runs.resume_flags(["--resume", "--runs", str(run.parent)]).count(str(moved)) == 1
+
+
 def test_a_run_is_not_resumed_on_another_text(run: Path, worker: Miner, place: Path, capfd: Capture) -> None:
     text = Path(tiny_flags(place)[tiny_flags(place).index("--gpt2.text") + 1])
     before, original = contents(run), text.read_bytes()
     text.write_bytes(original[::-1])
     try:
         argv = [*tiny_flags(place), "--axons", worker.endpoint, "--runs", str(run.parent), "--rounds", "6", "--resume"]
-        assert re.search(r"--run tiny: its data were \w+, are now \w+: the text", mistake(validator.main, argv, capfd))
+        line = mistake(validator.main, argv, capfd)
+        assert re.search(r"--run tiny: its data were \w+, are now \w+: the text of --gpt2.text \S+ .* is another", line)
     finally:
         text.write_bytes(original)
     assert contents(run) == before

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pilot.market.round import Market, Network
     from pilot.storage.kept_clock import KeptClock
     from pilot.storage.run_store import RunStore
+    from pilot.storage.snapshots import Snapshot
     from pilot.training.learner import Learner
     from pilot.transport.auth import Keypair
     from pilot.transport.client.dendrite import Dendrite
@@ -146,7 +147,7 @@ async def _start_network(
     network = Dendrite(
         keypair,
         tuple(dict.fromkeys([*endpoints, *(listed.endpoints if listed else ())])),
-        json.loads(pins.read_text()) if pins.exists() else {},
+        run_folder.read_pins(pins),
         save_pins,
         config.task,
         console.say,
@@ -273,17 +274,32 @@ async def restored_market(
     )
     market.watch = link_watch(config, learner, network.miner_states, console.say)
     market.watch.introduce()
-    snapshot = store.snapshots.newest(console.say)
+    head, at = store.head(), config.resume_at
+    committed = head.round + 1 if head else 0
+    snapshot = store.snapshots.newest(console.say, store.ledger.version, committed if at is None else at)
     try:
         if snapshot is not None:
             learner.load_state(snapshot.header, snapshot.tensors)
-        await market.replay(snapshot.round if snapshot else 0)
+        await market.replay(snapshot.round if snapshot else 0, at)
     except ValueError as error:
-        lost = "" if snapshot else "no whole snapshot is left; "
-        raise ValueError(f"--run {folder.name}: {lost}{error}; otherwise start another --run") from None
+        raise ValueError(f"--run {folder.name}: {_way_out(error, snapshot, committed)}") from None
+    if store.given_up is not None:
+        console.say(f"went back to after round {at}: what was recorded of later ones is in {store.given_up}")
     if market.round:
         console.say(f"resumed after round {market.round} of {config.rounds}, version {learner.version[:12]}")
     return market
+
+
+def _way_out(error: ValueError, snapshot: Snapshot | None, committed: int) -> str:
+    """Return why a run cannot be restored, and what a user can do about it."""
+    from pilot.market.round import ReplayError
+
+    lost = "" if snapshot else "no whole snapshot is left; "
+    if isinstance(error, ReplayError) and (snapshot or error.round):
+        gives_up = f"gives up rounds {error.round} to {committed - 1}"
+        return f"{lost}{error}; otherwise go back with --resume-at {error.round}, which {gives_up}"
+    restore = "" if snapshot else "restore snapshots and spool from a backup; "
+    return f"{lost}{error}; {restore}otherwise start another --run"
 
 
 def link_watch(

@@ -163,7 +163,7 @@ def _flags_in(cls: type[object], path: str) -> list[str]:
         if name not in known:
             near = difflib.get_close_matches(name[:SHOWN], known, 1, 0.0)[0]
             raise ValueError(f"--config {path}: unknown field {_short(name)}; the nearest known one is {near}")
-        if name in ("config", "resume"):
+        if name in ("config", "resume", "resume_at"):
             raise ValueError(f"--config {path}: {name} cannot be set in a file; give {option(name)} as a flag")
         if name in flags:
             raise ValueError(f"--config {path}: {name} is given twice; remove one")

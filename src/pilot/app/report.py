@@ -158,6 +158,8 @@ def save_model(task: Task, learner: Learner, rounds: int, folder: Path) -> Path:
     """
     from nanochat import checkpoint_manager
 
+    if (folder / "model").is_file():  # no checkpoint of ours
+        (folder / "model").unlink()
     meta, files = task.describe()
     tensors = {name: p.detach() for name, p in learner.parameters.items()} | task.buffers(learner.model)
     place = folder / "model"

@@ -18,7 +18,7 @@ from pilot.storage import LEDGER
 
 if TYPE_CHECKING:
     from pilot.storage.run_store import RunStore
-    from protocol import Digest
+    from protocol import Digest, Hotkey
 
 DATA = "data_digest"
 
@@ -27,28 +27,34 @@ def resume_flags(argv: Sequence[str]) -> list[str]:
     """Return the flags that a resumed run was started with, as defaults. Raises ValueError if there is no such run."""
     if "--resume" not in argv:
         return []
+    from pilot.storage.run_store import check_ledger_is_there, missing
+
     runs = Path(expanded("--runs", cli.flag_value(argv, "--runs") or str(ValidatorConfig().runs)))
     name = cli.flag_value(argv, "--run") or _newest(runs)
-    if not (runs / name / LEDGER).is_file():
-        raise ValueError(f"--run {name}: there is no such run in {runs}; start it without --resume")
+    check_ledger_is_there(runs / name)
+    if not (runs / name / LEDGER).exists():
+        raise missing(runs / name)
     return ["--run", name, *cli.recorded_flags(_flags_of(runs / name), ValidatorConfig)]
 
 
 def _newest(runs: Path) -> str:
-    def changed(path: Path) -> float:  # SQLite writes to the log beside it first
-        return max(p.stat().st_mtime for p in path.parent.glob(f"{LEDGER}*"))
+    from pilot.storage.run_store import remains
 
-    for path in sorted(runs.glob(f"*/{LEDGER}"), key=changed, reverse=True):
-        if _flags_of(path.parent):
-            return path.parent.name
+    def changed(folder: Path) -> float:  # SQLite writes to the log beside the ledger first
+        files = [*folder.glob(f"{LEDGER}*"), *folder.glob("snapshots"), *folder.glob("spool")]
+        return max((path.stat().st_mtime for path in files), default=0.0)
+
+    for folder in sorted((path for path in runs.glob("*") if path.is_dir()), key=changed, reverse=True):
+        if ((folder / LEDGER).exists() and _flags_of(folder)) or remains(folder):  # a lost ledger is not passed over
+            return folder.name
     raise ValueError(f"--resume: there is no run in {runs}; name their folder with --runs")
 
 
 def _flags_of(folder: Path) -> dict[str, Any]:
     """Return the flags that a run was started with, or nothing if it stopped before `begin`."""
-    from pilot.storage.ledger import Ledger
+    from pilot.storage.ledger import Ledger, naming_damage
 
-    with closing(Ledger(folder / LEDGER)) as ledger:
+    with naming_damage(folder / LEDGER), closing(Ledger(folder / LEDGER)) as ledger:
         return {key: json.loads(text) for key, text in ledger.meta().items() if key != DATA}
 
 
@@ -66,7 +72,13 @@ def open_store(config: ValidatorConfig, folder: Path) -> RunStore:
 
     if not config.resume or not _flags_of(folder):
         return RunStore.create(folder, {}, config.snapshot_keep)  # `begin` records its flags
-    store = RunStore.open(folder, config.snapshot_keep)
+    store = RunStore.open(folder, config.snapshot_keep, config.resume_at)
+    if (run := store.ledger.run()) not in (None, folder.name):
+        store.close()
+        raise ValueError(
+            f"--run {folder.name}: {folder / LEDGER} is the record of run {run}; put back the right one, or give the "
+            f"folder the name {run}"
+        )
     known, flags = flags_of(ValidatorConfig), _texts(config)
     for name, began_with in store.ledger.meta().items():
         if name in known and known[name].resume == "fixed" and flags[name] != began_with:
@@ -83,13 +95,39 @@ def begin(config: ValidatorConfig, store: RunStore, data: Digest) -> None:
 
     Raises ValueError if a resumed run would continue with other data.
     """
+    flags = _texts(config)
     began_with = store.ledger.meta().get(DATA, data)
     if began_with != data:
+        now = " ".join(f"{option(name)} {flags[name]}" for name in _sources(config))
         raise ValueError(
-            f"--run {store.folder.name}: its data were {began_with[:12]}, are now {data[:12]}: the text has changed; "
-            "restore it, or start another --run"
+            f"--run {store.folder.name}: its data were {began_with[:12]}, are now {data[:12]}: the text of {now} is "
+            "another; give the one that the run was started with, or start another --run"
         )
-    store.set_meta({**_texts(config), DATA: data})
+    store.set_meta({**flags, DATA: data})
+
+
+def _sources(config: ValidatorConfig) -> list[str]:
+    """Return the task's flags that may change in a resumed run if they lead to the same data: a text may move."""
+    task, optimizer = f"{config.task}.", f"{config.task}.optimizer."
+    free = [name for name, flag in flags_of(ValidatorConfig).items() if flag.resume == "free"]
+    return [name for name in free if name.startswith(task) and not name.startswith(optimizer)]
+
+
+def read_pins(path: Path) -> dict[str, Hotkey]:
+    """Return which hotkey answers at which endpoint. Raises ValueError if the file is damaged."""
+    from pydantic import TypeAdapter
+
+    from protocol import Hotkey
+
+    if not path.exists():
+        return {}
+    try:
+        return TypeAdapter(dict[str, Hotkey]).validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a JSON object of hotkeys"
+        raise ValueError(
+            f"{path}: {reason}, but which hotkey answers where; restore it, or delete it to trust whoever answers first"
+        ) from None
 
 
 def _texts(config: ValidatorConfig) -> dict[str, str]:

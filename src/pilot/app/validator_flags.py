@@ -75,6 +75,9 @@ class ValidatorConfig(RoundConfig):
     """Folder that holds the run folders."""
     resume: bool = arg(False, RUN, short=True, resume="command")
     """Continue a run where it stopped. Its own flags are the defaults."""
+    resume_at: int | None = arg(None, RUN, resume="command")
+    """With --resume: go back to the state after so many rounds. Later rounds are given up; the run's folder keeps what
+    was recorded of them. Needs an intact snapshot of that state, or an older one and the payloads since."""
     snapshot_every: int = arg(50, RUN)
     """Rounds between snapshots of model and optimizer. A restart replays the rounds after the newest."""
     snapshot_keep: int = arg(2, RUN)
@@ -99,6 +102,8 @@ class ValidatorConfig(RoundConfig):
         for name, minimum in {**least, "connect_timeout": 0.1}.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{option(name)} {getattr(self, name)}: must be {minimum} or more")
+        if self.resume_at is not None and not (self.resume and self.resume_at >= 0):
+            raise ValueError(f"--resume-at {self.resume_at}: must be 0 or more, and needs --resume")
         self.limits.check()
         check_port("serve.port", self.serve.port or 0)
         check_host("serve.ip", self.serve.ip, "serve.port")

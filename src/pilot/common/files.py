@@ -124,6 +124,14 @@ def evict(folder: Path, most_files: int, most_bytes: int, pattern: str = "*") ->
             path.unlink(missing_ok=True)
 
 
+def delete(path: Path) -> None:
+    """Delete a file, or what lies in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def hash_rest(file: BinaryIO, hasher: Hasher) -> None:
     """Feed `hasher` from the file's position to its end, in constant memory."""
     buffer = memoryview(bytearray(CHUNK_BYTES))

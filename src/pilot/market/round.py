@@ -33,7 +33,7 @@ from pilot.aggregation import Aggregator
 from pilot.aggregation.buffers import merge_buffers
 from pilot.codec import Codec
 from pilot.common.units import fp32_megabytes
-from pilot.interfaces import Diverged, Faulted, Network, RoundRecord, Store
+from pilot.interfaces import Diverged, Faulted, Network, ReceivedReply, RoundRecord, Store
 from pilot.market import receipts
 from pilot.market.dispatch import Assignment, Dispatcher, OpenRound
 from pilot.market.link_budget import LinkWatch
@@ -66,6 +66,14 @@ if TYPE_CHECKING:
 __all__ = ["Market", "Network", "RoundPolicy", "Store"]
 
 logger = logging.getLogger(__name__)
+
+
+class ReplayError(ValueError):
+    """A committed round cannot be applied again. The text says why, in one line."""
+
+    def __init__(self, round: int, reason: str) -> None:
+        super().__init__(f"round {round}: {reason}")
+        self.round = round
 
 
 @dataclass(frozen=True)
@@ -487,13 +495,17 @@ class Market:
 
     # --- restart --------------------------------------------------------------------------------------------------
 
-    async def replay(self, since: int) -> None:
+    async def replay(self, since: int, rounds: int | None = None) -> None:
         """Apply the committed rounds after a snapshot again, from the spooled payloads, to the same versions bitwise.
 
-        Raises ValueError where this machine computes another version than the ledger says.
+        With `rounds`, only the first so many are kept; all others are given up. Raises ReplayError where a file is
+        damaged or this machine computes another version than the ledger says; then nothing is given up.
         """
         for record in self.store.committed(since):
-            await self.executor.run("replay", 1.0, self._replay_round, record)
+            if rounds is None or record.round < rounds:
+                await self.executor.run("replay", 1.0, self._replay_round, record)
+        if rounds is not None:
+            await asyncio.to_thread(self.store.give_up, rounds)
         self.learner.mend()
         head = self.store.head()
         if head is not None:
@@ -513,27 +525,30 @@ class Market:
         verdicts = [Receipt.parse(s.body) for s in record.receipts]
         accepted = [r.order for r in verdicts if r.verdict == "ACCEPTED"]  # in the order of summation
         orders = self._orders_of(record)
-        rounds = {orders[name].round for name in accepted if name in orders}
-        received = {r.reply.order: r for n in rounds for r in self.store.received(n)}
-        if missing := set(accepted) - received.keys():
-            gone = next(r.hotkey for r in verdicts if r.order in missing)
-            raise ValueError(f"round {record.round}: the payload of {gone} is gone from the spool")
-        contributions = [self.dispatcher.verify(orders[name], received[name]) for name in accepted]
+        replies = [(orders[name], self._reply(record, orders[name], name)) for name in accepted]
+        contributions = [self.dispatcher.verify(order, received) for order, received in replies]
         if contributions:
             self.learner.codec = record.codec_down
             found = self._aggregate(contributions)
             self._step(found, record.settings)
             self.learner.advance()
         if self.learner.version != record.version:
-            raise ValueError(
-                f"round {record.round} replays to version {self.learner.version[:12]}, the ledger says "
-                f"{record.version[:12]}: resume on the machine, --device and --threads that the run was started with"
+            raise ReplayError(
+                record.round,
+                f"replays to version {self.learner.version[:12]}, the ledger says {record.version[:12]}: resume on "
+                "the machine, --device and --threads that the run was started with",
             )
 
     def _orders_of(self, record: RoundRecord) -> dict[Digest, Order]:
         """Return the orders that a committed round may settle: its own, and those of the round before."""
         signed = [s for n in (record.round - 1, record.round) for s in self.store.orders(n)]
         return {s.digest: Order.parse(s.body) for s in signed}
+
+    def _reply(self, record: RoundRecord, order: Order, name: Digest) -> ReceivedReply:
+        try:
+            return self.store.reply(order.round, order.hotkey, name)
+        except ValueError as error:
+            raise ReplayError(record.round, str(error)) from None
 
     # --- once in a while ------------------------------------------------------------------------------------------
 

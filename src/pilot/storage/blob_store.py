@@ -15,7 +15,7 @@ from pathlib import Path
 
 from typing_extensions import Buffer
 
-from pilot.common.files import CHUNK_BYTES, hash_rest, make_folder, replacing, sync_file
+from pilot.common.files import CHUNK_BYTES, delete, hash_rest, make_folder, replacing, sync_file
 from pilot.interfaces import BlobWriter
 from protocol import BlobRef, Digest, Hasher
 
@@ -29,6 +29,8 @@ class FileBlobStore:
     def put(self, ref: BlobRef, data: Buffer) -> Buffer:
         """Return the same bytes, memory-mapped. Raises OSError; then the file does not exist."""
         path = self._folder / ref.digest
+        if path.is_dir():
+            delete(path)
         with replacing(path, sync=False) as file:
             file.write(data)
         return _mapped(path)
@@ -39,14 +41,14 @@ class FileBlobStore:
         try:
             with open(path, "rb") as file:
                 hash_rest(file, hasher)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return None
         return _mapped(path) if hasher.hexdigest() == ref.digest else None
 
     def retain(self, digests: Collection[Digest]) -> None:
         for path in self._folder.iterdir():
             if path.name not in digests:
-                path.unlink()
+                delete(path)
 
     def sync(self) -> None:
         """Make every file durable."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pilot.common.files import sync_file
 from pilot.interfaces import RoundRecord
 from pilot.storage.schema import RELEASES, TABLES, VERSION
 from protocol import Digest, Fault, Hotkey, Order, Range, Receipt, Reply, Signed, Version
@@ -105,26 +106,39 @@ WHERE orders.round = ? AND settled IS NULL ORDER BY hotkey
 """
 
 
+@contextmanager
+def naming_damage(path: Path) -> Iterator[None]:
+    """Raise ValueError, with the file and the way out, where SQLite finds that a ledger is damaged or none at all."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            raise
+        raise ValueError(
+            f"{path}: not a ledger, or damaged, or {path.name}-wal or -shm beside it is ({error}); restore all of "
+            "them from a backup, or choose another --run"
+        ) from None
+
+
 class Ledger:
     """Usable from any thread: one connection under one lock, and every write durable when its method returns."""
 
     def __init__(self, path: Path) -> None:
         """Open the ledger, or make an empty one. Raises ValueError for another schema or a file of another kind."""
         self.newest: tuple[int, Version] | None = None  # the last committed round and its version, without a read
-        self._lock = threading.Lock()
-        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        try:
-            self._prepare(path)
-        except sqlite3.DatabaseError as error:
-            self.close()
-            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+        self._lock, self._path = threading.Lock(), path
+        with naming_damage(path):
+            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            try:
+                self._prepare(path)
+            except (sqlite3.DatabaseError, ValueError):
+                self.close()
                 raise
-            raise ValueError(f"{path}: not a ledger ({error}); choose another --run") from None
-        except ValueError:
-            self.close()
-            raise
 
     def _prepare(self, path: Path) -> None:
+        for log in (path.with_name(f"{path.name}{ending}") for ending in ("-wal", "-shm")):
+            if log.is_dir():  # SQLite would read the ledger without it
+                raise ValueError(f"{log}: a folder in the place of a file; restore the file from a backup")
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version not in (0, VERSION):
             release = f"Pilot {RELEASES[version]}" if version in RELEASES else "a newer Pilot"
@@ -141,6 +155,13 @@ class Ledger:
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {VERSION}")
         self.newest = _newest(self._connection)
+
+    def check(self) -> None:
+        """Raise ValueError if the file is damaged, wherever that is. Reads all of it."""
+        with naming_damage(self._path):
+            found = [text for (text,) in self._rows("PRAGMA quick_check(1)")]
+            if found != ["ok"]:
+                raise sqlite3.DatabaseError(" ".join(found[0].split()))
 
     def close(self) -> None:
         with self._lock:
@@ -161,6 +182,11 @@ class Ledger:
         """At the run's creation, and when it is resumed with other flags."""
         with self._transaction() as db:
             db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
+
+    def run(self) -> str | None:
+        """Return the name of the run in the newest order; None before the first."""
+        rows = self._rows("SELECT json_extract(body, '$.run') FROM orders ORDER BY round DESC LIMIT 1")
+        return rows[0][0] if rows else None
 
     # --- rounds ---------------------------------------------------------------------------------------------------
 
@@ -225,6 +251,34 @@ class Ledger:
                 what = Order.parse(order.body)
                 if what.round < record.round or what.inner_steps is None:
                     raise RuntimeError(f"round {what.round}: the order of {what.hotkey} has no receipt")
+
+    def committed_rounds(self) -> int:
+        with self._lock:
+            return _next(self._connection)
+
+    def newest_ordered(self) -> int:
+        """Return the newest round that has orders; -1 before the first."""
+        [(newest,)] = self._rows("SELECT coalesce(max(round), -1) FROM orders")
+        return int(newest)
+
+    def version(self, rounds: int) -> str | None:
+        """Return the model's version after so many rounds; None if they were not committed, or for none."""
+        rows = self._rows("SELECT version FROM rounds WHERE round = ?", rounds - 1)
+        return rows[0][0] if rows else None
+
+    def truncate(self, rounds: int, copy: Path) -> None:
+        """Keep only the first `rounds` rounds, and all that was recorded before in a ledger of its own at `copy`."""
+        with self._lock:
+            self._connection.execute("VACUUM INTO ?", (str(copy),))
+        sync_file(copy)
+        sync_file(copy.parent)
+        with self._transaction() as db:
+            db.execute("DELETE FROM late WHERE round >= ?", (rounds,))
+            db.execute("DELETE FROM receipts WHERE settled >= ?", (rounds,))
+            db.execute("DELETE FROM weights WHERE round >= ?", (rounds,))
+            db.execute("DELETE FROM evaluations WHERE round > ?", (rounds,))
+            db.execute("DELETE FROM orders WHERE round >= ?", (rounds,))
+            db.execute("DELETE FROM rounds WHERE round >= ?", (rounds,))
 
     def unsettled(self) -> tuple[Signed, ...]:
         """The orders that the last committed round left without a receipt, in the order of the hotkeys."""

@@ -5,6 +5,7 @@
                 snapshots/      the validator's state every so many rounds
                 versions/       the states and deltas that lead to the newest version
                 clock           with --admit: what the clock has not passed yet (pilot.storage.kept_clock)
+                given-up-at-N/  what --resume-at N gave up: the ledger as it was, payloads, snapshots
                 lock            held by the validator that uses the folder
 
 A restart loads the newest undamaged snapshot and replays the committed rounds after it from the spool. Everything that
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pilot.common.files import NO_SPACE, FileLock, make_folder
+from pilot.common.files import NO_SPACE, TEMPORARY, FileLock, make_folder
 from pilot.common.paths import PathError
 from pilot.interfaces import ReceivedReply, RoundRecord
 from pilot.storage import LEDGER
@@ -59,6 +60,35 @@ def detecting_full_disk(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def remains(folder: Path) -> Path | None:
+    """Return a file or folder in a run's folder that only a run which has begun makes, if there is one."""
+    made = (path for part in ("snapshots", "spool", "versions") for path in sorted(folder.glob(f"{part}/*")))
+    return next((path for path in made if not path.name.endswith(TEMPORARY)), None)
+
+
+def lost_ledger(folder: Path) -> ValueError:
+    return ValueError(
+        f"--run {folder.name}: {folder / LEDGER} is gone or empty, but {remains(folder)} of a run is there; restore "
+        "the ledger from a backup, or choose another --run"
+    )
+
+
+def missing(folder: Path) -> ValueError:
+    return ValueError(f"--run {folder.name}: there is no such run in {folder.parent}; start it without --resume")
+
+
+def unusable(folder: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"--run {folder.name}: {error.filename}: {error.strerror}; put it right, or choose another --run or --runs"
+    )
+
+
+def check_ledger_is_there(folder: Path) -> None:
+    """Raise ValueError if the folder holds what only a run makes, but no ledger."""
+    if not (folder / LEDGER).exists() and remains(folder):
+        raise lost_ledger(folder)
+
+
 class RunStore:
     """The `Store` of a run. Make it with `create` or `open`.
 
@@ -68,16 +98,22 @@ class RunStore:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
+        self.given_up: Path | None = None  # what `give_up` set aside
         try:
             self._lock = FileLock(folder / "lock")
         except BlockingIOError as holder:
             raise ValueError(f"--run {folder.name}: another validator (pid {holder}) is using it") from None
+        except OSError as error:
+            raise unusable(folder, error) from None
         try:
             with detecting_full_disk(folder):
                 self.snapshots = Snapshots(folder / "snapshots", keep)
                 self.spool = Spool(folder / "spool")
                 self.versions = FileBlobStore(folder / "versions")
                 self.ledger = Ledger(folder / LEDGER)
+        except OSError as error:
+            self._lock.release()
+            raise unusable(folder, error) from None
         except (ValueError, DiskFull):
             self._lock.release()
             raise
@@ -88,38 +124,80 @@ class RunStore:
         self.unsettled = self.ledger.unsettled
         self.payload = self.spool.payload
         self.received = self.spool.received
+        self.reply = self.spool.reply
         self.discard = self.spool.discard
 
     @classmethod
     def create(cls, folder: Path, meta: Mapping[str, str], keep: int) -> RunStore:
         """Create a run described by `meta`, keeping `keep` snapshots. Raises ValueError if it exists.
 
-        `meta` is written last: a folder without it counts as not created.
+        `meta` is written last: a folder without it counts as not created, unless it holds what only a run makes.
         """
+        check_ledger_is_there(folder)
         store = cls(make_folder(folder), keep)
-        if store.ledger.meta():
+        try:
+            if store.ledger.meta():
+                raise ValueError(f"--run {folder.name}: {folder} exists; go on with --resume, or choose another name")
+            if remains(folder):
+                raise lost_ledger(folder)
+        except ValueError:
             store.close()
-            raise ValueError(f"--run {folder.name}: {folder} exists; go on with --resume, or choose another name")
+            raise
         store.set_meta(meta)
         return store
 
     @classmethod
-    def open(cls, folder: Path, keep: int) -> RunStore:
-        """Open the run that `create` made. Raises ValueError if there is none, or another validator uses it."""
-        missing = ValueError(f"--run {folder.name}: there is no such run in {folder.parent}; start it without --resume")
-        if not (folder / LEDGER).is_file():
-            raise missing
+    def open(cls, folder: Path, keep: int, rounds: int | None = None) -> RunStore:
+        """Open the run that `create` made, to go on from its newest round or from its first `rounds` rounds.
+
+        Raises ValueError if there is none, if its ledger is damaged or has lost rounds, or if another validator uses
+        it.
+        """
+        check_ledger_is_there(folder)
+        if not (folder / LEDGER).exists():
+            raise missing(folder)
         store = cls(folder, keep)
-        if not store.ledger.meta():
+        try:
+            store._check(rounds)
+        except ValueError:
             store.close()
-            raise missing
-        if (protocol := store.ledger.protocol()) not in (None, PROTOCOL):
-            store.close()
+            raise
+        return store
+
+    def _check(self, rounds: int | None) -> None:
+        """Check that the ledger is whole, this run's, and as new as the files beside it."""
+        name, ledger = self.folder.name, self.folder / LEDGER
+        self.ledger.check()
+        if not self.ledger.meta():
+            raise lost_ledger(self.folder) if remains(self.folder) else missing(self.folder)
+        if (protocol := self.ledger.protocol()) not in (None, PROTOCOL):
             raise ValueError(
-                f"--run {folder.name}: its messages are of {protocol}, this release speaks {PROTOCOL}; "
+                f"--run {name}: its messages are of {protocol}, this release speaks {PROTOCOL}; "
                 "finish it with the release that it was started with, or start another --run"
             )
-        return store
+        committed = self.ledger.committed_rounds()
+        if rounds is not None and rounds > committed:
+            raise ValueError(f"--resume-at {rounds}: run {name} has {committed} committed rounds; give at most that")
+        newer = self._newer_than_ledger()
+        if newer is not None and rounds is None:
+            raise ValueError(
+                f"--run {name}: {ledger} ends after {committed} rounds, but {newer} is newer: its last rows are gone, "
+                f"perhaps with {LEDGER}-wal; restore both from a backup, or give them up with --resume-at {committed}"
+            )
+        known = {n: self.snapshots.version(n) for n in self.snapshots.rounds() if self.ledger.version(n)}
+        if known and all(version and version != self.ledger.version(n) for n, version in known.items()):
+            raise ValueError(
+                f"--run {name}: {ledger} is of another run: it names other versions than all of its snapshots; "
+                "restore it, or choose another --run"
+            )
+
+    def _newer_than_ledger(self) -> Path | None:
+        """Return a file of a round that the ledger does not know: an order is there before it is sent."""
+        committed, ordered = self.ledger.committed_rounds(), self.ledger.newest_ordered()
+        snapshots = (
+            self.folder / "snapshots" / f"{n:08d}.safetensors" for n in self.snapshots.rounds() if n > committed
+        )
+        return next(snapshots, self.spool.reply_after(max(ordered, committed - 1)))
 
     def close(self) -> None:
         self.ledger.close()
@@ -133,7 +211,11 @@ class RunStore:
     # --- a round, in the order of its steps -----------------------------------------------------------------------
 
     def open_round(self, round: int, orders: Sequence[Signed]) -> None:
-        """Record a round's orders before any is sent, in place of all uncommitted rounds from `round` on."""
+        """Record a round's orders before any is sent, in place of all uncommitted rounds from `round` on.
+
+        Replies to later rounds go first: one without an order would look like an order that the ledger has lost.
+        """
+        self.spool.delete_after(round)
         with detecting_full_disk(self.folder):
             self.ledger.open_round(round, orders)
 
@@ -155,6 +237,21 @@ class RunStore:
     def commit(self, record: RoundRecord) -> None:
         with detecting_full_disk(self.folder):
             self.ledger.commit(record)
+
+    def give_up(self, rounds: int) -> None:
+        """Keep only the first `rounds` rounds. What comes after, and the ledger as it was, lie aside from then on."""
+        if rounds == self.ledger.committed_rounds() and self._newer_than_ledger() is None:
+            return
+        aside = self.folder / f"given-up-at-{rounds}"
+        number = 1
+        while aside.exists():
+            aside, number = aside.with_name(f"given-up-at-{rounds}-{number + 1}"), number + 1
+        with detecting_full_disk(self.folder):
+            make_folder(aside)
+            self.snapshots.set_aside(rounds, aside / "snapshots")
+            self.spool.set_aside(rounds, aside / "spool")
+            self.ledger.truncate(rounds, aside / LEDGER)
+        self.given_up = aside
 
     def note_late(self, round: int, reply: Signed, receipt: Signed) -> None:
         """Record a reply that came after its round was closed, and its receipt; the first one per order is kept."""

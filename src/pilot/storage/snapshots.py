@@ -8,6 +8,7 @@ any safetensors reader opens.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pilot.common.files import delete_leftovers, hash_rest, make_folder, replacing
+from pilot.common.files import delete, delete_leftovers, hash_rest, make_folder, replacing, sync_file
 from pilot.common.safetensors_header import safetensors_header
 from protocol import Hasher
 
@@ -72,17 +73,46 @@ class Snapshots:
         self._delete_old()
         return path
 
-    def newest(self, warn: Callable[[str], None]) -> Snapshot | None:
-        """Return the newest intact snapshot, or None. Rename each damaged one, and call `warn` with a line on it."""
-        rounds = self.rounds()
+    def newest(
+        self,
+        warn: Callable[[str], None],
+        version: Callable[[int], str | None] = lambda rounds: None,
+        most: int | None = None,
+    ) -> Snapshot | None:
+        """Return the newest intact snapshot, with `most` after so many rounds at most, or None.
+
+        `version` gives the model's version after so many rounds, where it is known. A snapshot of another one is passed
+        over, a damaged one is renamed; `warn` is called with a line on each.
+        """
+        rounds = [round for round in self.rounds() if most is None or round <= most]
         for index in reversed(range(len(rounds))):
-            path = self._path(rounds[index])
-            if _is_intact(path):
-                return _load(rounds[index], path)
+            path, expected = self._path(rounds[index]), version(rounds[index])
             instead = f"using {self._path(rounds[index - 1]).name} instead" if index else "there is no older one"
-            warn(f"snapshot {path} is damaged: {instead}")
-            os.replace(path, path.with_name(path.name + _DAMAGED))
+            if not _is_intact(path):
+                warn(f"snapshot {path} is damaged: {instead}")
+                delete(damaged := path.with_name(path.name + _DAMAGED))
+                os.replace(path, damaged)
+            elif expected not in (None, self.version(rounds[index])):
+                warn(f"snapshot {path} is of another run, as its version is not the ledger's: {instead}")
+            else:
+                return _load(rounds[index], path)
         return None
+
+    def version(self, round: int) -> str | None:
+        """Return the model's version that a snapshot names; None if it cannot be read."""
+        try:
+            with open(self._path(round), "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            return str(header["__metadata__"]["version"])
+        except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError):
+            return None
+
+    def set_aside(self, after: int, folder: Path) -> None:
+        """Move the snapshots of the states after more than so many rounds into another folder."""
+        for round in self.rounds():
+            if round > after:
+                os.replace(self._path(round), make_folder(folder) / self._path(round).name)
+        sync_file(self._folder)
 
     def rounds(self) -> list[int]:
         """Return the rounds that have a snapshot, ascending."""
@@ -97,7 +127,7 @@ class Snapshots:
         for path in self._folder.iterdir():
             name = _NAME.fullmatch(path.name)
             if name and int(name[1]) < oldest:
-                path.unlink()
+                delete(path)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -108,6 +138,8 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _is_intact(path: Path) -> bool:
+    if not path.is_file():
+        return False
     with open(path, "rb") as file:
         head = file.read(_DIGEST_AT + len(_BLANK))
         hasher = Hasher("snapshot")

@@ -14,17 +14,17 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from pydantic import TypeAdapter
 from typing_extensions import Buffer
 
-from pilot.common.files import hash_rest, make_folder, replacing, sync_file
+from pilot.common.files import delete, hash_rest, make_folder, replacing, sync_file
 from pilot.common.limits import Limits
 from pilot.interfaces import Faulted, ReceivedReply
-from protocol import Count, Fault, Hasher, Hotkey, Part, Reply, Seconds, Signed
+from protocol import Count, Digest, Fault, Hasher, Hotkey, Part, Reply, Seconds, Signed
 
 logger = logging.getLogger(__name__)
 
@@ -148,18 +148,45 @@ class Spool:
             except ValueError as error:
                 logger.warning("round %d: dropped the reply of %s: %s", round, hotkey, str(error).splitlines()[0])
         for path in sorted(folder.glob("*")):
-            incomplete = path.suffix == _PAYLOAD and not path.with_name(path.stem + _REPLY).exists()
+            incomplete = path.suffix == _PAYLOAD and path.is_file() and not path.with_name(path.stem + _REPLY).exists()
             if path.name.split(".")[0] not in intact and not incomplete:
                 logger.warning("round %d: deleted %s, which belongs to no intact reply", round, path.name)
                 self._count(folder, -(_size(path) or 0))
-                path.unlink()
+                delete(path)
         return tuple(intact[hotkey] for hotkey in sorted(intact))
+
+    def reply(self, round: int, hotkey: Hotkey, order: Digest) -> ReceivedReply:
+        """Return the reply to an order. Raises ValueError, which names the file, if it is not intact any more."""
+        path = self._round(round) / (hotkey + _REPLY)
+        received = _open(round, hotkey, path)
+        if received.reply.order != order:
+            raise ValueError(f"{path} answers another order")
+        return received
+
+    def set_aside(self, since: int, folder: Path) -> None:
+        """Move the rounds from `since` on into another folder."""
+        for path in sorted(self._folder.iterdir()):
+            if path.name.isdecimal() and int(path.name) >= since:
+                os.replace(path, make_folder(folder) / path.name)
+        sync_file(self._folder)
+
+    def reply_after(self, round: int) -> Path | None:
+        """Return a reply's file of a round after this one, if there is one."""
+        replies = (path for path in self._folder.glob(f"*/*{_REPLY}") if path.parent.name.isdecimal())
+        return max((path for path in replies if int(path.parent.name) > round), default=None)
 
     def prune(self, before: int) -> None:
         """Delete the rounds before `before`."""
+        self._delete(lambda round: round < before)
+
+    def delete_after(self, round: int) -> None:
+        """Delete the rounds after this one, whose orders are void."""
+        self._delete(lambda other: other > round)
+
+    def _delete(self, unwanted: Callable[[int], bool]) -> None:
         for folder in self._folder.iterdir():
-            if folder.name.isdecimal() and int(folder.name) < before:
-                shutil.rmtree(folder)
+            if folder.name.isdecimal() and unwanted(int(folder.name)):
+                delete(folder)
                 with self._lock:
                     (self._received or {}).pop(folder, None)
                     self._expected = {path: size for path, size in self._expected.items() if path.parent != folder}
@@ -188,19 +215,26 @@ def _size(path: Path) -> int | None:
 
 
 def _open(round: int, hotkey: str, path: Path) -> ReceivedReply:
-    """Read a reply whose files are as `make_durable` left them. Raises ValueError for others."""
-    contents = _ReplyFile.model_validate_json(path.read_bytes())
-    reply = Reply.parse(contents.signed.body)
+    """Read a reply whose files are as `make_durable` left them. Raises ValueError, which names the file, for others."""
+    if not path.is_file():
+        raise ValueError(f"{path} is gone")
+    try:
+        contents = _ReplyFile.model_validate_json(path.read_bytes())
+        reply = Reply.parse(contents.signed.body)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
     if (reply.round, reply.hotkey) != (round, hotkey):
-        raise ValueError(f"it is the reply of {reply.hotkey} to round {reply.round}")
+        raise ValueError(f"{path} is the reply of {reply.hotkey} to round {reply.round}")
     payload = path.with_name(hotkey + _PAYLOAD)
-    if not payload.is_file() or payload.stat().st_size != reply.payload_bytes:
-        raise ValueError(f"its payload is not {reply.payload_bytes} bytes long")
+    if not payload.is_file():
+        raise ValueError(f"{payload} is gone")
+    if (size := payload.stat().st_size) != reply.payload_bytes:
+        raise ValueError(f"{payload} has {size} bytes instead of {reply.payload_bytes}")
     hasher = Hasher("payload")
     with open(payload, "rb") as file:
         hash_rest(file, hasher)
     if hasher.hexdigest() != reply.payload_digest:
-        raise ValueError("its payload has another digest")
+        raise ValueError(f"{payload} is damaged: it has another digest than its reply says")
     return ReceivedReply(
         reply=reply,
         signed=contents.signed,
