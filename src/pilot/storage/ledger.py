@@ -112,7 +112,8 @@ def naming_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        code = getattr(error, "sqlite_errorcode", None)
+        if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_CANTOPEN and not path.is_dir()):
             raise
         raise ValueError(
             f"{path}: not a ledger, or damaged, or {path.name}-wal or -shm beside it is ({error}); restore all of "
