@@ -50,7 +50,7 @@ Count = Annotated[int, Field(ge=0, le=MAX_INDEX)]
 Seconds = Annotated[float, Field(ge=0, le=1e7, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Nanoseconds = Annotated[int, Field(ge=0, lt=1 << 63)]  # since 1970
-# Of a data set on the hub: OWNER/NAME; a subset or split; a commit, branch or tag.
+# A data set on the hub (OWNER/NAME), its subset or split, and its commit, branch or tag.
 DatasetName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}$")
 ]

@@ -105,9 +105,12 @@ ZERO = "5C4hrfjw9DjXZTzV3MwzrrAr9P1MJhSrvWGWqi1eSuyUpnhM"  # the address of the 
 VALIDATOR_MISTAKES = [
     ("", "--axons: no miner named; .*, --axons-file FILE, or --serve.port with --admit"),
     ("--admit everyone", "--admit everyone: nothing is served; choose a --serve.port, 0 for any free one"),
-    ("--axons 8091 --serve.tls-cert x --serve.tls-key y", "--serve.tls-cert: nothing is served; choose a --serve.port"),
-    ("--axons 8091 --serve.port 0 --serve.tls-cert x", "--serve.tls-cert: TLS needs --serve.tls-key too"),
-    ("--axons 8091 --serve.port 0 --serve.tls-key x", "--serve.tls-key: TLS needs --serve.tls-cert too"),
+    (
+        "--axons 8091 --serve.tls-cert {file} --serve.tls-key {file}",
+        "--serve.tls-cert: nothing is served; choose a --serve.port",
+    ),
+    ("--axons 8091 --serve.port 0 --serve.tls-cert {file}", "--serve.tls-cert: TLS needs --serve.tls-key too"),
+    ("--axons 8091 --serve.port 0 --serve.tls-key {file}", "--serve.tls-key: TLS needs --serve.tls-cert too"),
     ("--axons 8091 --serve.port 0 --serve.ip 0.0.0.0:80", "--serve.ip 0.0.0.0:80: must be .* with --serve.port"),
     (f"--axons 8091@{ZERO}", ".*is no ss58 address"),
     ("--axons-file {folder}/none", "--axons-file {folder}/none: no such file; make it, with a miner a line"),
@@ -125,7 +128,7 @@ MINER_MISTAKES = [
     ("--validator 8091@me", "--validator 8091@me: 'me' is no ss58 address; the validator prints its own"),
     (f"--validator 10.0.0.7:80@{M1}", "--axon.ip 127.0.0.1: 10.0.0.7:80 could not call that; .* or --pull"),
     (
-        f"--validator 80@{M1} --pull --axon.tls-cert x --axon.tls-key y",
+        f"--validator 80@{M1} --pull --axon.tls-cert {{file}} --axon.tls-key {{file}}",
         "--axon.tls-cert: nothing is served with --pull",
     ),
     (f"--validator 80@{M1} --tls-ca {{folder}}/none --pull --device cpu", "--tls-ca {folder}/none: no such file"),
@@ -150,7 +153,13 @@ MINER_MISTAKES = [
 
 @pytest.mark.parametrize(("flags", "said"), VALIDATOR_MISTAKES)
 def test_mistakes_in_a_validators_flags(flags: str, said: str, tmp_path: Path, capfd: Capture) -> None:
-    argv = ["--runs", str(tmp_path / "runs"), "--device", "cpu", *shlex.split(flags.format(folder=tmp_path))]
+    argv = [
+        "--runs",
+        str(tmp_path / "runs"),
+        "--device",
+        "cpu",
+        *shlex.split(flags.format(folder=tmp_path, file=__file__)),
+    ]
     line = mistake(validator.main, argv, capfd)
     assert re.match("validator.py: " + said.format(folder=tmp_path), line), line
 
@@ -158,5 +167,5 @@ def test_mistakes_in_a_validators_flags(flags: str, said: str, tmp_path: Path, c
 @pytest.mark.parametrize(("flags", "said"), MINER_MISTAKES)
 def test_mistakes_in_a_miners_flags(flags: str, said: str, tmp_path: Path, capfd: Capture) -> None:
     folders = ["--cache", str(tmp_path / "cache"), "--wallet.path", str(tmp_path / "wallets")]
-    line = mistake(miner.main, [*folders, *shlex.split(flags.format(folder=tmp_path))], capfd)
+    line = mistake(miner.main, [*folders, *shlex.split(flags.format(folder=tmp_path, file=__file__))], capfd)
     assert re.match("miner.py: " + said.format(folder=tmp_path), line), line

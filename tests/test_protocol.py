@@ -224,6 +224,7 @@ def ranges(draw: st.DrawFn) -> tuple[Range, ...]:
     return tuple(Range(a, b) for a, b in zip(bounds[::2], bounds[1::2], strict=False))
 
 
+words = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}", fullmatch=True)
 SHARED: dict[str, st.SearchStrategy[Any]] = {"run": names, "round": counts, "hotkey": st.just(ALICE)}
 orders = st.builds(
     Order,
@@ -249,7 +250,13 @@ orders = st.builds(
             names, blobs.filter(lambda ref: ref.kind in ("data", "vocabulary")), min_size=1, max_size=3
         ),
         source=st.none()
-        | st.builds(DatasetRef, name=texts, subset=st.none() | texts, split=texts, revision=st.none() | texts),
+        | st.builds(
+            DatasetRef,
+            name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}", fullmatch=True),
+            subset=st.none() | words,
+            split=words,
+            revision=st.none() | words,
+        ),
         parameters=st.dictionaries(names, counts | texts | st.floats(0.01, 0.99), max_size=4),
     ),
     ranges=ranges(),

@@ -64,7 +64,6 @@ class AxonConfig:
         check_host("axon.external-ip", self.external_ip, "axon.external-port")
         if validator and self.external_ip and not is_address(self.external_ip):
             raise ValueError(f"--axon.external-ip {self.external_ip}: validators call IP addresses only; give that one")
-        check_pair(self.tls_cert, self.tls_key, "axon")
         for flag, given in (("external-ip", self.external_ip), ("external-port", self.external_port)):
             if pull and given:
                 raise ValueError(f"--axon.{flag} {given}: nothing is served with --pull; leave it out")
@@ -72,6 +71,7 @@ class AxonConfig:
             raise ValueError(
                 "--axon.tls-cert: nothing is served with --pull; --tls-ca is for reaching the validator by TLS"
             )
+        check_pair(self.tls_cert, self.tls_key, "axon")
 
 
 @dataclass(frozen=True)

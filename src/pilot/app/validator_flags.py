@@ -107,13 +107,13 @@ class ValidatorConfig(RoundConfig):
         self.limits.check()
         check_port("serve.port", self.serve.port or 0)
         check_host("serve.ip", self.serve.ip, "serve.port")
-        check_pair(self.serve.tls_cert, self.serve.tls_key, "serve")
-        if self.tls_ca is not None:
-            client_context(self.tls_ca)
         if self.serve.port is None:
             for given, value in ((f"--admit {self.admit}", self.admit), ("--serve.tls-cert", self.serve.tls_cert)):
                 if value:
                     raise ValueError(f"{given}: nothing is served; choose a --serve.port, 0 for any free one")
+        check_pair(self.serve.tls_cert, self.serve.tls_key, "serve")
+        if self.tls_ca is not None:
+            client_context(self.tls_ca)
         if not (self.axons or self.axons_file or self.local or self.admit):
             raise ValueError(
                 "--axons: no miner named; give the ports of your miners, or --local 2 for two of this machine, "
