@@ -179,7 +179,7 @@ def test_a_short_run_and_its_replay(tmp_path: Path) -> None:
         db.execute("UPDATE rounds SET settings = ? WHERE round = 10", (doubled,))
     [violation] = check_and_print(run, caches, replay=True)
     assert violation.rule == "replay"
-    assert "round 10 replays to version" in violation.text
+    assert "round 10: replays to version" in violation.text
 
 
 @pytest.mark.slow

@@ -88,6 +88,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, own_miners: Process) -> Iter
         port = vacated.getsockname()[1]
     with start_miner(place, "first") as first:
         axons = ["--axons", first.endpoint, str(port), "--connect-timeout", "0.5"]
+        axons += ["--serve.port", "0", "--admit", "everyone"]
         with start_validator(place, *axons, "--rounds", MANY, task=quadratic_flags) as process:
             eventually(lambda: accepted(run, first) >= 3, "rounds of one miner")
             with start_miner(place, "late", port) as late:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from pilot.interfaces import MinerState
     from pilot.market.link_budget import LinkWatch
     from pilot.market.round import Market, Network
-    from pilot.storage.kept_clock import KeptClock
     from pilot.storage.run_store import RunStore
     from pilot.storage.snapshots import Snapshot
     from pilot.training.learner import Learner
@@ -183,6 +182,7 @@ async def _start_server(
     console: Console,
 ) -> HealthServer | Gateway | None:
     """Serve GET /v1/status if --serve.port asks for it; with --admit miners also register and pull orders there."""
+    from pilot.storage.kept_clock import KeptClock
     from pilot.transport.server.gateway import Gateway
     from pilot.transport.server.health import HealthServer
     from pilot.transport.tls import server_context
