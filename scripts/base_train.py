@@ -161,6 +161,8 @@ def train(config: BaselineConfig, ranks: Ranks, program: str) -> None:
             with ranks.first_before_others():
                 task = prepare(config, device, say)
             run = wire(config, task, device, ranks)
+            if ranks.first and run.folder:
+                lock(run, run.folder, stack)  # before anything is written
             if run.steps_done:
                 say(f"resumed after step {run.steps_done} of {run.rounds}")
             console = stack.enter_context(Console(run.rounds, debug=False)) if ranks.first else None
@@ -169,7 +171,7 @@ def train(config: BaselineConfig, ranks: Ranks, program: str) -> None:
             check_room_for(run)
             log = stack.enter_context(open_log(figures))
             log.writelines(f"{json.dumps(row)}\n" for row in earlier)
-            metrics = stack.enter_context(closing(open_metrics(run, stack))) if ranks.first and run.folder else None
+            metrics = stack.enter_context(closing(open_metrics(run))) if ranks.first and run.folder else None
         batch = run.loader(ranks, stack)
         interrupts.says(lambda: f"stopped; {resumable(run)}")
         with ranks.stops():
@@ -356,12 +358,10 @@ def open_log(path: Path) -> Iterator[TextIO]:
             file.close()
 
 
-def open_metrics(run: Run, stack: ExitStack) -> Metrics:
+def open_metrics(run: Run) -> Metrics:
     from pilot.display.metrics import Metrics, rows_before
 
     assert run.folder is not None
-    run.folder.mkdir(parents=True, exist_ok=True)
-    lock(run, run.folder, stack)
     wandb = run.config.wandb
     metrics = Metrics(run.folder, wandb.mode, wandb.project, run.config.run or run.folder.name)
     metrics.rewrite(rows_before(run.folder / "metrics.jsonl", run.steps_done, print))
@@ -373,6 +373,7 @@ def lock(run: Run, folder: Path, stack: ExitStack) -> None:
     from nanochat.checkpoint_manager import steps
 
     other = f"--checkpoints {folder}: another base_train.py"
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         stack.callback(FileLock(folder / "lock").release)
     except BlockingIOError as holder:

@@ -193,10 +193,13 @@ def test_a_run_that_diverges_stops_and_keeps_its_good_checkpoints(
 def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c").mkdir()
     held = FileLock(tmp_path / "c" / "lock")
+    log = tmp_path / "log.jsonl"
+    log.write_text("of the other")
     with pytest.raises(SystemExit) as ended:
-        main(tiny(tmp_path))
+        main(tiny(tmp_path, "--log", str(log)))
     said = capsys.readouterr().err
     assert ended.value.code == 2
+    assert log.read_text() == "of the other"
     assert f"another base_train.py (pid {os.getpid()}) is using it" in said
     assert said.count("\n") == 1
     assert not list((tmp_path / "c").glob("step_*"))

@@ -365,6 +365,14 @@ def test_a_model_without_a_tokenizer_is_not_fed_english_ids(saved: Path, tmp_pat
         prepare(saved, tmp_path / "place", tokenizer=str(saved))
 
 
+@pytest.mark.parametrize("file", ["vocab.json", "encoder.json", "vocab.txt", "spiece.model", "tokenizer.model"])
+def test_a_tokenizer_of_another_kind_is_not_replaced_by_gpt2s(tmp_path: Path, file: str) -> None:
+    transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8).save_pretrained(tmp_path)  # of 50,257 tokens
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ValueError, match=rf"^--gpt2.model .*/{file}: no byte-pair encoding .*--gpt2.tokenizer"):
+        prepare(tmp_path, tmp_path / "place", tokenizer="auto")
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -341,6 +341,7 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path, model: GPT) -> Non
     wrong = {
         "wte.weight is missing": put_model(tmp_path / "a", model, wte_weight=None),
         r"wte.weight has the shape \(3, 3\)": put_model(tmp_path / "b", model, wte_weight=torch.zeros(3, 3)),
+        "wte.weight holds NaN": put_model(tmp_path / "e", model, wte_weight=model.wte.weight * float("nan")),
         "smear_gate.weight is not of a model": put_model(tmp_path / "c", model, {**asdict(SHAPE), "smear": False}),
         r"blocks\.0\.attn\.ve_gate\.weight is missing": put_model(
             tmp_path / "d", model, {**asdict(SHAPE), "n_layer": 3}

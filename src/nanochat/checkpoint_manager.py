@@ -371,6 +371,8 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.
         if tensors[name].shape != expected[name].shape:
             shapes = tuple(tensors[name].shape), tuple(expected[name].shape)
             raise ValueError(f"{where}: {name} has the shape {shapes[0]}, the checkpoint's model has {shapes[1]}")
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{where}: {name} holds NaN or infinity: its run diverged; name another step")
     model = GPT(checkpoint.config, dtype, device=device)
     with torch.no_grad():
         for name, target in model.state_dict().items():

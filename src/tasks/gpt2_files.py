@@ -149,7 +149,7 @@ def _safetensors(path: Path) -> dict[str, torch.Tensor]:
 
     try:
         return dict(load_file(path))
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # a KeyError for a type that torch lacks
         raise ValueError(f"{path}: {DAMAGED} ({line_of(error)})") from None
 
 

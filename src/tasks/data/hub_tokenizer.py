@@ -28,6 +28,7 @@ TOKENIZER = "tokenizer.json"
 ENDOFTEXT = "<|endoftext|>"
 CONFIG = "tokenizer_config.json"
 OURS = ("meta.json", "vocabulary")  # of a model that this program saved
+FOREIGN = ("vocab.json", "encoder.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 GPT2_DIGEST = "aaf31fbd9b2491c1961cee25bd4849fc8e87f0004a984c4b241d2e4554c8bd13"  # of its vocabulary
 OTHER = "name another with --gpt2.tokenizer"
 
@@ -74,6 +75,9 @@ def own_tokenizer(name: str) -> Tokenizer | None:
         vocabulary, pairs = find_file(name, encoder), find_file(name, merges)
         if vocabulary and pairs:
             return _from_pairs(name, vocabulary, pairs)
+    for file in FOREIGN:
+        if path := find_file(name, file):
+            raise ValueError(f"{path}: no byte-pair encoding of a kind that is read here, or a part of one; {OTHER}")
     return None
 
 
