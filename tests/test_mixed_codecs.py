@@ -53,9 +53,10 @@ def replies(store: RunStore, round: int) -> dict[str, Reply]:
         (("ternary-rc", "2bit"), "ternary-rc", "2bit"),
         (OLD, "bf16", "fp32"),
         (("fp32", "ternary-rc"), "ternary-rc", "fp32"),
-        (("fp32", "2bit"), "fp32", "2bit"),
-        ((), "fp32", "fp32"),
-        (("junk", "ternary"), "fp32", "fp32"),
+        (("fp32", "2bit"), "2bit", "2bit"),
+        (("fp32", "1bit"), "fp32", "fp32"),  # 1bit is coarser
+        (("1bit",), "1bit", "fp32"),
+        (("fp32",), "fp32", "fp32"),
     ],
 )
 def test_who_does_not_know_a_codec_gets_another(
@@ -66,6 +67,17 @@ def test_who_does_not_know_a_codec_gets_another(
         assert fallback.up(ALL, "ternary-rc") == up
         assert fallback.down(ALL, "2bit") == down
     assert len(caplog.records) == (up != "ternary-rc") + (down != "2bit")  # each said once
+
+
+@pytest.mark.parametrize("known", [(), ("junk", "ternary"), ("x" * 64,)])
+def test_who_names_no_codec_of_ours_gets_the_runs(known: Sequence[str], caplog: pytest.LogCaptureFixture) -> None:
+    """Or silence would buy 17 times the bytes."""
+    fallback = CodecFallback({ALL: known}.get)
+    step = VersionStep(kind="delta", codec="2bit", digest="1" * 64, bytes=1)
+    for _ in range(3):
+        assert (fallback.up(ALL, "ternary-rc"), fallback.down(ALL, "2bit")) == ("ternary-rc", "2bit")
+        assert not fallback.needs_state(ALL, Update(base=None, steps=(step,)))
+    assert len(caplog.records) == 1
 
 
 def test_a_whole_state_is_for_who_cannot_read_a_delta_on_the_way() -> None:
@@ -96,13 +108,13 @@ def check(store: RunStore, round: int) -> None:
     assert {hotkey: order.codec_up for hotkey, order in ordered.items()} == {
         ALL: "ternary-rc",
         SOME: "bf16",
-        NONE: "fp32",
+        NONE: "2bit",
     }
     assert {hotkey: order.codec_down for hotkey, order in ordered.items()} == {ALL: "2bit", SOME: "fp32", NONE: "2bit"}
     assert {hotkey: reply.codec for hotkey, reply in came.items()} == {h: o.codec_up for h, o in ordered.items()}
     assert {r.verdict for r in receipts(store, round).values()} == {"ACCEPTED"}
     assert len({order.version for order in ordered.values()}) == 1
-    assert came[ALL].payload_bytes * 6 < came[SOME].payload_bytes < came[NONE].payload_bytes
+    assert came[ALL].payload_bytes < came[NONE].payload_bytes < came[SOME].payload_bytes / 6
 
 
 def differ(workers: dict[str, Worker]) -> None:

@@ -97,8 +97,8 @@ def test_residuals_that_are_made_up_buy_nothing(tmp_path: Path, task: GPT2) -> N
 
 
 @pytest.mark.parametrize("codecs", [(), ("junk",), ("fp64", "x" * 64), tuple(f"c{i}" for i in range(1000))])
-def test_who_names_no_codec_of_ours_is_ordered_fp32(tmp_path: Path, task: GPT2, codecs: tuple[str, ...]) -> None:
-    """It knows that after all, here; one that does not refuses, as below."""
+def test_who_names_no_codec_of_ours_is_ordered_the_runs(tmp_path: Path, task: GPT2, codecs: tuple[str, ...]) -> None:
+    """It knows them after all, here; one that does not refuses, as below."""
     assert {verdict for verdict, _ in lied(tmp_path, task, says={"codecs": codecs})} == {"ACCEPTED"}
 
 

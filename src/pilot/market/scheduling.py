@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import chain, pairwise, takewhile
 from statistics import median
 
+from pilot.codec import BITS
 from pilot.training.diloco import DiLoCo
 from pilot.training.ranges import Cursor, merge, overlapping, size, subtract
 from protocol import Digest, Hotkey, Order, Range, Receipt, Update, one_line
@@ -22,7 +23,7 @@ MAX_SHARE = 1 << 16
 MAX_RATIO = 16  # to the median miner's share
 MIN_BUDGET = 0.25  # share of a round's time; a miner that comes later waits for the next round
 HISTORY_ROUNDS = 8  # that shares and closing times are computed from
-FALLBACKS = ("bf16", "fp32")  # codecs for a miner that does not know the round's
+WHOLE = "fp32"  # codec of whole states, which every release reads
 SHOWN = 200  # characters of a miner's list of codecs in a log line
 
 logger = logging.getLogger(__name__)
@@ -208,8 +209,9 @@ def epoch_progress(
 class CodecFallback:
     """Choose the codecs of an order to a miner that does not know the run's.
 
-    Miners of other releases take part all the same. What they say costs bytes: their own up, and whole states down,
-    which the validator encodes before it sends the round's orders.
+    Miners of other releases take part all the same. What they name costs bytes: the smallest codec of theirs that is no
+    coarser than the run's up, and whole states down, which the validator encodes before it sends the round's orders. A
+    miner that names no codec of ours buys nothing by that: it gets the run's, and may refuse them.
     """
 
     def __init__(self, known: Callable[[Hotkey], Sequence[str] | None]) -> None:
@@ -218,29 +220,38 @@ class CodecFallback:
         self._logged: set[tuple[Hotkey, str]] = set()
 
     def up(self, hotkey: Hotkey, codec: str) -> str:
-        """Return the codec of the miner's payload; fp32 if it knows none of ours."""
-        known = self._known(hotkey)
-        if known is None or codec in known:
+        """Return the codec of the miner's payload."""
+        known = self._lacking(hotkey, codec)
+        if not known:
             return codec
-        found = next((name for name in FALLBACKS if name in known), FALLBACKS[-1])
-        self._log_once(hotkey, codec, known, f"sends {found}")
+        finer = [name for name in known if BITS[name] >= BITS.get(codec, 0.0)]
+        found = min(finer, key=BITS.__getitem__) if finer else max(known, key=BITS.__getitem__)
+        self._log_once(hotkey, codec, f"sends {found}")
         return found
 
     def down(self, hotkey: Hotkey, codec: str) -> str:
         """Return the codec of updates that the miner's order names."""
-        known = self._known(hotkey)
-        if known is None or codec in known:
+        if not self._lacking(hotkey, codec):
             return codec
-        self._log_once(hotkey, codec, known, "gets whole states")
-        return FALLBACKS[-1]
+        self._log_once(hotkey, codec, "gets whole states")
+        return WHOLE
 
     def needs_state(self, hotkey: Hotkey, update: Update) -> bool:
         """Return whether the update has a step that the miner cannot read."""
-        known = self._known(hotkey)
-        return known is not None and any(step.codec not in known for step in update.steps)
+        return any(self._lacking(hotkey, step.codec) for step in update.steps)
 
-    def _log_once(self, hotkey: Hotkey, codec: str, known: Sequence[str], instead: str) -> None:
+    def _lacking(self, hotkey: Hotkey, codec: str) -> list[str]:
+        """Return the codecs of ours that the miner knows, if `codec` is not one of them; otherwise none."""
+        named = self._known(hotkey)
+        if named is None or codec in named:
+            return []
+        known = [name for name in BITS if name in named]
+        if not known:
+            self._log_once(hotkey, codec, "gets orders in it all the same")
+        return known
+
+    def _log_once(self, hotkey: Hotkey, codec: str, instead: str) -> None:
         if (hotkey, instead) not in self._logged:
             self._logged.add((hotkey, instead))
-            knows = one_line(", ".join(known))[:SHOWN] or "none"
+            knows = one_line(", ".join(self._known(hotkey) or ()))[:SHOWN] or "none"
             logger.warning("%s does not know codec %s (it knows: %s): it %s", hotkey, codec, knows, instead)
