@@ -79,16 +79,17 @@ def health_of(place: Place, role: str) -> Health:
 def test_it_follows_the_rounds(role: str, place: Place) -> None:
     def at_work() -> Health | None:
         health = health_of(place, role)
-        return health if health.round is not None else None
+        return health if health.version is not None else None
 
-    first = eventually(at_work, "a round")
+    first = eventually(at_work, "a round on a version")
     assert first.round is not None
     assert (first.role, first.healthy, first.run) == (role, True, RUN)
     assert first.state in ("working", "done", "training")
     assert abs(first.time_ns - time.time_ns()) < 60e9
-    beyond = first.round + 1  # whose order a miner has before its state
-    later = eventually(lambda: (h := health_of(place, role)).round > beyond and h, "rounds after it")
-    assert later.version != first.version
+    eventually(
+        lambda: (h := health_of(place, role)).round > first.round and h.version not in (None, first.version),
+        "a later round on another version",
+    )
 
 
 def test_the_two_are_named_by_their_own_hotkeys(place: Place) -> None:
