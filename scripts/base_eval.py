@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint of nanochat's GPT: bits per byte, the CORE metric, samples.
+"""Evaluate a checkpoint of nanochat's GPT: bits per byte, the CORE metric, samples. Of a GPT-2: samples.
 
     python scripts/base_eval.py --checkpoint runs/d4 --data books_val.parquet --core-data core_eval/
 
@@ -158,8 +158,11 @@ class Wired:
 def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(BaseEvalConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
     with cli.mistakes(PROGRAM):
-        wired = wire(config)
-    results = evaluate(config, wired)
+        if config.checkpoint is None:
+            raise ValueError("--checkpoint: name the folder of a checkpoint; base_train.py makes them")
+        hub = is_hub_model(config.checkpoint.expanduser())
+        wired = None if hub else wire(config, config.checkpoint.expanduser())
+        results = sample_hub_model(config, config.checkpoint.expanduser()) if wired is None else evaluate(config, wired)
     if config.json is not None:
         write(config.json, results)
 
@@ -241,29 +244,69 @@ def sample(config: BaseEvalConfig, wired: Wired, prompts: list[list[int]], how: 
     drawn = engine.generate_batch(prompts, config.num_samples, max_tokens=length, how=how, seed=seed)
     found = []
     for prompt, (first,), others in zip(config.prompts, likeliest, drawn, strict=True):
-        texts = [wired.tokenizer.decode(each.tokens) for each in (first, *others)]
-        print(f"{prompt!r} goes on")
-        print(f"  likeliest: {texts[0]!r}")
-        for text in texts[1:]:
-            print(f"  drawn:     {text!r}")
-        found.append({"prompt": prompt, "likeliest": texts[0], "drawn": texts[1:]})
+        found.append(show_samples(prompt, [wired.tokenizer.decode(each.tokens) for each in (first, *others)]))
     return found
+
+
+def show_samples(prompt: str, texts: Sequence[str]) -> dict[str, Any]:
+    """Print the continuations of a prompt, the likeliest first, and return them for --json."""
+    print(f"{prompt!r} goes on")
+    print(f"  likeliest: {texts[0]!r}")
+    for text in texts[1:]:
+        print(f"  drawn:     {text!r}")
+    return {"prompt": prompt, "likeliest": texts[0], "drawn": texts[1:]}
+
+
+def is_hub_model(path: Path) -> bool:
+    """Return whether the checkpoint is in Hugging Face's form, as a GPT-2's is."""
+    from nanochat.checkpoint_manager import steps
+
+    newest = [path / f"step_{step:06d}" for step in steps(path)[-1:]]
+    return any((folder / "config.json").is_file() for folder in (path, *newest))
+
+
+def sample_hub_model(config: BaseEvalConfig, path: Path) -> dict[str, Any]:
+    """Print samples of a model in Hugging Face's form; the other evaluations are of nanochat's models."""
+    from nanochat.engine import Sampling
+    from tasks.generation import continuation, load_text_model
+
+    if "sample" not in config.kinds:
+        raise ValueError(
+            f"--eval {' '.join(config.eval)}: {path} is no nanochat model; --eval sample is for every model"
+        )
+    if config.kinds != ["sample"]:
+        print("bits per byte and CORE are evaluated of nanochat's models only")
+    cli.set_threads(config.threads)
+    try:
+        model = load_text_model(path, cli.pick_device(config.device), config.step)
+    except ValueError as error:
+        raise ValueError(f"--checkpoint {error}") from None
+    drawn = sampling(config)
+    found = []
+    for number, prompt in enumerate(config.prompts):
+        ids, length = model.encode(prompt), config.max_new_tokens
+        ways = [Sampling(temperature=0), *[drawn] * config.num_samples]
+        seeds = [config.seed, *(config.seed + number + i * len(config.prompts) for i in range(config.num_samples))]
+        texts = [
+            "".join(continuation(model, ids, max_tokens=length, how=how, seed=seed))
+            for how, seed in zip(ways, seeds, strict=True)
+        ]
+        found.append(show_samples(prompt, texts))
+    return {"checkpoint": str(path), "samples": found}
 
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
 
 
-def wire(config: BaseEvalConfig) -> Wired:
+def wire(config: BaseEvalConfig, path: Path) -> Wired:
     """Load all parts. Raises ValueError for anything that is missing or does not fit together."""
     from nanochat.checkpoint_manager import load, load_model
 
-    if config.checkpoint is None:
-        raise ValueError("--checkpoint: name the folder of a checkpoint; base_train.py makes them")
     device = cli.pick_device(config.device)
     cli.set_threads(config.threads)
     cli.reuse_memory()
     try:
-        checkpoint = load(config.checkpoint.expanduser(), config.step, parts={"model"})
+        checkpoint = load(path, config.step, parts={"model"})
         shape = checkpoint.config
     except (ValueError, OSError) as error:
         raise ValueError(f"--checkpoint: {error}") from None
@@ -378,12 +421,6 @@ def load_tasks(config: BaseEvalConfig) -> CoreData:
 
 
 def encode_prompts(config: BaseEvalConfig, tokenizer: Tokenizer, reach: int) -> tuple[list[list[int]], Sampling]:
-    from nanochat.engine import Sampling
-
-    try:
-        how = Sampling(config.temperature, config.top_k, config.top_p)
-    except ValueError as error:
-        raise ValueError(f"--{error}") from None
     prompts = tokenizer.encode(list(config.prompts), prepend=tokenizer.get_bos_token_id())
     longest = max(map(len, prompts), default=0)
     if longest + config.max_new_tokens > reach:
@@ -391,7 +428,16 @@ def encode_prompts(config: BaseEvalConfig, tokenizer: Tokenizer, reach: int) -> 
             f"--max-new-tokens {config.max_new_tokens}: with a prompt of {longest} tokens that is more than the "
             f"{reach} that the model's rotary tables reach"
         )
-    return prompts, how
+    return prompts, sampling(config)
+
+
+def sampling(config: BaseEvalConfig) -> Sampling:
+    from nanochat.engine import Sampling
+
+    try:
+        return Sampling(config.temperature, config.top_k, config.top_p)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

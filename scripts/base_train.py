@@ -165,7 +165,7 @@ def train(config: BaselineConfig, ranks: Ranks, program: str) -> None:
                 lock(run, run.folder, stack)  # before anything is written
             if run.steps_done:
                 say(f"resumed after step {run.steps_done} of {run.rounds}")
-            console = stack.enter_context(Console(run.rounds, debug=False)) if ranks.first else None
+            console = stack.enter_context(Console(run.rounds)) if ranks.first else None
             figures = config.log if ranks.first and config.log else Path(os.devnull)
             earlier = rows_before(figures, run.steps_done, say)
             check_room_for(run)

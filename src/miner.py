@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.reuse_memory()
     from pilot.display.console import MinerConsole
 
-    with contextlib.suppress(KeyboardInterrupt), MinerConsole(config.logging.debug) as console:
+    with contextlib.suppress(KeyboardInterrupt), MinerConsole(config.logging.least, config.logging.json) as console:
         asyncio.run(serve(config, console))
     sys.stdout.flush()
     sys.stderr.flush()

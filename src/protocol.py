@@ -491,6 +491,8 @@ class Health(Part):
     round: Count | None
     version: Version | None  # of the model
     time_ns: Nanoseconds
+    commit_age_s: float | None = None  # seconds since a validator's last commit
+    miners: dict[Text, Count] | None = None  # of a validator, by state: working, idle, away
 
 
 class Refusal(Message):

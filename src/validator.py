@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from pilot.app import cli, run_folder
+from pilot.app import cli, export, run_folder
 from pilot.app.build_validator import Validator, build_validator
 from pilot.app.validator_flags import ValidatorConfig
 from protocol import Receipt
@@ -47,9 +47,12 @@ async def train(v: Validator) -> None:
         if due(market.round, config.eval_every, config.rounds) and market.round not in store.ledger.evaluations():
             logger.debug("%d rounds done: evaluating", market.round)
             store.add_evaluation(market.round, await market.evaluate())
+            v.plot.redraw(store.ledger.evaluations())
         if due(market.round, config.snapshot_every, config.rounds) or market.out_of_patience:
             logger.debug("%d rounds done: saving a snapshot", market.round)
             market.save_snapshot(store.save_snapshot)
+        if market.round and market.round != config.rounds and due(market.round, config.save_every, 0):
+            await asyncio.to_thread(export.save_model, v.task, market.learner, market.round, v.folder, config.save_keep)
         report_round(v)
         if not market.in_flight:
             await market.open_rounds(config.rounds)  # plan, broadcast
@@ -97,14 +100,18 @@ async def run(config: ValidatorConfig) -> None:
             async with v.console.watching(v.network.miner_states):
                 await train(v)
         await v.disconnect()  # the baseline gets the whole machine
-        seconds = time.monotonic() - began
-        v.console.say(f"model in {report.save_model(v.task, v.market.learner, v.market.round, v.folder)}")
-        gave_up = v.market.out_of_patience
-        del v.market  # the baseline gets its memory, too
-        report.finish(config, v.folder, v.task, v.device, v.store, v.metrics, v.console, seconds)
+        seconds, market = time.monotonic() - began, v.market
+        done, gave_up, stopped = market.round, market.out_of_patience, market.stopping and market.round < config.rounds
+        evaluated = {} if done in v.store.ledger.evaluations() else {done: v.task.evaluate(market.learner.model)}
+        export.save_model(v.task, market.learner, done, v.folder, config.save_keep)
+        parameters = sum(p.numel() for p in market.learner.parameters.values())
+        del v.market, market  # the baseline gets its memory, too
+        report.finish(v, evaluated, parameters, seconds, baseline=config.baseline and not stopped)
         if gave_up:
             v.console.say(f"stopped after --patience {config.patience} rounds in a row without one valid reply")
             raise SystemExit(1)
+        if stopped:
+            v.console.say(f"stopped after round {done} of {config.rounds}; --resume goes on from here")
 
 
 @contextmanager
@@ -121,8 +128,6 @@ def stopping_on_signals(market: Market, console: Console) -> Iterator[None]:
 
     with interrupts.asking(lambda: loop.call_soon_threadsafe(stop)):
         yield
-    if market.stopping:
-        raise KeyboardInterrupt
 
 
 @cli.program(PROGRAM, ValidatorConfig)

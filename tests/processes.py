@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from pilot.common.logs import undated
+
 SRC = Path(__file__).resolve().parent.parent / "src"
 PATIENCE_S = 90.0  # for anything at all on a busy machine; no test measures time with it
 RUN = "tiny"  # the run's name, unless a flag says otherwise
@@ -65,8 +67,8 @@ class Process:
         return self._popen.pid
 
     def said(self) -> str:
-        """Return the whole output so far."""
-        return self.log.read_text(errors="replace")
+        """Return the whole output so far, without the times at the beginning of lines."""
+        return undated(self.log.read_text(errors="replace"))
 
     def wait_for(self, pattern: str) -> re.Match[str]:
         """Return the first match, line by line, in the output. Fail the test if the process ends without one."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import validator
+from nanochat.checkpoint_manager import load, steps
 from pilot.storage.run_store import RunStore
 from pilot.training.ranges import Cursor, indices
 from protocol import Receipt
@@ -52,7 +53,7 @@ def accepted(run: Path, miner: Miner) -> int:
 def own_miners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """Start a run with --local, which proceeds while other tests wait for their own processes."""
     folder = tmp_path_factory.mktemp("own")
-    flags = ["--local", "2", "--baseline", "--rounds", "5", "--eval-every", "2"]
+    flags = ["--local", "2", "--baseline", "--rounds", "5", "--eval-every", "2", "--save-every", "2"]
     with start_validator(folder, *flags) as process:
         yield process
 
@@ -126,11 +127,14 @@ def test_a_killed_miner_costs_only_its_part_and_is_used_again(story: Story) -> N
 
 
 def test_ctrl_c_ends_a_run_that_can_be_resumed(story: Story) -> None:
-    assert story.code == 130
-    assert story.said.splitlines()[-1] == "validator.py: stopped; --resume goes on from here"
+    assert story.code == 0
+    assert story.said.splitlines()[-1] == f"stopped after round {story.rounds} of {MANY}; --resume goes on from here"
     assert "Traceback" not in story.said
-
     runs = story.place / "runs"
+    assert load(runs / RUN / "model").step == story.rounds
+    assert (runs / RUN / "loss.png").read_bytes().startswith(PNG)
+    assert json.loads((runs / RUN / "summary.json").read_text())["rounds"] == story.rounds
+
     validator.main(["--resume", "--runs", str(runs), "--rounds", str(story.rounds + 2)])
     resumed = receipts(runs / RUN)
     assert resumed[: len(story.receipts)] == story.receipts
@@ -172,11 +176,12 @@ def test_a_run_with_local_miners(own_miners: Process) -> None:
     made = [private, *private.rglob("*")]  # the ledger with its WAL, the spool, the local miners' wallets and caches
     assert [path for path in made if path.stat().st_mode & 0o077] == []
     assert {"ledger.sqlite", "spool", "M1", "hotkeys"} <= {path.name for path in made}
-    for shown in ("val loss before", "baseline val loss", "tokens per s", "bytes down", "accepted rounds", "weight"):
+    for shown in ("plain training on the same batches", "Bytes: ", "samples/s", "Who earned what", "model"):
         assert shown in said
     run = own_miners.log.parent / "runs" / RUN
-    assert f"run folder {run}, plot {run / 'loss.png'}" in said
+    assert f"plot {run / 'loss.png'}, every figure {run / 'summary.json'}" in said
     assert (run / "loss.png").read_bytes().startswith(PNG)
+    assert steps(run / "model") == [4, 5]  # --save-every 2, of which --save-keep 2 are left
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == list(range(5))

@@ -10,14 +10,13 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from records_samples import orders, record
 
-from pilot.app.build_validator import health_of as validator_health
+from pilot.app.health import ValidatorHealth
 from pilot.app.local_miners import ask_status
 from pilot.common.limits import Limits
 from pilot.storage.miner_store import FileMinerStore
@@ -35,6 +34,7 @@ from tests.processes import RUN, Miner, Process, eventually, quadratic_flags, st
 from tests.test_transport import free_port
 
 FIELDS = {"protocol", "release", "role", "hotkey", "healthy", "state", "run", "round", "version", "time_ns"}
+FIELDS |= {"commit_age_s", "miners"}
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def test_a_miner_whose_work_has_failed_is_not_healthy(tmp_path: Path) -> None:
 def test_a_validator_answers_from_memory(gateway: bool, method: str, tmp_path: Path) -> None:
     """Whoever asks, and however often, waits for no commit and causes no read."""
     store = RunStore.create(tmp_path / "demo", {"task": "gpt2"}, 2)
-    asked = partial(validator_health, "demo", VALIDATOR.ss58_address, store)
+    asked = ValidatorHealth(tmp_path / "demo", VALIDATOR.ss58_address, store.ledger, 0, time.monotonic)
     assert asked().state == "starting"
     for round in range(3):
         store.open_round(round, orders(round))

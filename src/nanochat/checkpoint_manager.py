@@ -277,9 +277,9 @@ def load(folder: Path, step: int | None = None, *, parts: Collection[str] | None
     Verifies every file. With `parts`, such as {"model"}, only these tensors are verified. Raises ValueError if there is
     no checkpoint, or if a file is missing, truncated or changed.
     """
-    if (folder / META).is_file() or _STEP.fullmatch(folder.name):
-        return _load_one(folder, step, parts)
     there = steps(folder)
+    if not there and ((folder / META).is_file() or _STEP.fullmatch(folder.name)):
+        return _load_one(folder, step, parts)
     if not there:
         raise ValueError(f"{folder}: no checkpoint here" + ("" if folder.is_dir() else ": no such folder"))
     if step is None and len(there) > 1:

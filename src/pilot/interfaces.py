@@ -101,6 +101,7 @@ class MinerState:
     bytes_down: int
     up_bps: float = 0.0  # measured bandwidth in bits a second; 0: not measured yet
     down_bps: float = 0.0
+    problem: str = ""  # why it is away, if that is known
 
 
 @dataclass(frozen=True)

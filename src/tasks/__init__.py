@@ -153,6 +153,10 @@ class Task(Protocol):
         """Return figures on data that is never trained on, always with a `val_loss`."""
         ...
 
+    def excerpts(self, count: int, length: int) -> list[list[int]]:
+        """Return the ids of held-out texts for the model to continue; none if it is no language model."""
+        ...
+
     def flops(self, model: nn.Module) -> float:
         """Return the floating-point operations per unit, forward and backward; 0 if unknown."""
         ...

@@ -112,6 +112,9 @@ class BaseTask(Generic[S]):
     def buffers(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return {}
 
+    def excerpts(self, count: int, length: int) -> list[list[int]]:
+        return []
+
     def optimizer(self, model: nn.Module, config: Any) -> torch.optim.Optimizer:
         return adamw(model, config)
 
@@ -155,6 +158,12 @@ def open_tokens(data: DataSpec, open_blob: OpenBlob, vocab_size: int) -> Tokens:
     if vocab_size < 256**tokens.train.itemsize and tokens.largest >= vocab_size:
         raise ProtocolError(f"the order's tokens do not fit in a vocabulary of {vocab_size}")
     return tokens
+
+
+def spread(ids: NDArray[Any], count: int, length: int) -> list[list[int]]:
+    """Return `count` excerpts of `length` ids, evenly spread; fewer if there are not so many ids."""
+    count = min(count, len(ids) // length)
+    return [ids[at : at + length].tolist() for at in (len(ids) // count * number for number in range(count))]
 
 
 def token_bytes(data: DataSpec) -> int:

@@ -24,6 +24,7 @@ from tasks.base import (
     check_seed,
     open_tokens,
     seeded,
+    spread,
     token_bytes,
 )
 from tasks.data.hub_tokenizer import named_tokenizer, own_tokenizer
@@ -273,6 +274,9 @@ class GPT2(BaseTask[GPT2Shape]):
 
     def count(self, index: int) -> int:
         return self.shape.batch_size * self.shape.seq_len
+
+    def excerpts(self, count: int, length: int) -> list[list[int]]:
+        return spread(self._tokens.validation, count, length)
 
     # --- the loss -----------------------------------------------------------------------------------------------------
 

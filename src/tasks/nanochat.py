@@ -28,6 +28,7 @@ from tasks.base import (
     check_seed,
     open_tokens,
     seeded,
+    spread,
     token_bytes,
 )
 from tasks.data.text import TextConfig, make_tokens, prepare_tokens, silent
@@ -295,6 +296,9 @@ class Nanochat(BaseTask[NanochatShape]):
 
     def batch(self, index: int) -> Batch:
         return _shifted(self._train.rows(self._orders.batch(index, self.shape.batch_size)))
+
+    def excerpts(self, count: int, length: int) -> list[list[int]]:
+        return spread(self._tokens.validation, count, length)
 
     def loader(self, device: torch.device, rank: int = 0, world: int = 1) -> Loader:
         """Load the same batches in order, every `world`-th from `rank`, ahead of time and on the device."""

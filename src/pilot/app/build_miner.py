@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pilot.app import cli
-from pilot.app.miner_flags import EVERY_INTERFACE, MinerConfig
-from pilot.common.addresses import is_loopback
+from pilot.app.miner_flags import MinerConfig
+from pilot.common.addresses import EVERY_INTERFACE, is_loopback
 from pilot.common.files import evict, mark_used
 from pilot.common.units import format_bytes
 from pilot.interfaces import Refused
@@ -172,7 +172,7 @@ async def _open_axon(
     bound = await axon.start()
     if (config.axon.external_ip or config.axon.ip) in EVERY_INTERFACE and not config.validator:
         console.say("listening on every interface: replace the host below by this machine's address")
-    console.say(f"serving {config.axon.shown(bound)}@{worker.hotkey}")
+    console.announce(f"serving {config.axon.shown(bound)}@{worker.hotkey}")
     if not config.validator:
         console.say("the address above is for a validator's --axons")
     return axon, config.axon.announced(bound)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pilot.app import cli, run_folder
+from pilot.app import cli, export, run_folder
 from pilot.app.validator_flags import ValidatorConfig
 from pilot.common.addresses import is_loopback
 from pilot.common.paths import naming
-from protocol import Health, Hotkey
+from protocol import Hotkey
 
 if TYPE_CHECKING:
     import torch
 
     from pilot.app.local_miners import LocalMiners
+    from pilot.app.report import LossPlot
     from pilot.app.training_flags import RoundConfig
     from pilot.display.console import Console
     from pilot.display.metrics import Metrics
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from pilot.transport.server.health import HealthServer
     from tasks import Task
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Validator:
@@ -51,6 +54,7 @@ class Validator:
     store: RunStore
     metrics: Metrics
     console: Console
+    plot: LossPlot
     network: Dendrite
     market: Market
     local: LocalMiners
@@ -65,6 +69,7 @@ class Validator:
 async def build_validator(config: ValidatorConfig, program: str, stack: AsyncExitStack) -> Validator:
     """Build a validator. A mistake of the user's ends the program with one line and exit code 2."""
     from pilot.app.local_miners import LocalMiners
+    from pilot.app.report import LossPlot
     from pilot.display.console import Console
     from pilot.display.metrics import Metrics
     from pilot.storage.run_store import detecting_full_disk
@@ -78,7 +83,7 @@ async def build_validator(config: ValidatorConfig, program: str, stack: AsyncExi
         device = cli.pick_device(config.device)
         cli.set_threads(config.threads)
         cli.reuse_memory()
-        console = stack.enter_context(Console(config.rounds, config.logging.debug))
+        console = stack.enter_context(Console(config.rounds, config.logging.least, config.logging.json))
         listed = AxonsFile(config.axons_file, config.tls_ca is not None, console.say) if config.axons_file else None
         admission = Admission(config.admit, console.say, time.monotonic) if config.admit else None
         keypair = _load_keypair(config, [*endpoints, *(listed.endpoints if listed else ())], console)
@@ -88,6 +93,7 @@ async def build_validator(config: ValidatorConfig, program: str, stack: AsyncExi
         local = stack.enter_context(  # miners import their libraries while we prepare the task
             LocalMiners(config.local, folder / "miners", config.task, config.device, config.threads)
         )
+        console.say(f"loading task {config.task} and its libraries, which takes up to a minute the first time")
         with naming("--cache", config.cache):
             task = load_task(config.task).prepare(
                 getattr(config, config.task),
@@ -103,15 +109,17 @@ async def build_validator(config: ValidatorConfig, program: str, stack: AsyncExi
         endpoints += map(parse_endpoint, local.endpoints(console.say))
         network = await _start_network(config, folder, keypair, endpoints, listed, store, console)
         connections.push_async_callback(network.close)
-        server = await _start_server(config, folder, keypair, admission, store, console)
+        server = await _start_server(config, folder, keypair, admission, store, network, console)
         if server is not None:  # it passes requests on to the network, so it closes first
             connections.push_async_callback(server.close)
         await _wait_for_miners(config, folder, network, endpoints, listed, server, console)
         run_folder.begin(config, store, task.data_digest)
+        export.save_description(task, folder)
 
         market = await restored_market(config, folder, task, network, store, tensors, console)
         connections.push_async_callback(market.close)
-    return Validator(config, folder, device, task, store, metrics, console, network, market, local, connections)
+        plot = LossPlot(folder, config.task)
+    return Validator(config, folder, device, task, store, metrics, console, plot, network, market, local, connections)
 
 
 def _load_keypair(config: ValidatorConfig, endpoints: Sequence[Endpoint], console: Console) -> Keypair:
@@ -158,30 +166,17 @@ async def _start_network(
     return network
 
 
-def health_of(run: str, hotkey: Hotkey, store: RunStore) -> Health:
-    """Return what anyone may know of the validator. It is asked by strangers, so it reads nothing from the disk."""
-    newest = store.ledger.newest
-    return Health(
-        role="validator",
-        hotkey=hotkey,
-        healthy=True,
-        state="training" if newest else "starting",
-        run=run,
-        round=newest[0] if newest else None,
-        version=newest[1] if newest else None,
-        time_ns=time.time_ns(),
-    )
-
-
 async def _start_server(
     config: ValidatorConfig,
     folder: Path,
     keypair: Keypair,
     admission: Admission | None,
     store: RunStore,
+    network: Dendrite,
     console: Console,
 ) -> HealthServer | Gateway | None:
     """Serve GET /v1/status if --serve.port asks for it; with --admit miners also register and pull orders there."""
+    from pilot.app.health import ValidatorHealth
     from pilot.storage.kept_clock import KeptClock
     from pilot.transport.server.gateway import Gateway
     from pilot.transport.server.health import HealthServer
@@ -191,7 +186,8 @@ async def _start_server(
     if serve.port is None:
         return None
 
-    health = partial(health_of, folder.name, keypair.ss58_address, store)
+    health = ValidatorHealth(folder, keypair.ss58_address, store.ledger, config.limits.reserve_bytes, time.monotonic)
+    health.miners = network.miner_states
     server: HealthServer | Gateway
     tls = server_context(serve.tls_cert, serve.tls_key, "serve") if serve.tls_cert and serve.tls_key else None
     common = (health, serve.ip, serve.port, config.limits, tls)
@@ -200,11 +196,15 @@ async def _start_server(
         server = Gateway(keypair, config.task, admission, *common, reaches_tls=reaches_tls, clock_ns=clock_ns)
     else:
         server = HealthServer(*common)
-    address = f"{f'[{serve.ip}]' if ':' in serve.ip else serve.ip}:{await server.start()}"
+    bound = await server.start()
+    address = f"{f'[{serve.ip}]' if ':' in serve.ip else serve.ip}:{bound}"
     console.say(f"status at http{'s' if tls else ''}://{address}/v1/status")
     if admission is not None:
-        trust = " --tls-ca FILE" if tls else ""
-        console.say(f"miners join with: python src/miner.py --validator {address}@{keypair.ss58_address}{trust}")
+        reached, trust = serve.reached_at(bound), " --tls-ca FILE" if tls else ""
+        host = "" if not reached.startswith(":") else "HOST"
+        console.say(f"miners join with: python src/miner.py --validator {host}{reached}@{keypair.ss58_address}{trust}")
+        if host:
+            console.say("HOST is this machine's address as miners see it; --serve.external-ip names it")
     return server
 
 
@@ -256,8 +256,12 @@ async def restored_market(
     from pilot.ranking import load_ranker
     from pilot.training.diloco import round_settings
     from pilot.training.learner import Learner
+    from pilot.transport.client.dendrite import parse_endpoint
 
-    device, policy = cli.pick_device(config.device), config.policy(folder.name, config.patience)
+    device, policy = (
+        cli.pick_device(config.device),
+        config.policy(folder.name, config.patience, config.patience_seconds),
+    )
     keep = store.versions if policy.broadcast == "delta" else None
     learner = Learner(task, config.optimizer_flags, device, policy.broadcast, policy.codec_down, keep)
     market = Market(
@@ -272,7 +276,11 @@ async def restored_market(
         round_settings(policy.diloco, task, config.optimizer_flags, config.rounds),
         tensors,
     )
-    market.watch = link_watch(config, learner, network.miner_states, console.say)
+    links = bool(config.admit or config.axons_file) or not all(
+        parse_endpoint(axon).is_loopback for axon in config.axons
+    )
+    say = console.say if links else logger.debug  # loopback is no link to give advice on
+    market.watch = link_watch(config, learner, network.miner_states, say)
     market.watch.introduce()
     head, at = store.head(), config.resume_at
     committed = head.round + 1 if head else 0

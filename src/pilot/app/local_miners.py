@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pilot.common import interrupts
+from pilot.common.logs import undated
 from protocol import Health
 
 READY = "serving "  # miner.py's line when its axon listens: serving HOST:PORT@SS58
@@ -32,7 +33,7 @@ def ask_status(endpoint: str) -> Health:
 
 
 def _lines(log: Path) -> list[str]:
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return undated(log.read_text(encoding="utf-8", errors="replace")).splitlines()
 
 
 class LocalMiners:

@@ -9,14 +9,13 @@ from typing import ClassVar
 
 from pilot.app.cli import check_compiler, check_port
 from pilot.app.training_flags import LIMITS, NETWORK, SHOW, LoggingConfig, WalletConfig
-from pilot.common.addresses import check_host, is_address, is_loopback, without_brackets
+from pilot.common.addresses import EVERY_INTERFACE, check_host, is_address, is_loopback, without_brackets
 from pilot.common.flags import arg, nested
 from pilot.common.limits import Limits
 from pilot.common.paths import expanded
 from tasks import TASKS
 
 DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-EVERY_INTERFACE = ("0.0.0.0", "::", "")
 VALIDATORS = "Validators"
 WORK = "Work"
 

@@ -54,8 +54,16 @@ class WalletConfig:
 class LoggingConfig:
     """What is logged."""
 
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is shown. debug includes what the HTTP server and other libraries log."""
     debug: bool = False
-    """Log more, including what the HTTP server and other libraries log."""
+    """The same as --logging.level debug."""
+    json: bool = False
+    """Print each line as a JSON object, also on a terminal. It has time, level, event, and a round's figures."""
+
+    @property
+    def least(self) -> Literal["debug", "info", "warning", "error"]:
+        return "debug" if self.debug else self.level
 
 
 @dataclass(frozen=True)
@@ -254,8 +262,11 @@ class RoundConfig(TrainingConfig):
             "2bit" if self.broadcast == "delta" else DENSE[0]
         )
 
-    def policy(self, run: str, patience: int) -> RoundPolicy:
-        """Return the policy of a run's rounds. `patience`: rounds in a row without a valid reply before giving up."""
+    def policy(self, run: str, patience: int, patience_s: float = 0.0) -> RoundPolicy:
+        """Return the policy of a run's rounds.
+
+        The run gives up after `patience` rounds in a row without a valid reply that took `patience_s` together.
+        """
         from pilot.market.scheduling import RoundPolicy
 
         given = self.deadline if isinstance(self.deadline, float) else None
@@ -265,6 +276,7 @@ class RoundConfig(TrainingConfig):
             given or max(300.0, 2 * self.round_seconds),
             patience,
             *self.codecs,
+            patience_s=patience_s,
             round_s=self.round_seconds,
             auto=self.deadline == "auto",
             quorum=self.quorum,

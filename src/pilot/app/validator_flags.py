@@ -18,7 +18,7 @@ from pilot.app.training_flags import (
     WalletConfig,
     WandbConfig,
 )
-from pilot.common.addresses import check_host, without_brackets
+from pilot.common.addresses import EVERY_INTERFACE, check_host, without_brackets
 from pilot.common.flags import arg, nested, option
 from pilot.common.limits import Limits
 
@@ -32,13 +32,23 @@ class ServeConfig:
     0: any free port. None: no server."""
     ip: str = arg("127.0.0.1", short=True)
     """Address to listen on. 0.0.0.0 is every interface."""
+    external_ip: str = arg("", short=True)
+    """Address or name at which miners reach the validator, where it is not --serve.ip: with NAT, or 0.0.0.0."""
+    external_port: int = arg(0, short=True)
+    """Port at which they reach it, where a router forwards another. 0: the same."""
     tls_cert: Path | None = None
     """PEM file with the validator's certificate; miners then need --tls-ca."""
     tls_key: Path | None = None
     """PEM file with the certificate's key."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ip", without_brackets(self.ip))
+        for name in ("ip", "external_ip"):
+            object.__setattr__(self, name, without_brackets(getattr(self, name)))
+
+    def reached_at(self, bound: int) -> str:
+        """Return host:port for miners, given the port that is bound. The host is empty if nobody has named one."""
+        host = self.external_ip or ("" if self.ip in EVERY_INTERFACE else self.ip)
+        return f"{f'[{host}]' if ':' in host else host}:{self.external_port or bound}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,9 @@ class ValidatorConfig(RoundConfig):
     connect_timeout: float = arg(20.0, MINERS)
     """Seconds to wait at the start for all miners that are named. After that, start with those that answered."""
     patience: int = arg(10, MINERS)
-    """Rounds in a row without a valid reply after which the validator gives up."""
+    """Rounds in a row without a valid reply after which the validator gives up, if --patience-seconds are over, too."""
+    patience_seconds: float = arg(60.0, MINERS)
+    """Seconds without a valid reply before it gives up. Between such rounds it pauses, longer each time."""
     tls_ca: Path | None = arg(None, NETWORK)
     """PEM file with the certificates that sign the miners'. Every miner of --axons is then reached by TLS."""
     run: str = arg("", RUN, short=True, resume="command")
@@ -82,10 +94,19 @@ class ValidatorConfig(RoundConfig):
     """Rounds between snapshots of model and optimizer. A restart replays the rounds after the newest."""
     snapshot_keep: int = arg(2, RUN)
     """Snapshots to keep, at least 2. Payloads are kept back to the second-newest."""
+    save_every: int = arg(0, RUN, short=True)
+    """Rounds between models in the run's folder, for other programs. 0: only at the end and when the run is stopped.
+    pilot-export makes one from any snapshot."""
+    save_keep: int = arg(2, RUN)
+    """Models to keep there. 0: all of them."""
     ranking: str = arg("accepted_work", ROUNDS, short=True, resume="fixed")
     """accepted_work, or your package.module:Class. The ranker scores the miners."""
     baseline: bool = arg(False, SHOW, short=True)
     """Train without miners afterwards, to compare. It uses the batches that were accepted, and plots both losses."""
+    samples: int = arg(2, SHOW)
+    """Texts that the model continues at the end, if it is a language model."""
+    details: bool = arg(False, SHOW)
+    """Show every figure at the end. They are in the run's summary.json, too."""
     config: Path | None = arg(None, RUN, short=True, resume="command")
     """JSON file of flags (experiments/demo.json). Flags on the command line override it."""
 
@@ -99,6 +120,7 @@ class ValidatorConfig(RoundConfig):
         load_measures(load_ranker(self.ranking))
         self.check_task()
         least = {"rounds": 1, "patience": 1, "local": 0, "eval_every": 0, "snapshot_every": 1, "snapshot_keep": 2}
+        least |= {"patience_seconds": 0, "save_every": 0, "save_keep": 0, "samples": 0}
         for name, minimum in {**least, "connect_timeout": 0.1}.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{option(name)} {getattr(self, name)}: must be {minimum} or more")
@@ -106,9 +128,19 @@ class ValidatorConfig(RoundConfig):
             raise ValueError(f"--resume-at {self.resume_at}: must be 0 or more, and needs --resume")
         self.limits.check()
         check_port("serve.port", self.serve.port or 0)
+        check_port("serve.external-port", self.serve.external_port)
         check_host("serve.ip", self.serve.ip, "serve.port")
+        check_host("serve.external-ip", self.serve.external_ip, "serve.external-port")
+        if self.serve.external_ip in EVERY_INTERFACE[:2]:
+            raise ValueError(f"--serve.external-ip {self.serve.external_ip}: nobody can call that; give an address")
         if self.serve.port is None:
-            for given, value in ((f"--admit {self.admit}", self.admit), ("--serve.tls-cert", self.serve.tls_cert)):
+            needs_port = (
+                (f"--admit {self.admit}", self.admit),
+                ("--serve.tls-cert", self.serve.tls_cert),
+                (f"--serve.external-ip {self.serve.external_ip}", self.serve.external_ip),
+                (f"--serve.external-port {self.serve.external_port}", self.serve.external_port),
+            )
+            for given, value in needs_port:
                 if value:
                     raise ValueError(f"{given}: nothing is served; choose a --serve.port, 0 for any free one")
         check_pair(self.serve.tls_cert, self.serve.tls_key, "serve")

@@ -28,6 +28,9 @@ def without_brackets(host: str) -> str:
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
+EVERY_INTERFACE = ("0.0.0.0", "::", "")  # addresses to listen on, which nobody can call
+
+
 def check_host(flag: str, host: str, port_flag: str) -> None:
     """Raise ValueError for what is neither an IP address nor a name. An empty host is good."""
     if not host or is_address(host):

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
+import math
 import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import rich.console
 from rich.console import RenderableType
@@ -26,15 +28,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pilot.common.logs import dated
 from pilot.common.units import format_bytes, format_mbps
+from pilot.display.changes import Changes
 from pilot.interfaces import MinerState
 from protocol import Hotkey, Receipt
 
 logger = logging.getLogger(__name__)
 
+Level = Literal["debug", "info", "warning", "error"]
+
 _PLAIN_WIDTH = 160  # columns of a file or a pipe
 _QUIET_S = 1.0  # seconds between plain lines, except for evaluations and the last round
 _REDRAW_S = 0.25
+_LOOK_S = 0.5  # seconds between two looks for what has changed
 _BAR = (8, 20)  # the least and the most columns of the bar
 _HOTKEY = 8  # characters of a hotkey that are shown
 _FOLDED = 16  # the least columns of names in a table, which are folded
@@ -47,19 +54,22 @@ _NOISY = ("matplotlib", "PIL", "asyncio", "urllib3", "filelock", "fsspec")  # th
 class _Screen:
     """Writes lines, log records and a live view through one console, so that they do not mix. A context manager.
 
-    Shows log records from WARNING up, or from DEBUG up with `debug`.
+    Lines of a file or a pipe begin with the time. With `as_json` each is an object of time, level, event and figures,
+    also on a terminal. `level` is the least that is shown; log records below WARNING are shown with "debug" only.
     """
 
-    def __init__(self, debug: bool) -> None:
+    def __init__(self, level: Level = "info", as_json: bool = False) -> None:
         self._console = rich.console.Console(highlight=False)
         if not (self._console.is_terminal and self._console.file.isatty()):  # despite FORCE_COLOR
             self._console = rich.console.Console(
                 highlight=False, width=_PLAIN_WIDTH, force_terminal=False, force_interactive=False
             )
-        self.live = self._console.is_interactive
+        self.live = self._console.is_interactive and not as_json
+        self._json = as_json
+        self._least = logging.getLevelNamesMapping()[level.upper()]
         self._view = Live(self, console=self._console, auto_refresh=False, redirect_stderr=sys.stderr.isatty())
-        self._handler = _LogLines(self.say)
-        self._level = logging.DEBUG if debug else logging.WARNING
+        self._handler = _LogLines(self._write, self.live)
+        self._level = logging.DEBUG if level == "debug" else max(self._least, logging.WARNING)
         self._level_before = logging.getLogger().level
 
     def start(self) -> None:
@@ -86,8 +96,31 @@ class _Screen:
     ) -> None:
         self.stop()
 
+    def end_view(self) -> None:
+        """Leave the live view where it is: what is printed from now on comes below it."""
+        if self.live:
+            self._view.stop()
+
     def say(self, line: str) -> None:
         """Print a line above the view. Control characters, which may come from a peer, are replaced."""
+        self._write(line, logging.INFO)
+
+    def announce(self, line: str) -> None:
+        """Print a line that other programs wait for: without a time, whatever else is shown."""
+        self._console.print(_text(line), soft_wrap=True)
+
+    def note(self, line: str) -> None:
+        """Print a line about a change, with its time."""
+        self._write(f"{time.strftime('%H:%M:%S')} {line}" if self.live else line, logging.INFO)
+
+    def _write(self, line: str, level: int, figures: Mapping[str, object] | None = None) -> None:
+        if level < self._least:
+            return
+        if self._json:
+            body = {"time": datetime.now(UTC).isoformat(), "level": logging.getLevelName(level).lower()}
+            line = json.dumps({**body, "event": line, **(figures or {})}, allow_nan=False, default=str)
+        elif not self.live:
+            line = dated(line)
         self._console.print(_text(line), soft_wrap=True)
 
     def render(self, width: int, height: int) -> Iterator[RenderableType]:
@@ -132,8 +165,9 @@ def _log_failure(drawing: asyncio.Task[None]) -> None:
 class Console(_Screen):
     """The validator's console: a bar with the newest figures, the epoch's progress, and a row per miner."""
 
-    def __init__(self, total_rounds: int, debug: bool) -> None:
-        super().__init__(debug)
+    def __init__(self, total_rounds: int, level: Level = "info", as_json: bool = False) -> None:
+        super().__init__(level, as_json)
+        self._changes = Changes()
         self._total = total_rounds
         self._seen: dict[str, float | int | str] = {}  # the newest figures; an evaluation stays until the next one
         self._times: deque[tuple[float, int]] = deque(maxlen=_SPEED_ROUNDS)  # (time, rounds done)
@@ -152,8 +186,13 @@ class Console(_Screen):
         """
         done = int(row["round"]) + 1
         now = time.monotonic()
+        receipts = list(receipts)
         self._receipts.update((receipt.hotkey, receipt) for receipt in receipts)
-        if self.live:
+        for line in self._changes.committed(done - 1, receipts, now):
+            self.note(line)
+        if self._json:
+            self._write("round", logging.INFO, _finite(row))
+        elif self.live:
             self._seen.update(row)
             self._used = {key[-_HOTKEY:]: float(row[key]) for key in row if key.startswith("utilisation.")}
             self._times.append((now, done))
@@ -165,14 +204,56 @@ class Console(_Screen):
 
     @contextlib.asynccontextmanager
     async def watching(self, links: Callable[[], tuple[MinerState, ...]]) -> AsyncIterator[None]:
-        """Show the miners' rows while the block runs. They stay if it raises; otherwise the report replaces them."""
+        """Show the miners' rows, and say what changes, while the block runs.
+
+        The rows stay if it raises; otherwise the report replaces them.
+        """
 
         def update() -> None:
             self._links = links()
 
-        async with self._redrawing(update):
-            yield
+        async def notice() -> None:
+            while True:
+                for line in self._changes.look(links(), time.monotonic()):
+                    self.note(line)
+                await asyncio.sleep(_LOOK_S)
+
+        noticing = asyncio.create_task(notice())
+        noticing.add_done_callback(_log_failure)
+        try:
+            async with self._redrawing(update):
+                yield
+        finally:
+            noticing.cancel()
+            await asyncio.wait({noticing})
         self._links = ()
+
+    def heading(self, text: str) -> None:
+        """Print the heading of a part of the report, below an empty line."""
+        if not self._json:
+            self._console.print()
+            self._console.print(_text(text, "bold"))
+
+    def paragraph(self, text: str) -> None:
+        """Print a text, on a terminal wrapped between words."""
+        if self._json:
+            self.say(text)
+        else:
+            self._console.print(_text(text), soft_wrap=not self.live)
+
+    def columns(self, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Print rows of words below titles. Only the last column is wrapped, between words."""
+        if self._json:
+            for row in rows:
+                self._write(row[0], logging.INFO, dict(zip(titles[1:], row[1:], strict=True)))
+            return
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+        for number, title in enumerate(titles):
+            last = number == len(titles) - 1
+            table.add_column(_text(title), no_wrap=not last, justify="left" if last or not number else "right")
+        for row in rows:
+            table.add_row(*map(_text, row))
+        self._console.print(table)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Print a table, its first column folded if need be and the others right-aligned; if it is too wide, a list."""
@@ -324,8 +405,8 @@ class Activity:
 class MinerConsole(_Screen):
     """The miner's console: a bar of the current activity."""
 
-    def __init__(self, debug: bool) -> None:
-        super().__init__(debug)
+    def __init__(self, level: Level = "info", as_json: bool = False) -> None:
+        super().__init__(level, as_json)
         self._activity: Activity | None = None
 
     @contextlib.asynccontextmanager
@@ -350,15 +431,20 @@ class MinerConsole(_Screen):
 class _LogLines(logging.Handler):
     """Prints log records, which may quote a peer, as lines of a console."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, write: Callable[[str, int], None], timed: bool) -> None:
         super().__init__()
-        self._say = say
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._write = write
+        self.setFormatter(logging.Formatter(f"{'%(asctime)s ' if timed else ''}%(levelname)s %(name)s: %(message)s"))
         self.addFilter(lambda r: r.levelno >= logging.INFO or r.name.partition(".")[0] not in _NOISY)
 
     def emit(self, record: logging.LogRecord) -> None:
         for line in self.format(record).splitlines():
-            self._say(line)
+            self._write(line, record.levelno)
+
+
+def _finite(row: Mapping[str, object]) -> dict[str, object]:
+    """Return figures as JSON holds them, null for NaN and infinity."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def _bar(

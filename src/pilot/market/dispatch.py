@@ -131,6 +131,12 @@ class Dispatcher:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def pause(self, seconds: float) -> None:
+        """Wait so long, or until the run is told to stop."""
+        until = self.network.now() + seconds
+        while not self.stopping and self.network.now() < until:
+            await self._wait_for_event(until)
+
     async def wait_for_peer(self) -> None:
         """Wait until a miner is there, the deadline has passed, or the run is told to stop."""
         until = self.network.now() + self.policy.deadline_s

@@ -67,6 +67,8 @@ __all__ = ["Market", "Network", "RoundPolicy", "Store"]
 
 logger = logging.getLogger(__name__)
 
+MOST_PAUSE_S = 10.0  # between rounds without a good reply
+
 
 class ReplayError(ValueError):
     """A committed round cannot be applied again. The text says why, in one line."""
@@ -142,7 +144,8 @@ class Market:
         self.watch: LinkWatch | None = None  # measures what communication costs
         self._megabytes = fp32_megabytes(p.shape for p in learner.parameters.values())
         self.round = 0  # the oldest that is not committed
-        self.empty_rounds = 0
+        self.empty_rounds = 0  # in a row, without a good reply
+        self._last_good = network.now()  # when there was one
         self.undone = 0  # steps in a row that were undone
         self.cursor = Cursor()
         self.before_step: asyncio.Future[object] | None = (
@@ -176,8 +179,11 @@ class Market:
         record = self._record(opened, outcomes, step, scored, {**seconds, **norms})
         self.bound.observe(opened.round, norms)
         self.round = opened.round + 1
-        self.empty_rounds = 0 if accepted else self.empty_rounds + 1
-        if self.network.peers():  # without miners there is time to commit first
+        if accepted:
+            self.empty_rounds, self._last_good = 0, self.network.now()
+        else:
+            self.empty_rounds += 1
+        if self.network.peers() and accepted:  # without miners there is time to commit first
             await self.open_rounds(last)
         await self._commit(opened, record)
         self._announce(opened, record, outcomes)
@@ -199,7 +205,8 @@ class Market:
 
     @property
     def out_of_patience(self) -> bool:
-        return self.empty_rounds >= self.policy.patience
+        waited_s = self.network.now() - self._last_good
+        return self.empty_rounds >= self.policy.patience and waited_s >= self.policy.patience_s
 
     @property
     def stopping(self) -> bool:
@@ -232,6 +239,8 @@ class Market:
         """Open a round. Its orders that are on disk already are sent again, unchanged."""
         orders = self._standing_orders(round)
         if not orders:
+            if self.empty_rounds and self.policy.patience_s:  # whoever refuses an order refuses the next one, too
+                await self.dispatcher.pause(min(MOST_PAUSE_S, 0.5 * 2 ** min(self.empty_rounds, 10)))
             if not self._over:
                 await self.dispatcher.wait_for_peer()
             await self._make_ready(round, self.network.peers())

@@ -36,13 +36,14 @@ class RoundPolicy:
     run: str
     batches: int  # micro-batches a miner and round; with a time budget, at least so many
     deadline_s: float
-    patience: int  # rounds in a row without a good reply before the run ends
+    patience: int  # rounds in a row without a good reply before the run ends, if it took `patience_s` as well
     codec_up: str
     codec_down: str
     round_s: float = 0.0  # time budget of a round; 0: `batches` each
     auto: bool = False  # close a round early, by `quorum` and `deadline_k`
     quorum: float = 0.5  # share of the orders that must be answered before a round closes early
     deadline_k: float = 4.0
+    patience_s: float = 0.0  # seconds without a good reply before the run ends; with it such rounds have pauses between
     grace_s: float = 10.0  # seconds for partial work after miners are told to stop
     overlap: int = 0  # versions that a miner may be behind
     once: bool = False  # order nothing of the next epoch before all of this one is accepted

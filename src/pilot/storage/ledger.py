@@ -18,6 +18,8 @@ import json
 import math
 import sqlite3
 import threading
+import time
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,6 +129,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         """Open the ledger, or make an empty one. Raises ValueError for another schema or a file of another kind."""
         self.newest: tuple[int, Version] | None = None  # the last committed round and its version, without a read
+        self.commits: deque[float] = deque(maxlen=20)  # when the last ones of this process were made, monotonic
         self._lock, self._path = threading.Lock(), path
         with naming_damage(path):
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -252,6 +255,7 @@ class Ledger:
                 what = Order.parse(order.body)
                 if what.round < record.round or what.inner_steps is None:
                     raise RuntimeError(f"round {what.round}: the order of {what.hotkey} has no receipt")
+        self.commits.append(time.monotonic())
 
     def committed_rounds(self) -> int:
         with self._lock:

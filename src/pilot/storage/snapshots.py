@@ -116,8 +116,7 @@ class Snapshots:
 
     def rounds(self) -> list[int]:
         """Return the rounds that have a snapshot, ascending."""
-        names = (_NAME.fullmatch(path.name) for path in self._folder.iterdir())
-        return sorted(int(name[1]) for name in names if name and not name[2])
+        return snapshot_rounds(self._folder)
 
     def _path(self, round: int) -> Path:
         return self._folder / f"{round:08d}.safetensors"
@@ -128,6 +127,33 @@ class Snapshots:
             name = _NAME.fullmatch(path.name)
             if name and int(name[1]) < oldest:
                 delete(path)
+
+
+def snapshot_rounds(folder: Path) -> list[int]:
+    """Return the rounds that have a snapshot in the folder, ascending; none if it does not exist."""
+    names = (_NAME.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(name[1]) for name in names if name and not name[2])
+
+
+def read_snapshot(folder: Path, round: int | None) -> Snapshot:
+    """Return the snapshot of a round, or the newest, of a run that may be going on. Changes nothing.
+
+    Raises ValueError if there is none, or if it is damaged.
+    """
+    while rounds := snapshot_rounds(folder):
+        wanted = rounds[-1] if round is None else round
+        if wanted not in rounds:
+            break
+        path = folder / f"{wanted:08d}.safetensors"
+        try:
+            if not _is_intact(path) and path.exists():
+                raise ValueError(f"{path}: damaged; take another round of {', '.join(map(str, rounds))}")
+            return _load(wanted, path)
+        except FileNotFoundError:  # the run has just deleted it, in favour of a newer one
+            continue
+    if not rounds:
+        raise ValueError(f"{folder}: holds no snapshot")
+    raise ValueError(f"{folder}: no snapshot of round {round}; there are those of {', '.join(map(str, rounds))}")
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -90,10 +90,10 @@ class RustTokenizer:
     leads = True
 
     def __init__(self, vocabulary: bytes) -> None:
-        from nanochat.tokenizer import Tokenizer as InnerSteps
+        from nanochat.tokenizer import Tokenizer as Trained
 
         try:
-            self.inner = InnerSteps.from_bytes(vocabulary)
+            self.inner = Trained.from_bytes(vocabulary)
             self.separator = self.inner.get_bos_token_id()
         except ValueError as error:
             raise ProtocolError(f"tokenizer: {error}") from None

@@ -110,7 +110,7 @@ async def _restore(run: Path, config: ValidatorConfig, task: Task, store: RunSto
 
     network = EmulatedNetwork(Keypair.create_from_uri("//nobody"), {}, {})  # a replay sends nothing
     with ThreadPoolExecutor(1) as tensors:
-        await restored_market(config, run, task, network, store, tensors, Console(config.rounds, debug=False))
+        await restored_market(config, run, task, network, store, tensors, Console(config.rounds))
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

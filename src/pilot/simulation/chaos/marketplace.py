@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
 from pilot.common import interrupts
+from pilot.common.logs import undated
 from pilot.simulation.chaos.proxy import Proxy, proxy_to
 from pilot.simulation.chaos.schedule import VALIDATOR, Event
 from pilot.storage import LEDGER
@@ -73,8 +74,9 @@ class Program:
         with self.log.open("a") as log:
             print(f"--- start {self.starts}, process {process.pid}, clock {self.skew_s:+g} s", file=log, flush=True)
             async for line in process.stdout:
-                self._lines.append(line.decode(errors="replace").rstrip())
-                print(self._lines[-1], file=log, flush=True)
+                text = line.decode(errors="replace").rstrip()
+                self._lines.append(undated(text))
+                print(text, file=log, flush=True)
         code = await process.wait()
         if not self._may_end and not self.unexpected_exit.done():
             self.unexpected_exit.set_result(f"{self.name} exited unexpectedly with code {code}; {self.log_tail()}")

@@ -234,6 +234,7 @@ class Dendrite:
             else:
                 if exchange is not None:
                     exchange.peer.reachable = False
+                    exchange.peer.lost_because = f"did not take the order within {order.deadline_s:g} s"
                 faulted = Faulted(Fault.SILENT, f"did not take the order within {order.deadline_s:g} s")
         except ProtocolError as error:
             faulted = Faulted(error.fault, str(error))

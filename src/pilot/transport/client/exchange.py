@@ -40,6 +40,7 @@ from protocol import (
     Reply,
     Signed,
     Status,
+    one_line,
 )
 
 T = TypeVar("T")
@@ -321,7 +322,7 @@ class Push(Exchange):
                 lost_since = min(lost_since, _now())
                 away = _now() - lost_since >= self.limits.away_s
                 if attempt or away:  # the first failure may be an idle connection that was closed under us
-                    self.peer.reachable = False
+                    self.peer.reachable, self.peer.lost_because = False, one_line(str(lost))
                 if away:
                     raise Faulted(Fault.SILENT, str(lost)) from None
             await asyncio.sleep(pause(attempt, jitter=self.jitter))

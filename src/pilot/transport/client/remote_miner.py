@@ -114,6 +114,7 @@ class RemoteMiner(ABC):
         self.bytes_up = self.bytes_down = 0
         self.up, self.down = Meter(), Meter()
         self._reachable = False
+        self.lost_because = ""  # why it is not reachable, if that is known
 
     @property
     def reachable(self) -> bool:
@@ -123,6 +124,8 @@ class RemoteMiner(ABC):
     @reachable.setter
     def reachable(self, there: bool) -> None:
         before, self._reachable = self._reachable, there
+        if there:
+            self.lost_because = ""
         if there != before:
             self.changed()
 
@@ -143,7 +146,9 @@ class RemoteMiner(ABC):
         if self.reachable and at.moving:
             state += f" {100 * at.moved // at.moving} %"
         sums = (self.bytes_up, self.bytes_down, self.up.bps, self.down.bps)
-        return MinerState(self.name, self.hotkey, state, at.batches_done, at.batches, self.latency_s, *sums)
+        return MinerState(
+            self.name, self.hotkey, state, at.batches_done, at.batches, self.latency_s, *sums, self.lost_because
+        )
 
     @abstractmethod
     async def deliver(self, signed: Signed) -> bool:

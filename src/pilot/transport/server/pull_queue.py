@@ -86,6 +86,7 @@ class PullQueue(RemoteMiner):
     def _check_reachable(self) -> None:
         if self.away_s >= QUIET_S:
             self.reachable = False
+            self.lost_because = f"did not ask for {QUIET_S:g} s"
 
     def begin(self, session: str) -> None:
         """Another process empties it from now on: that knows nothing of what the one before has taken."""
