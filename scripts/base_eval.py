@@ -160,6 +160,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.mistakes(PROGRAM):
         if config.checkpoint is None:
             raise ValueError("--checkpoint: name the folder of a checkpoint; base_train.py makes them")
+        if config.checkpoint.expanduser().is_file():
+            raise ValueError(
+                f"--checkpoint {config.checkpoint}: a file of weights alone; name the folder of a checkpoint, such as "
+                "base_checkpoints/d4, which holds the model's shape and tokenizer as well"
+            )
         hub = is_hub_model(config.checkpoint.expanduser())
         wired = None if hub else wire(config, config.checkpoint.expanduser())
         results = sample_hub_model(config, config.checkpoint.expanduser()) if wired is None else evaluate(config, wired)

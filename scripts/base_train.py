@@ -266,9 +266,13 @@ def check(config: BaselineConfig) -> None:
     folder = folder_of(config)
     if folder:
         check_path("--checkpoints", folder, "folder")  # the folder of nanochat's by default, too
-    if folder and not config.resume and (done := steps(folder)):
+    if config.overwrite and config.resume:
+        raise ValueError("--overwrite: deletes what --resume goes on from; leave one of them out")
+    if folder and not (config.resume or config.overwrite) and (done := steps(folder)):
+        named = f"--run {config.run}" if config.checkpoints is None else f"--checkpoints {folder}"
         raise ValueError(
-            f"--checkpoints {folder}: holds a run up to step {done[-1]}; go on with --resume, or name another"
+            f"{named}: {folder} holds a run up to step {done[-1]}; go on with --resume, delete it with --overwrite, or "
+            f"give another {named.split()[0]}"
         )
 
 
@@ -344,7 +348,17 @@ def folder_of(config: BaselineConfig) -> Path | None:
         return None
     from nanochat.common import base_dir
 
-    return base_dir() / "base_checkpoints" / (config.run or f"d{getattr(config, config.task).depth}")
+    place = base_dir() / "base_checkpoints"
+    return place / (config.run or unused_name(place, f"d{getattr(config, config.task).depth}", config))
+
+
+def unused_name(place: Path, name: str, config: BaselineConfig) -> str:
+    """Return the name, with a number if its folder holds a run; with --resume and --overwrite the last that does."""
+    from nanochat.checkpoint_manager import steps
+
+    names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
+    free = next(i for i, each in enumerate(names) if not steps(place / each))
+    return names[max(0, free - 1)] if config.resume or config.overwrite else names[free]
 
 
 @contextmanager
@@ -369,8 +383,11 @@ def open_metrics(run: Run) -> Metrics:
 
 
 def lock(run: Run, folder: Path, stack: ExitStack) -> None:
-    """Keep others from writing to the folder. Raises ValueError if another process is, or has since it was read."""
-    from nanochat.checkpoint_manager import steps
+    """Keep others from writing to the folder, and empty it with --overwrite.
+
+    Raises ValueError if another process is writing to it, or has since it was read.
+    """
+    from nanochat.checkpoint_manager import clear, steps
 
     other = f"--checkpoints {folder}: another base_train.py"
     folder.mkdir(parents=True, exist_ok=True)
@@ -378,6 +395,8 @@ def lock(run: Run, folder: Path, stack: ExitStack) -> None:
         stack.callback(FileLock(folder / "lock").release)
     except BlockingIOError as holder:
         raise ValueError(f"{other} (pid {holder}) is using it; wait for it, or name another folder") from None
+    if run.config.overwrite:
+        clear(folder)
     if (steps(folder) or [0])[-1] != run.steps_done:
         raise ValueError(f"{other} has gone on with it; start again with --resume, or name another folder")
 

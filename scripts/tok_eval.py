@@ -39,8 +39,8 @@ BATCH = 4 << 20  # characters encoded at a time
 class TokEvalConfig(Reading):
     """Check a tokenizer on a text: whether it decodes every document exactly, how well it compresses, its speed."""
 
-    tokenizer: Path = Path("tokenizer.json")
-    """File that tok_train wrote."""
+    tokenizer: Path | None = None
+    """File that tok_train wrote. None: tokenizer.json in NANOCHAT_BASE_DIR."""
 
     data: str = arg("stdlib", path="read")
     """stdlib (Python's own sources), or a .txt, .jsonl or .parquet file, or a folder of them."""
@@ -79,7 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tasks.data.folders import TextError
 
     with cli.mistakes(PROGRAM):
-        tokenizer = load(config.tokenizer)
+        from nanochat.common import base_dir
+
+        path = config.tokenizer or base_dir() / "tokenizer.json"
+        tokenizer = load(path)
         others = peers(config)
         totals, samples, findings = Totals(), Samples(), Findings()
         files = data_files(config.data)
@@ -98,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(files.line({"the check": held_out}))
     for fact in findings.facts(config.separator):
         print(f"text: {fact}")
-    print(f"{config.tokenizer}: {tokenizer.vocab_size:,} tokens, {len(tokenizer.special_tokens())} of them special")
+    print(f"{path}: {tokenizer.vocab_size:,} tokens, {len(tokenizer.special_tokens())} of them special")
     per_token = totals.bytes / totals.tokens
     print(f"{config.data}: {totals.bytes:,} bytes, {totals.tokens:,} tokens, {per_token:.3f} bytes a token")
     encode, decode = (totals.bytes / 1e6 / seconds for seconds in (totals.encode_s, totals.decode_s))

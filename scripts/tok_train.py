@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -44,8 +44,9 @@ LONGEST = 10  # tokens shown
 class TokTrainConfig(Reading):
     """Train a byte-pair vocabulary on a text, and say how it compares with GPT-2's."""
 
-    data: str = arg("stdlib", path="read")
-    """stdlib (Python's own sources), or a .txt, .jsonl or .parquet file, or a folder of them."""
+    data: str = arg("auto", path="read")
+    """stdlib (Python's own sources), or a .txt, .jsonl or .parquet file, or a folder of them. auto: the shards in
+    NANOCHAT_BASE_DIR, or stdlib where there are none."""
 
     max_chars: int = 2_000_000_000
     """Characters of the text to train on. 0: all of it."""
@@ -63,8 +64,8 @@ class TokTrainConfig(Reading):
     special: tuple[str, ...] = SPECIAL_TOKENS
     """Special tokens, which get the last ids, in this order."""
 
-    out: Path = arg(Path("tokenizer.json"), path="write")
-    """File for the tokenizer."""
+    out: Path | None = arg(None, path="write")
+    """File for the tokenizer. None: tokenizer.json in NANOCHAT_BASE_DIR, where nanochat's programs look for it."""
 
     gpt2_vocabulary: Path | None = None
     """Folder of GPT-2's encoder.json and vocab.bpe, or the prefix of the two paths. None: gpt2_ in PILOT_DATA."""
@@ -89,19 +90,49 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tasks.data.compression import data_files, gpt2_encode, tokenizer_class
 
     with cli.mistakes(PROGRAM):
-        tokenizer = tokenizer_class()()
+        tokenizer, out = tokenizer_class()(), config.out or default_out()
         gpt2 = gpt2_encode(config.gpt2_vocabulary)
+        config = replace(config, data=text_of(config.data))
         files = data_files(config.data)
         try:
             with Progress(config.max_chars) as progress:
                 texts = train(tokenizer, config, files.train, progress)
-            tokenizer.save(config.out)
+            tokenizer.save(out)
         except OSError as error:
-            raise ValueError(f"--out {config.out}: cannot write it ({error.strerror or error})") from None
-    interrupts.says(f"stopped; the tokenizer is in {config.out}")
+            raise ValueError(f"--out {out}: cannot write it ({error.strerror or error})") from None
+    interrupts.says(f"stopped; the tokenizer is in {out}")
+    print(f"tokenizer in {out}")
     if files.folder:
         print(files.line({"training": files.train}))
     report(tokenizer, config, texts, gpt2)
+
+
+def default_out() -> Path:
+    """Return the file in nanochat's folder, which is made if need be. Raises ValueError if that is not possible."""
+    from nanochat.common import base_dir
+    from pilot.common.files import make_folder
+
+    folder = base_dir()
+    try:
+        return make_folder(folder) / "tokenizer.json"
+    except OSError as error:
+        raise ValueError(f"NANOCHAT_BASE_DIR {folder}: {error.strerror or error}; name another, or an --out") from None
+
+
+def text_of(data: str) -> str:
+    """Return what --data auto stands for, and say so."""
+    from nanochat.shards import data_dir, list_shards
+
+    if data != "auto":
+        return data
+    shards = list_shards()
+    if not shards:
+        print(
+            f"text: the standard library, for there are no shards in {data_dir()}; python -m nanochat.dataset gets some"
+        )
+        return "stdlib"
+    print(f"text: {len(shards)} shards in {data_dir()}")
+    return str(data_dir())
 
 
 class Texts:

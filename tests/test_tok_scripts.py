@@ -224,7 +224,7 @@ def test_from_text_to_a_checked_tokenizer(text: Path, tmp_path: Path) -> None:
     assert "give --gpt2-vocabulary" in ended.stdout
     assert not ended.stderr
 
-    checked = run("tok_eval.py", "--data", text, cwd=tmp_path, PILOT_DATA="")  # --tokenizer is tokenizer.json
+    checked = run("tok_eval.py", "--data", text, cwd=tmp_path, PILOT_DATA="", NANOCHAT_BASE_DIR=str(tmp_path))
     assert checked.returncode == 0, checked.stderr
     assert "all 40 texts come back as they were" in checked.stdout
     size, tokens = (sum(map(len, rows)), sum(len(tokenizer.encode_ordinary(row)) for row in rows))
@@ -265,7 +265,7 @@ def test_beside_gpt2_and_cl100k(tmp_path: Path) -> None:
 
 @built
 def test_pythons_own_sources_and_a_text_too_small(tmp_path: Path) -> None:
-    ended = run("tok_train.py", "--max_chars", 50_000, "--special", cwd=tmp_path)
+    ended = run("tok_train.py", "--max_chars", 50_000, "--special", cwd=tmp_path, NANOCHAT_BASE_DIR=str(tmp_path))
     assert ended.returncode == 0, ended.stderr
     assert "trained on 50,000 characters of stdlib" in ended.stdout
     reached = Tokenizer.load(tmp_path / "tokenizer.json").vocab_size

@@ -141,6 +141,12 @@ def save(
     return final
 
 
+def clear(folder: Path) -> None:
+    """Delete every checkpoint in the folder."""
+    for step in steps(folder):
+        _delete(folder / f"step_{step:06d}")
+
+
 def link_newest(folder: Path) -> None:
     """Make the folder a checkpoint itself, by links to the files of its newest step."""
     step = _path(folder, steps(folder)[-1])

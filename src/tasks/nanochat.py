@@ -355,8 +355,13 @@ def _tokenizer(name: str, progress: Callable[[str], None]) -> RustTokenizer:
     if name == "byte" or (name == "auto" and not path.exists()):
         from nanochat.tokenizer import Tokenizer
 
+        if name == "auto" and list_shards():
+            raise ValueError(
+                f"--nanochat.tokenizer auto: there are shards, but no {path}; python -m scripts.tok_train makes it, or "
+                "give --nanochat.tokenizer byte"
+            )
         if name == "auto":
-            progress(f"tokenizer: bytes, for there is no {path}; python scripts/tok_train.py --out {path} makes one")
+            progress(f"tokenizer: bytes, for there is no {path}; python -m scripts.tok_train makes one")
         return RustTokenizer(Tokenizer.bytewise().blob)
     return load_file("nanochat", path)
 

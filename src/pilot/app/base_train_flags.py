@@ -18,7 +18,8 @@ class BaselineConfig(TrainingConfig):
 
     wandb: WandbConfig = nested(WandbConfig, SHOW)
     run: str = arg("", RUN, short=True, resume="command")
-    """Name of the run in W&B and of its folder in base_checkpoints. Empty: d4 for a nanochat of depth 4."""
+    """Name of the run in W&B and of its folder in base_checkpoints. Empty: d4 for a nanochat of depth 4, d4-2 for the
+    second one, and so on; with --resume the last of them."""
     batches: int = arg(8, TRAINING, short=True)
     """Micro-batches in a step (gradient accumulation): a marketplace's --batches times its miners."""
     total_batch_size: int = arg(0, TRAINING)
@@ -36,6 +37,8 @@ class BaselineConfig(TrainingConfig):
     """Checkpoints to keep, the newest."""
     resume: bool = arg(False, RUN, short=True, resume="command")
     """Continue exactly from the newest checkpoint."""
+    overwrite: bool = arg(False, RUN, short=True, resume="command")
+    """Delete the checkpoints that an earlier run left in the folder."""
     out: Path | None = arg(None, RUN, short=True, resume="command", path="write")
     """Safetensors file for the final parameters."""
     log: Path | None = arg(None, SHOW, short=True, resume="command", path="log")

@@ -80,6 +80,7 @@ def mistakes(program: str) -> Iterator[None]:
 
 def parse(cls: type[C], program: str, argv: Sequence[str], defaults: Sequence[str] = ()) -> C:
     """Return the configuration that the flags give. `defaults`, then the file of --config, are flags before them."""
+    argv = [argument for argument in argv if argument != "--"]  # torchrun's users write it before the script's flags
     if {"-h", "--help", "--help-all"} & set(argv):
         from pilot.app.help import help_text
 
