@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -174,3 +175,21 @@ def test_a_commit_costs_by_the_round_s_own_miners(tmp_path: Path) -> None:
     assert sizes == [64] * (rounds - 1) + [KEPT]
     assert len(ledger.totals()) == 64 * rounds
     ledger.close()
+
+
+def test_a_plug_in_of_the_current_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pilot.aggregation import load_aggregator
+    from pilot.aggregation.means import mean
+    from pilot.ranking import load_ranker
+
+    (tmp_path / "mine_of_this_test.py").write_text(
+        "from pilot.aggregation.means import mean\nfrom pilot.ranking.accepted_work import AcceptedWork\n"
+        "class Own(AcceptedWork): pass\nNUMBER = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    assert type(load_ranker("mine_of_this_test:Own")).__name__ == "Own"
+    assert load_aggregator("mine_of_this_test:mean") is mean
+    for name, reason in (("mine_of_this_test:NUMBER", "not a function"), ("mine_of_this_test:no", "no")):
+        with pytest.raises(ValueError, match=f"--aggregation {name}: .*{reason}"):
+            load_aggregator(name)

@@ -49,8 +49,10 @@ AGGREGATORS: dict[str, str] = {
 
 
 def load_aggregator(name: str) -> Aggregator:
-    """Return the aggregator of that name. Raises ValueError for an unknown one."""
-    aggregator: Aggregator = load("--aggregation", name, AGGREGATORS)
+    """Return the aggregator of that name, or a user's own at package.module:function. Raises ValueError for others."""
+    aggregator: Aggregator = load("--aggregation", name, AGGREGATORS, own=True)
+    if not callable(aggregator):
+        raise ValueError(f"--aggregation {name}: not a function; it is called with a round's contributions")
     return aggregator
 
 

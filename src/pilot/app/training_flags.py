@@ -183,7 +183,8 @@ class RoundConfig(TrainingConfig):
     inner_state: Literal["reset", "keep"] = arg("keep", DILOCO)
     """What happens to the miners' optimizer state between rounds."""
     aggregation: str = arg("median_norm_mean", ROUNDS, short=True, resume="fixed")
-    """mean or median_norm_mean. The latter first clips each contribution to the median norm."""
+    """mean, median_norm_mean, or your package.module:function. The second first clips each contribution to the median
+    norm."""
 
     norm_bound: float = arg(10.0, ROUNDS)
     """Refuse contributions of a norm so many times that of the last rounds'. They are OUTLIER. 0: refuse none."""
@@ -193,11 +194,12 @@ class RoundConfig(TrainingConfig):
 
     def check_rounds(self) -> None:
         """Raise ValueError for unknown names and for values that no round can use."""
-        from pilot.aggregation import AGGREGATORS
+        from pilot.aggregation import AGGREGATORS, load_aggregator
 
-        for name, value, known in (("task", self.task, TASKS), ("aggregation", self.aggregation, AGGREGATORS)):
-            if value not in known:
-                raise ValueError(f"--{name} {value}: unknown; known: {', '.join(known)}")
+        if self.task not in TASKS:
+            raise ValueError(f"--task {self.task}: unknown; known: {', '.join(TASKS)}")
+        if self.aggregation not in AGGREGATORS:  # ours would import torch
+            load_aggregator(self.aggregation)
         self._check_codecs()
         for name in ("batches", "round_seconds", "deadline_k", "grace"):
             number, least = getattr(self, name), int(name == "batches")
