@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def mean(contributions: Sequence[Contribution]) -> Tensors:
     """Return sum_i w_i g_i with w_i = count_i / sum_j count_j."""
-    return _weighted_sum(contributions, [1.0] * len(contributions))
+    return weighted_sum(contributions, shares(contributions))
 
 
 def median_norm_mean(contributions: Sequence[Contribution]) -> Tensors:
@@ -25,15 +25,22 @@ def median_norm_mean(contributions: Sequence[Contribution]) -> Tensors:
     middle two, so of two contributions the larger is scaled down to the mean of both norms.
     """
     limit = median(c.norm for c in contributions)
-    return _weighted_sum(contributions, [1.0 if c.norm <= limit else limit / c.norm for c in contributions])
+    factors = [1.0 if c.norm <= limit else limit / c.norm for c in contributions]
+    return weighted_sum(contributions, [f * share for f, share in zip(factors, shares(contributions), strict=True)])
 
 
-def _weighted_sum(contributions: Sequence[Contribution], factors: Sequence[float]) -> Tensors:
-    """Return sum_i factor_i count_i / (sum_j count_j) g_i, in the order given. Raises ValueError if there are none."""
+def shares(contributions: Sequence[Contribution]) -> list[float]:
+    """Return count_i / sum_j count_j."""
+    total = sum(c.count for c in contributions)
+    return [c.count / total for c in contributions]
+
+
+def weighted_sum(contributions: Sequence[Contribution], weights: Sequence[float]) -> Tensors:
+    """Return sum_i weight_i g_i, in the order given. Raises ValueError if there are no contributions."""
     if not contributions:
         raise ValueError("nothing to aggregate")
-    total = sum(c.count for c in contributions)
     result = {name: torch.zeros(shape) for name, shape in contributions[0].specs.items()}
-    for c, factor in zip(contributions, factors, strict=True):
-        c.add(result, factor * (c.count / total))
+    for c, weight in zip(contributions, weights, strict=True):
+        if weight:
+            c.add(result, weight)
     return result
