@@ -3,9 +3,9 @@
     python -m bench.aggregation        # some minutes; figures as JSON lines, the rest on stderr
 
 Both get the same tensors in the same process and take turns. ByzFL lies in a folder of its own, without the parts that
-need torchvision. The results must be equal up to rounding, or the bench fails. Two are compared on fewer coordinates. ByzFL's
-geometric median stops after 3 iterations by default, ours when it stands still, so for the comparison it gets 300. Its
-centered clipping uses norms summed in fp32, which are off by 4e-4 at this length.
+need torchvision. The results must be equal up to rounding, or the bench fails. Two are compared on fewer coordinates:
+ByzFL's geometric median stops after 3 iterations by default, ours when it stands still, so here it gets 300; and its
+centered clipping uses norms summed in fp32, which are off by 4e-4 at full length.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -61,9 +62,7 @@ def install(folder: Path) -> Any:
     for part in ("attacks", "benchmark", "fed_framework"):  # they import torchvision
         stub = types.ModuleType(f"byzfl.{part}")
         sys.modules[stub.__name__] = stub
-    import byzfl
-
-    return byzfl
+    return import_module("byzfl")
 
 
 def peak_mb(function: Callable[[], object]) -> float:

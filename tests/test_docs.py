@@ -14,8 +14,11 @@ import pytest
 
 from bench.__main__ import PAGE, RESULTS
 from bench.page import cells, render
+from pilot.app.backup import BackupConfig
 from pilot.app.base_train_flags import BaselineConfig
+from pilot.app.export import ExportConfig
 from pilot.app.miner_flags import MinerConfig
+from pilot.app.sample import SampleConfig
 from pilot.app.validator_flags import ValidatorConfig
 from pilot.simulation.flags import SimulateConfig
 from protocol import Fault
@@ -29,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = (
     *(ValidatorConfig, MinerConfig, BaselineConfig, SimulateConfig, BaseEvalConfig, ChaosConfig),
-    *(TokEvalConfig, TokTrainConfig),
+    *(TokEvalConfig, TokTrainConfig, SampleConfig, ExportConfig, BackupConfig),
 )
 # Programs whose flags are not dataclasses, and flags of other people's programs.
 SOURCES = (

@@ -149,7 +149,17 @@ def test_a_miner_serves_its_first_validator_until_it_is_unpinned_and_ends_on_sig
 ) -> None:
     """The story's first miner, which that validator has pinned."""
     miner = story.first
-    flags = [*quadratic_flags(tmp_path), "--axons", miner.endpoint, "--rounds", "1", "--patience", "1"]
+    flags = [
+        *quadratic_flags(tmp_path),
+        "--axons",
+        miner.endpoint,
+        "--rounds",
+        "1",
+        "--patience",
+        "1",
+        "--patience-seconds",
+        "0",
+    ]
     with pytest.raises(SystemExit) as ended:
         validator.main([*flags, "--run", "refused"])
     assert ended.value.code == 1
@@ -176,7 +186,7 @@ def test_a_run_with_local_miners(own_miners: Process) -> None:
     made = [private, *private.rglob("*")]  # the ledger with its WAL, the spool, the local miners' wallets and caches
     assert [path for path in made if path.stat().st_mode & 0o077] == []
     assert {"ledger.sqlite", "spool", "M1", "hotkeys"} <= {path.name for path in made}
-    for shown in ("plain training on the same batches", "Bytes: ", "samples/s", "Who earned what", "model"):
+    for shown in ("plain training on the same batches", "Bytes: ", "Speed: ", "Who earned what", "model"):
         assert shown in said
     run = own_miners.log.parent / "runs" / RUN
     assert f"plot {run / 'loss.png'}, every figure {run / 'summary.json'}" in said

@@ -388,6 +388,7 @@ def test_mistakes_in_checking(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     (tmp_path / "empty.txt").touch()
     tokenizer = Tokenizer()
     tokenizer.train_from_iterator(iter([PROSE_TEXT]), 260)

@@ -180,7 +180,7 @@ async def miner_serving(folder: Path, *flags: str) -> AsyncIterator[tuple[Rogue,
     )
     config.check()
     async with AsyncExitStack() as stack, aiohttp.ClientSession() as session:
-        console = cast(MinerConsole, SimpleNamespace(say=said.append))
+        console = cast(MinerConsole, SimpleNamespace(say=said.append, announce=said.append))
         miner = await build_miner(config, "miner.py", console, stack)
         line = next(text for text in said if text.startswith("serving "))
         port = parse_endpoint(line.removeprefix("serving "), False, "axons", "miner").port

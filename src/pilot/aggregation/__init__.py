@@ -45,11 +45,31 @@ Aggregator = Callable[[Sequence[Contribution]], "Tensors"]
 AGGREGATORS: dict[str, str] = {
     "mean": "pilot.aggregation.means:mean",
     "median_norm_mean": "pilot.aggregation.means:median_norm_mean",
+    "trimmed_mean": "pilot.aggregation.robust:trimmed_mean",
+    "coordinate_median": "pilot.aggregation.robust:coordinate_median",
+    "krum": "pilot.aggregation.robust:krum",
+    "multi_krum": "pilot.aggregation.robust:multi_krum",
+    "geometric_median": "pilot.aggregation.robust:geometric_median",
+    "centered_clipping": "pilot.aggregation.robust:centered_clipping",
+}
+
+MIXERS: dict[str, str] = {  # may come before any aggregator below the means: nnm+trimmed_mean
+    "nnm": "pilot.aggregation.mixers:nnm",
+    "bucketing": "pilot.aggregation.mixers:bucketing",
+    "arc": "pilot.aggregation.mixers:arc",
 }
 
 
 def load_aggregator(name: str) -> Aggregator:
-    """Return the aggregator of that name, or a user's own at package.module:function. Raises ValueError for others."""
+    """Return the aggregator of that name, such as `nnm+trimmed_mean`, or a user's own at package.module:function.
+
+    Raises ValueError, in one line, for others.
+    """
+    if "+" in name:
+        from pilot.aggregation.robust import compose
+
+        *mixers, rule = name.split("+")
+        return compose([load("--aggregation", mixer, MIXERS) for mixer in mixers], rule)
     aggregator: Aggregator = load("--aggregation", name, AGGREGATORS, own=True)
     if not callable(aggregator):
         raise ValueError(f"--aggregation {name}: not a function; it is called with a round's contributions")

@@ -32,7 +32,8 @@ def bucketing(products: torch.Tensor, f: int, *, size: int = 2) -> torch.Tensor:
     """
     digest = hashlib.sha256(products.numpy().tobytes()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    groups = torch.randperm(len(products), generator=generator).split(size)
+    order = torch.randperm(len(products), generator=generator)
+    groups = [order[first : first + size] for first in range(0, len(order), size)]
     matrix = products.new_zeros(len(groups), len(products))
     for row, members in zip(matrix, groups, strict=True):
         row[members] = 1 / len(members)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pilot.aggregation import coordinatewise, linear
 from pilot.aggregation.blockwise import BLOCK, by_coordinate
 from pilot.aggregation.gram import gram
 from pilot.aggregation.means import weighted_sum
@@ -96,3 +97,32 @@ def mix(products: torch.Tensor, mixers: Sequence[Mixer], f: int | None) -> tuple
         step = mixer(products, liars(len(products), f))
         matrix, products = step @ matrix, step @ products @ step.T
     return matrix, products
+
+
+LINEAR: dict[str, LinearRule] = {
+    "krum": linear.krum,
+    "multi_krum": linear.multi_krum,
+    "geometric_median": linear.geometric_median,
+    "centered_clipping": linear.centered_clipping,
+    "mean": linear.mean,
+}
+COORDINATEWISE: dict[str, CoordinateRule] = {
+    "trimmed_mean": coordinatewise.trimmed_mean,
+    "coordinate_median": coordinatewise.coordinate_median,
+}
+
+
+def compose(mixers: Sequence[Mixer], rule: str) -> Aggregator:
+    """Return the aggregator of a rule behind mixers. Raises ValueError for an unknown rule."""
+    if rule in LINEAR:
+        return linear_aggregator(LINEAR[rule], mixers)
+    if rule in COORDINATEWISE:
+        return coordinate_aggregator(COORDINATEWISE[rule], mixers)
+    raise ValueError(
+        f"--aggregation: {rule} takes no mixers; those that do are {', '.join((*LINEAR, *COORDINATEWISE))}"
+    )
+
+
+trimmed_mean, coordinate_median = compose((), "trimmed_mean"), compose((), "coordinate_median")
+krum, multi_krum = compose((), "krum"), compose((), "multi_krum")
+geometric_median, centered_clipping = compose((), "geometric_median"), compose((), "centered_clipping")

@@ -183,8 +183,9 @@ class RoundConfig(TrainingConfig):
     inner_state: Literal["reset", "keep"] = arg("keep", DILOCO)
     """What happens to the miners' optimizer state between rounds."""
     aggregation: str = arg("median_norm_mean", ROUNDS, short=True, resume="fixed")
-    """mean, median_norm_mean, or your package.module:function. The second first clips each contribution to the median
-    norm."""
+    """mean, median_norm_mean, a robust rule, or your package.module:function. The second clips each contribution to the
+    median norm. Robust rules: trimmed_mean, coordinate_median, krum, multi_krum, geometric_median, centered_clipping.
+    They may have mixers before them: nnm, bucketing, arc, as in nnm+trimmed_mean."""
 
     norm_bound: float = arg(10.0, ROUNDS)
     """Refuse contributions of a norm so many times that of the last rounds'. They are OUTLIER. 0: refuse none."""

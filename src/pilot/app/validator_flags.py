@@ -98,13 +98,13 @@ class ValidatorConfig(RoundConfig):
     """Rounds between models in the run's folder, for other programs. 0: only at the end and when the run is stopped.
     pilot-export makes one from any snapshot."""
     save_keep: int = arg(2, RUN)
-    """Models to keep there. 0: all of them."""
+    """Steps whose models are kept there. 0: all of them."""
     ranking: str = arg("accepted_work", ROUNDS, short=True, resume="fixed")
     """accepted_work, or your package.module:Class. The ranker scores the miners."""
     baseline: bool = arg(False, SHOW, short=True)
     """Train without miners afterwards, to compare. It uses the batches that were accepted, and plots both losses."""
     samples: int = arg(2, SHOW)
-    """Texts that the model continues at the end, if it is a language model."""
+    """Held-out documents whose beginnings the model continues at the end, if it is a language model."""
     details: bool = arg(False, SHOW)
     """Show every figure at the end. They are in the run's summary.json, too."""
     config: Path | None = arg(None, RUN, short=True, resume="command")

@@ -24,7 +24,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._away: dict[str, float] = {}  # since when, by where the miner is
-        self._seen: set[str] = set()  # miners that have been there
+        self._seen: set[str] | None = None  # miners that have been there; None before the first look
         self._nobody_since: float | None = None
         self._said = 0  # how often that has been said
         self._verdicts: dict[Hotkey, str] = {}
@@ -34,18 +34,20 @@ class Changes:
 
     def look(self, miners: Sequence[MinerState], now: float) -> Iterator[str]:
         """Yield a line for each change since the last look."""
+        first, seen = self._seen is None, self._seen or set()
+        self._seen = seen
         for miner in miners:
             name, place = _name(miner), miner.endpoint
             if miner.state == "away":
-                if place in self._seen and place not in self._away:
+                if place in seen and place not in self._away:
                     self._away[place] = now
                     yield f"miner {name} at {place} is away" + (f": {miner.problem}" if miner.problem else "")
             elif place in self._away:
                 yield f"miner {name} at {place} is back after {now - self._away.pop(place):.0f} s"
-            elif place not in self._seen and self._round_since is not None:
+            elif place not in seen and not first:
                 yield f"miner {name} at {place} has joined"
             if miner.state != "away":
-                self._seen.add(place)
+                seen.add(place)
         yield from self._nobody(miners, now)
         yield from self._slow(miners, now)
 
