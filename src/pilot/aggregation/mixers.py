@@ -30,9 +30,8 @@ def bucketing(products: torch.Tensor, f: int, *, size: int = 2) -> torch.Tensor:
     rule behind it withstands f < n / (2 size). The permutation follows from all the contributions' inner products: a
     replay finds it again, and no miner can choose it without knowing all the others' gradients.
     """
-    digest = hashlib.sha256(products.numpy().tobytes()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    order = torch.randperm(len(products), generator=generator)
+    seed = hashlib.sha256(products.numpy().tobytes()).digest()
+    order = sorted(range(len(products)), key=lambda i: hashlib.sha256(seed + i.to_bytes(4, "big")).digest())
     groups = [order[first : first + size] for first in range(0, len(order), size)]
     matrix = products.new_zeros(len(groups), len(products))
     for row, members in zip(matrix, groups, strict=True):
