@@ -87,6 +87,8 @@ async def parent_gone(pid: int) -> None:
 @cli.program(PROGRAM, MinerConfig)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a miner with these flags, by default the command line's."""
+    if argv is None:
+        interrupts.catch(PROGRAM, "stopped", code=0)  # for pilot-miner, which imports this module
     cli.keep_files_private()
     config = cli.parse(MinerConfig, PROGRAM, sys.argv[1:] if argv is None else argv)
     with cli.mistakes(PROGRAM):

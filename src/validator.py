@@ -133,6 +133,8 @@ def stopping_on_signals(market: Market, console: Console) -> Iterator[None]:
 @cli.program(PROGRAM, ValidatorConfig)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a validator with these flags, by default the command line's."""
+    if argv is None:
+        interrupts.catch(PROGRAM, "stopped before the run began; there is nothing to resume")  # for pilot-validator
     argv = sys.argv[1:] if argv is None else argv
     cli.keep_files_private()
     with cli.mistakes(PROGRAM):

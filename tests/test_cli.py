@@ -315,6 +315,7 @@ def test_without_a_reachable_miner_the_runs_name_stays_free(worker: Miner, tmp_p
     flags = [*tiny_flags(tmp_path), "--wallet.path", str(Path(worker.log).parent / "wallets"), "--rounds", "1"]
     line = mistake(validator.main, [*flags, "--axons", str(port), "--connect-timeout", "0.3"], capfd)
     assert re.match(rf"validator.py: --axons \S*{port}: no miner answered within --connect-timeout 0.3 s; start", line)
+    assert not (tmp_path / "runs" / RUN).exists()
 
     validator.main([*flags, "--axons", worker.endpoint])
     assert len(versions(tmp_path / "runs" / RUN)) == 1

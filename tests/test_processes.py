@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sqlite3
 import sys
@@ -173,6 +174,28 @@ def test_a_miner_serves_its_first_validator_until_it_is_unpinned_and_ends_on_sig
     miner.terminate()
     assert miner.wait() == 0
     assert "Traceback" not in miner.said()
+
+
+def test_the_installed_programs_end_on_sigterm_like_the_files(tmp_path: Path) -> None:
+    """pilot-miner and pilot-validator import the modules and call `main`."""
+    with start_miner(tmp_path, "M1") as installed:
+        installed.close()
+        installed.command[1:2] = ["-c", f"import sys; sys.path.insert(0, {str(SRC)!r}); from miner import main; main()"]
+        installed.start()
+        flags = ["--axons", installed.endpoint, "--rounds", MANY, "--eval-every", "0"]
+        with start_validator(tmp_path, *flags, task=quadratic_flags) as process:
+            process.close()
+            process.command[1:2] = [
+                "-c",
+                f"import sys; sys.path.insert(0, {str(SRC)!r}); from validator import main; main()",
+            ]
+            process.start()
+            process.wait_for(r"^round \d+/")
+            process.terminate()
+            assert process.wait() == 0
+            assert re.search(rf"^stopped after round \d+ of {MANY}; --resume goes on from here$", process.said(), re.M)
+        installed.terminate()
+        assert installed.wait() == 0
 
 
 # --- local miners -----------------------------------------------------------------------------------------------------

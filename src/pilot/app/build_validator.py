@@ -88,6 +88,8 @@ async def build_validator(config: ValidatorConfig, program: str, stack: AsyncExi
         admission = Admission(config.admit, console.say, time.monotonic) if config.admit else None
         keypair = _load_keypair(config, [*endpoints, *(listed.endpoints if listed else ())], console)
 
+        if not folder.exists():
+            stack.callback(run_folder.remove_unbegun, folder)
         stack.enter_context(detecting_full_disk(folder))
         store = stack.enter_context(closing(run_folder.open_store(config, folder)))
         local = stack.enter_context(  # miners import their libraries while we prepare the task

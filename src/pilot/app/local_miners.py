@@ -42,7 +42,8 @@ class LocalMiners:
     def __init__(self, count: int, folder: Path, task: str, device: str, threads: int) -> None:
         self.logs = [folder / f"M{i + 1}.log" for i in range(count)]
         self.processes: list[subprocess.Popen[bytes]] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        if count:
+            folder.mkdir(parents=True, exist_ok=True)
         self._stack = ExitStack()
         self._stack.enter_context(interrupts.undoing(self.terminate))
         threads = threads or max(1, (os.cpu_count() or 1) // max(1, count))

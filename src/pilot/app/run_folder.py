@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -88,6 +89,12 @@ def open_store(config: ValidatorConfig, folder: Path) -> RunStore:
                 "resume it with that, or start another --run"
             )
     return store
+
+
+def remove_unbegun(folder: Path) -> None:
+    """Delete the folder of a run that did not begin, unless logs of --local miners in it may tell why."""
+    if (folder / LEDGER).is_file() and not (folder / "miners").exists() and not _flags_of(folder):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def begin(config: ValidatorConfig, store: RunStore, data: Digest) -> None:

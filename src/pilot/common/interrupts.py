@@ -45,7 +45,12 @@ _program = _Program()
 
 
 def catch(name: str, line: str = "stopped", code: int = CODE) -> None:
-    """From now on end this process on a signal. Call it before the imports that take seconds, in the main thread."""
+    """From now on end this process on a signal. Call it before the imports that take seconds, in the main thread.
+
+    A program that was started by its file has called it already when its `main` does; then nothing changes.
+    """
+    if _program.name:
+        return
     keep_streams()  # before the pipe below could take the place of a closed one
     _program.name = name
     says(line, code)
