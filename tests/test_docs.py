@@ -42,7 +42,14 @@ SOURCES = (
     "bench/wire.py",
     "nanochat_train.py",
 )
-FOREIGN = {"--help", "--help-all", "--standalone", "--nproc-per-node", "--line.points"}  # the last is an example's
+FOREIGN = {
+    "--now",
+    "--help",
+    "--help-all",
+    "--standalone",
+    "--nproc-per-node",
+    "--line.points",
+}  # the last is an example's
 TOP = "src|docs|bench|scripts|tests|experiments|rustbpe|pilot|tasks|nanochat"  # folders that a path may begin with
 MADE = ("runs/", "pilot/1", "pilot/2")  # not in the tree: runs, and the protocol's names
 
