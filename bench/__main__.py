@@ -15,7 +15,7 @@ from bench.page import render
 
 BENCHES = (
     *("startup", "tokenizer", "transport", "roundtrip", "junk", "model", "nanochat", "overhead", "codec", "join"),
-    *("volatile", "thin", "wire", "scale", "chaos"),
+    *("aggregation", "volatile", "thin", "wire", "scale", "chaos"),
 )
 RESULTS = Path(__file__).with_name("results.jsonl")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "BENCHMARKS.md"

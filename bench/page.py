@@ -25,7 +25,21 @@ SECTIONS = (
         "Start-up",
         "python -m bench.startup",
         "The median of interleaved runs. `--help` imports neither torch nor transformers nor bittensor.",
-        {"startup.help_s": "Seconds until `validator.py --help` has printed and ended."},
+        {
+            "startup.help_s": "Seconds until `validator.py --help` has printed and ended.",
+            "startup.miner_at_rest_mb": "Resident memory of a miner that waits for an order.",
+            "startup.first_round_s": "Seconds from the demo's start to its first round.",
+        },
+    ),
+    Section(
+        "Robust aggregation",
+        "python -m bench.aggregation",
+        "16 contributions of 10 million coordinates, 4 of them liars, with two threads. ByzFL gets the same tensors in the "
+        "same process, and the results are equal up to rounding.",
+        {
+            "aggregation.*.s": "Seconds to aggregate.",
+            "aggregation.*.extra_mb": "Memory beyond the contributions.",
+        },
     ),
     Section(
         "Tokenizer",
