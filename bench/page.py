@@ -34,8 +34,8 @@ SECTIONS = (
     Section(
         "Robust aggregation",
         "python -m bench.aggregation",
-        "16 contributions of 10 million coordinates, 4 of them liars, with two threads. ByzFL gets the same tensors in the "
-        "same process, and the results are equal up to rounding.",
+        "16 contributions of 10 million coordinates, 4 of them liars, with two threads. ByzFL gets the same tensors in "
+        "the same process, and the results are equal up to rounding.",
         {
             "aggregation.*.s": "Seconds to aggregate.",
             "aggregation.*.extra_mb": "Memory beyond the contributions.",
