@@ -64,6 +64,12 @@ class LossPlot:
         self._drawing = threading.Thread(target=draw, name="plot", daemon=True)
         self._drawing.start()
 
+    def finish(self, evaluations: Evaluations, baseline: Curve) -> None:
+        """Draw the curves of the end, after what is being drawn."""
+        if self._drawing is not None:
+            self._drawing.join()
+        self.draw(evaluations, baseline)
+
     def draw(self, evaluations: Evaluations, baseline: Curve) -> None:
         """Draw the curves now."""
         from pilot.display.plots import loss_plot
@@ -96,7 +102,7 @@ def finish(v: Validator, newest: Evaluations, parameters: int, seconds: float, b
             console.say(f"no baseline: {error}")
     totals = store.ledger.totals()
     v.metrics.summary({**summary, "weights": {t.hotkey: t.weight for t in totals}})
-    v.plot.draw(evaluations, curve)
+    v.plot.finish(evaluations, curve)
 
     console.heading(v.folder.name)
     for line in verdict(summary, task.unit, config.rounds, config.local, os.cpu_count() or 1):
@@ -172,12 +178,13 @@ def show_samples(v: Validator, excerpts: Sequence[Sequence[int]]) -> None:
         v.console.say(f"no samples: {error}")
         return
     v.console.heading("What it writes (after »; held-out text before it)")
-    for number, prompt in enumerate(excerpts):
+    for number, excerpt in enumerate(excerpts):
+        prompt = excerpt[: model.context // 2]
         how, room = Sampling(temperature=0.8, top_k=50), min(SAMPLE_TOKENS, model.context - len(prompt))
         text = "".join(continuation(model, prompt, max_tokens=room, how=how, seed=number))
         for line in f"{model.decode(prompt)}»{text}".strip().splitlines():
-            v.console.say(f"  {line}")
-        v.console.say("")
+            v.console.paragraph(f"  {line}")
+        v.console.paragraph("")
 
 
 def summarise(
