@@ -128,7 +128,7 @@ def test_a_run_folder_that_fills_up(tmp_path: Path) -> None:
     """Accepted as long as there is room; then every reply is refused with its reason, and the ledger is kept whole."""
     port = free_port()
     flags = [*tiny_flags(tmp_path), "--axons", str(port), "--connect-timeout", "60", "--rounds", "1000"]
-    flags += ["--limits.reserve-bytes", str(2 << 20), "--patience", "3", "--eval-every", "0"]
+    flags += ["--limits.reserve-bytes", str(2 << 20), "--patience", "3", "--patience-seconds", "0", "--eval-every", "0"]
     flags += ["--codec.up", "fp32"]  # large payloads
     command = mounted(tmp_path / "runs", "5m", program("validator.py", *flags))
     with start_miner(tmp_path, "M1", port) as m1, Process(command, tmp_path / "validator.log") as process:
