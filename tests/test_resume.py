@@ -18,7 +18,7 @@ import pytest
 from pilot.interfaces import RoundRecord
 from pilot.storage.run_store import RunStore
 from protocol import Receipt
-from tests.processes import Miner, run_validator, start_miner, start_validator
+from tests.processes import PATIENCE_S, Miner, run_validator, start_miner, start_validator
 
 LOOKS = ("--eval-every", "10", "--snapshot-every", "15")
 
@@ -59,7 +59,7 @@ def kill_and_resume(folder: Path, miners: list[Miner], kills: int, rounds: int, 
             validator.kill()
         struck += 1
     with start_validator(folder, *flags(miners, "killed", rounds), "--resume", log="last") as validator:
-        assert validator.wait() == 0, validator.said()
+        assert validator.wait(5 * PATIENCE_S) == 0, validator.said()  # on a slow machine most rounds may be left
 
     expected, expected_looks = history(folder, "calm")
     found, looks = history(folder, "killed")
